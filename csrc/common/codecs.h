@@ -1,0 +1,140 @@
+// The element codecs: how one number becomes a code and back, given its block's scale and zero point.
+// One source for CPU and CUDA; pyops/reference/quant.py is the specification. Every operation below is an
+// IEEE fp32 add, multiply, divide or square root, or an integer operation, in the order written, so that all
+// backends give the same bits (compile with -ffp-contract=off / -fmad=false).
+#pragma once
+#include <math.h>
+
+#include "common.h"
+
+namespace gradmill {
+namespace {
+
+struct Block {
+  float scale;  // nan: the block held a nan or an inf; 0: the block is all zero
+  int zero;     // zero point, 0 where the code has none
+};
+
+// Round half to even for |x| < 2^22: adding 1.5 * 2^23 leaves no fraction bits. Vectorises everywhere.
+GM_HD float round_even(float x) { return (x + 12582912.0f) - 12582912.0f; }
+
+// Stochastic rounding for |x| < 2^22 with 24 of the word's bits: up with probability x - floor(x).
+GM_HD float round_stochastic(float x, uint32_t word) {
+  float nearest = round_even(x);
+  float down = nearest > x ? nearest - 1.0f : nearest;
+  float u = static_cast<float>(static_cast<int32_t>(word >> 8)) * 5.9604644775390625e-08f;  // 2^-24
+  return (x - down) > u ? down + 1.0f : down;
+}
+
+GM_HD float clampf(float x, float lo, float hi) { return x < lo ? lo : x > hi ? hi : x; }
+
+// --- block statistics -------------------------------------------------------------------------------------
+// Integer forms of |x|, min and max: associative (any thread count gives the same bits) and nan-proof.
+GM_HD uint32_t magnitude_bits(float x) { return float_bits(x) & 0x7fffffffu; }  // nan > inf > finite
+GM_HD int32_t ordered_bits(float x) {
+  int32_t b = static_cast<int32_t>(float_bits(x));
+  return b ^ ((b >> 31) & 0x7fffffff);
+}
+GM_HD float from_ordered_bits(int32_t b) { return bits_float(static_cast<uint32_t>(b ^ ((b >> 31) & 0x7fffffff))); }
+
+// absmax: largest magnitude_bits; lo, hi: smallest and largest ordered_bits, both started at 0 so that the
+// range always includes zero (without it the zero point's clamp would destroy a one-sided block).
+GM_HD Block block_of(int code, uint32_t absmax, int32_t lo, int32_t hi) {
+  Block b{0.0f, 0};
+  if (absmax >= 0x7f800000u) {
+    b.scale = bits_float(0x7fc00000u);
+    return b;
+  }
+  float amax = bits_float(absmax);
+  if (code == kInt8) {
+    b.scale = amax / 127.0f;
+  } else if (code == kInt4) {
+    b.scale = amax / 7.0f;
+  } else if (has_zero_point(code)) {
+    float top = code == kUInt8 ? 255.0f : 15.0f;
+    float min = from_ordered_bits(lo), max = from_ordered_bits(hi);
+    b.scale = (max * 0.5f - min * 0.5f) / (top * 0.5f);  // halves: max - min may overflow
+    if (b.scale > 0.0f) b.zero = static_cast<int>(clampf(-round_even(min / b.scale), 0.0f, top));
+  } else {
+    b.scale = amax;  // kMoment8, kSquare8
+  }
+  return b;
+}
+
+// --- one element ------------------------------------------------------------------------------------------
+// Callers handle scale == 0 and scale == nan (every code is then 0).
+template <int CODE, bool STOCHASTIC>
+GM_HD int encode(float x, Block b, uint32_t word) {
+  if constexpr (CODE == kInt8 || CODE == kInt4) {
+    constexpr float top = CODE == kInt8 ? 127.0f : 7.0f;
+    float y = clampf(x / b.scale, -top, top);
+    return static_cast<int>(STOCHASTIC ? round_stochastic(y, word) : round_even(y));
+  } else if constexpr (CODE == kUInt8 || CODE == kUInt4) {
+    constexpr float top = CODE == kUInt8 ? 255.0f : 15.0f;
+    float y = clampf(x / b.scale, -top, top);
+    y = STOCHASTIC ? round_stochastic(y, word) : round_even(y);
+    return static_cast<int>(clampf(y + static_cast<float>(b.zero), 0.0f, top));
+  } else if constexpr (CODE == kMoment8) {
+    float y = x / b.scale;
+    y = (y + y) / (1.0f + fabsf(y)) * 127.0f;
+    return static_cast<int>(STOCHASTIC ? round_stochastic(y, word) : round_even(y));
+  } else {  // kSquare8: never 0 in a block that is not all zero
+    float y = sqrtf(x / b.scale) * 255.0f;
+    y = STOCHASTIC ? round_stochastic(y, word) : round_even(y);
+    return static_cast<int>(clampf(y, 1.0f, 255.0f));
+  }
+}
+
+template <int CODE>
+GM_HD float decode(int q, Block b) {
+  if constexpr (CODE == kUInt8 || CODE == kUInt4) {
+    return static_cast<float>(q - b.zero) * b.scale;
+  } else if constexpr (CODE == kMoment8) {
+    float y = static_cast<float>(q) / 127.0f;
+    return y / (2.0f - fabsf(y)) * b.scale;
+  } else if constexpr (CODE == kSquare8) {
+    float y = static_cast<float>(q) / 255.0f;
+    return y * y * b.scale;
+  } else {
+    return static_cast<float>(q) * b.scale;
+  }
+}
+
+// --- plain 16-bit floats ----------------------------------------------------------------------------------
+GM_HD float bf16_to_float(uint16_t h) { return bits_float(static_cast<uint32_t>(h) << 16); }
+
+GM_HD uint16_t float_to_bf16(float x) {  // round half to even, nan stays nan
+  uint32_t u = float_bits(x);
+  uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  return static_cast<uint16_t>((u & 0x7fffffffu) > 0x7f800000u ? (u >> 16) | 0x40u : rounded);
+}
+
+GM_HD uint16_t float_to_bf16_stochastic(float x, uint32_t word) {  // inf and nan are left alone
+  uint32_t u = float_bits(x);
+  uint32_t rounded = (u + (word >> 16)) >> 16;
+  uint32_t special = (u >> 16) | ((u & 0x7fffffffu) > 0x7f800000u ? 0x40u : 0u);
+  return static_cast<uint16_t>((u & 0x7fffffffu) >= 0x7f800000u ? special : rounded);
+}
+
+// float16 through integer operations: no hardware type needed, so the portable build and every compiler agree.
+GM_HD float f16_to_float(uint16_t h) {
+  uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16, mag = h & 0x7fffu;
+  // Shift exponent and mantissa into place and rescale by 2^112; a half's subnormals become normal floats.
+  float f = bits_float(mag << 13) * 5.192296858534828e+33f;
+  uint32_t special = 0x7f800000u | (mag << 13);
+  return bits_float((mag >= 0x7c00u ? special : float_bits(f)) | sign);
+}
+
+GM_HD uint16_t float_to_f16(float x) {  // round half to even, overflow to inf, nan stays nan
+  uint32_t u = float_bits(x), sign = (u >> 16) & 0x8000u, mag = u & 0x7fffffffu;
+  uint32_t normal = (mag - 0x38000000u + 0xfffu + ((mag >> 13) & 1u)) >> 13;
+  // Below 2^-14: adding 0.5 aligns the value so that the float unit does the rounding.
+  uint32_t subnormal = float_bits(bits_float(mag) + 0.5f) - 0x3f000000u;
+  uint32_t h = mag < 0x38800000u ? subnormal : normal;
+  h = mag >= 0x477ff000u ? 0x7c00u : h;
+  h = mag > 0x7f800000u ? 0x7e00u : h;
+  return static_cast<uint16_t>(h | sign);
+}
+
+}  // namespace
+}  // namespace gradmill

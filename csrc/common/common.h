@@ -1,0 +1,71 @@
+// Words shared by every kernel, CPU and CUDA: qualifiers, storage codes, bit casts.
+//
+// Everything in csrc/common is in an unnamed namespace on purpose. The CPU files are compiled once per
+// instruction set; with external linkage the linker would keep ONE copy of each inline function, perhaps the
+// AVX-512 one, and the portable kernels would call it.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+#define GM_HD __host__ __device__ __forceinline__
+#else
+#define GM_HD inline __attribute__((always_inline))
+#endif
+
+namespace gradmill {
+namespace {
+
+// How one element is stored. The numbers are the wire format between pyops/formats.py and native code:
+// append, never renumber.
+enum Code : int {
+  kF32 = 0,      // plain fp32
+  kBF16 = 1,     // plain bfloat16
+  kF16 = 2,      // plain float16
+  kInt8 = 3,     // symmetric, scale = absmax/127, codes in [-127, 127]
+  kUInt8 = 4,    // zero point, scale = (max-min)/255, codes in [0, 255]
+  kInt4 = 5,     // symmetric, scale = absmax/7, codes in [-7, 7] as two's-complement nibbles, low first
+  kUInt4 = 6,    // zero point, scale = (max-min)/15, codes in [0, 15], low nibble first
+  kMoment8 = 7,  // signed 8-bit moment code (optimizer state exp_avg)
+  kSquare8 = 8,  // unsigned 8-bit code of a non-negative moment (exp_avg_sq)
+  kDelta = 9,    // weights only: reads as 0 and stores fp32, so that a step leaves its update there
+};
+
+// What a random word is used for (DESIGN: "purposes are numbered in one table"; the Python one is
+// pyops/reference/philox.py).
+enum Purpose : uint32_t {
+  kWeightRounding = 0,
+  kStateRounding = 1,
+  kGradientRounding = 2,
+  kBasis = 3,
+  kDither = 4,
+};
+
+GM_HD uint32_t float_bits(float x) {
+#if defined(__CUDA_ARCH__)
+  return __float_as_uint(x);
+#else
+  uint32_t u;
+  memcpy(&u, &x, 4);
+  return u;
+#endif
+}
+
+GM_HD float bits_float(uint32_t u) {
+#if defined(__CUDA_ARCH__)
+  return __uint_as_float(u);
+#else
+  float x;
+  memcpy(&x, &u, 4);
+  return x;
+#endif
+}
+
+GM_HD bool is_blocked(int code) { return code >= kInt8 && code <= kSquare8; }  // has scales
+GM_HD bool has_zero_point(int code) { return code == kUInt8 || code == kUInt4; }
+GM_HD int code_bits(int code) {
+  return code == kF32 || code == kDelta ? 32 : code == kBF16 || code == kF16 ? 16 : code == kInt4 || code == kUInt4 ? 4 : 8;
+}
+
+}  // namespace
+}  // namespace gradmill

@@ -1,0 +1,137 @@
+// The interface of the CPU kernels: plain structs and one table of function pointers per instruction set.
+// bindings.cpp fills the structs (arguments were checked in Python) and picks the table. Kernel files use no
+// std:: templates: their inline functions would be compiled per instruction set and merged by the linker.
+#pragma once
+#include <cstdint>
+
+#include "../common/codecs.h"
+#include "../common/philox.h"
+
+namespace gradmill {
+
+// A matrix stored in some format, row-major: `codes` rows are contiguous, a row takes
+// ceil(cols * code_bits / 8) bytes. Blocks run along a row and never cross one; `block` elements each
+// (block == cols for "whole row"), the last one of a row may be short. scales (and zeros, uint8, for the
+// zero-point codes) are (rows, ceil(cols/block)).
+struct Matrix {
+  void* codes;
+  float* scales;
+  uint8_t* zeros;
+  int code;
+  int64_t rows, cols, block;
+  int64_t blocks_per_row() const { return block > 0 ? (cols + block - 1) / block : 0; }
+};
+
+// x (rows x cols, row stride `stride`, dtype kF32/kBF16/kF16) -> out; `transpose` quantises x^T (out is cols x rows).
+struct QuantizeArgs {
+  const void* x;
+  int x_code;
+  int64_t stride;
+  Matrix out;
+  bool transpose;
+  const Key* key;  // null: nearest
+};
+struct DequantizeArgs {
+  Matrix in;
+  void* out;  // contiguous
+  int out_code;
+};
+
+// out[i,j] = a_scale[i] * b_scale[j] * sum_k a[i,k] b[j,k] (+ bias[j]); a (m x k), b (n x k) int8 row-major.
+struct Int8MatmulArgs {
+  int64_t m, n, k;
+  const int8_t *a, *b;
+  const float *a_scales, *b_scales, *bias;  // bias may be null
+  void* out;                                // m x n, contiguous
+  int out_code;
+};
+
+// transpose=false: out (m x w.rows) = x (m x w.cols) w^T;  transpose=true: out (m x w.cols) = x (m x w.rows) w.
+struct PackedMatmulArgs {
+  int64_t m;
+  const void* x;  // contiguous, dtype x_code
+  int x_code;
+  Matrix w;
+  bool transpose;
+  const float* bias;  // may be null
+  void* out;          // contiguous, dtype out_code
+  int out_code;
+};
+
+// Gradient projection. The basis B is (rank x d), its rows the basis vectors.
+//   side right: grad (m x d), out (m x rank) = grad B^T;   side left: grad (d x n), out (rank x n) = B grad
+struct ProjectArgs {
+  int64_t m, n;  // shape of grad
+  const void* grad;
+  int grad_code;
+  Matrix basis;
+  bool left;
+  float* out;
+};
+// weight <- encode(decay * decode(weight) + alpha * back), back = update B (right) or B^T update (left),
+// tile by tile, never stored whole. A quantised weight is rounded stochastically with `key`; a block whose values
+// do not change keeps its codes and scale.
+struct ProjectBackArgs {
+  Matrix weight;
+  const float* update;
+  Matrix basis;
+  bool left;
+  float decay, alpha;
+  Key key;
+};
+
+// One fused optimizer step over many tensors; see csrc/cpu/optim.cpp.
+struct StepTensor {
+  Matrix param;
+  const void* grad;
+  Matrix states[3];
+  uint32_t id;
+};
+struct StepArgs {
+  int rule;
+  int grad_code;
+  const StepTensor* tensors;
+  int64_t count;
+  const float* scalars;  // scalar_rows (1, or one per tensor) rows of kMaxScalars
+  int64_t scalar_rows;
+  uint64_t seed;
+  uint32_t step;
+};
+
+struct QuantKernels {
+  void (*quantize)(const QuantizeArgs&);
+  void (*dequantize)(const DequantizeArgs&);
+};
+struct MatmulKernels {
+  void (*int8)(const Int8MatmulArgs&);
+  void (*packed)(const PackedMatmulArgs&);
+};
+struct OptimKernels {
+  void (*step)(const StepArgs&);
+};
+struct ProjectionKernels {
+  void (*project)(const ProjectArgs&);
+  void (*project_back)(const ProjectBackArgs&);
+};
+
+// Instruction-set levels. Each csrc/cpu/<family>.cpp is compiled once per level with GM_LEVEL set and defines
+// <family>_<level>; setup.py's table says which levels a family has.
+enum Level : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Vnni = 3 };
+
+#define GM_DECLARE(level)                              \
+  extern const QuantKernels quant_##level;             \
+  extern const MatmulKernels matmul_##level;           \
+  extern const OptimKernels optim_##level;             \
+  extern const ProjectionKernels projection_##level;
+GM_DECLARE(portable)
+GM_DECLARE(avx2)
+GM_DECLARE(avx512)
+GM_DECLARE(avx512_vnni)
+#undef GM_DECLARE
+
+}  // namespace gradmill
+
+#define GM_CONCAT2(a, b) a##_##b
+#define GM_CONCAT(a, b) GM_CONCAT2(a, b)
+// GM_TABLE(quant) -> quant_avx2 etc.; GM_LEVEL_NAME comes from the compiler's command line
+#define GM_TABLE(family) GM_CONCAT(family, GM_LEVEL_NAME)
