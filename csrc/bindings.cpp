@@ -1,0 +1,195 @@
+// gradmill._C: the only file that knows pybind11. Arguments are pointers and sizes that pyops/ops checked; each
+// function fills the kernel's struct and calls the CPU table in use, or the CUDA launcher (device >= 0).
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdlib>
+#include <string>
+#include <vector>
+
+#include "../csrc/common/rules.h"
+#include "../csrc/cpu/kernels.h"
+#include "build_info.h"
+#ifdef GRADMILL_WITH_CUDA
+#include "../csrc/cuda/kernels.h"
+#endif
+
+namespace py = pybind11;
+using namespace gradmill;
+
+namespace {
+
+// --- instruction sets -------------------------------------------------------------------------------------
+struct Table {
+  const QuantKernels* quant;
+  const MatmulKernels* matmul;
+  const OptimKernels* optim;
+  const ProjectionKernels* projection;
+};
+const char* const kLevelNames[] = {"portable", "avx2", "avx512", "avx512_vnni"};
+const Table kTables[] = {
+    {&quant_portable, &matmul_portable, &optim_portable, &projection_portable},
+#if defined(__x86_64__)
+    {&quant_avx2, &matmul_avx2, &optim_avx2, &projection_avx2},
+    {&quant_avx512, &matmul_avx512, &optim_avx512, &projection_avx512},
+    {&quant_avx512, &matmul_avx512_vnni, &optim_avx512, &projection_avx512},
+#endif
+};
+
+int detected_level() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
+    return __builtin_cpu_supports("avx512vnni") ? kAvx512Vnni : kAvx512;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAvx2;
+#endif
+  return kPortable;
+}
+
+int level_from_name(const std::string& name) {
+  for (int i = 0; i < 4; ++i)
+    if (name == kLevelNames[i]) return i;
+  throw py::value_error("the instruction set is '" + name + "'; it must be portable, avx2, avx512 or avx512_vnni");
+}
+
+int active_level = kPortable;
+
+// Sets the highest level used; what the processor lacks is never used. Returns the level now in use.
+std::string set_isa(const std::string& cap) {
+  int level = level_from_name(cap), found = detected_level();
+  active_level = level < found ? level : found;
+  return kLevelNames[active_level];
+}
+
+const Table& cpu() { return kTables[active_level]; }
+
+// --- argument helpers -------------------------------------------------------------------------------------
+template <class T = void>
+T* pointer(uint64_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// (codes, scales, zeros, code, rows, cols, block)
+using MatrixTuple = std::tuple<uint64_t, uint64_t, uint64_t, int, int64_t, int64_t, int64_t>;
+Matrix matrix(const MatrixTuple& t) {
+  auto [codes, scales, zeros, code, rows, cols, block] = t;
+  return {pointer(codes), pointer<float>(scales), pointer<uint8_t>(zeros), code, rows, cols, block};
+}
+
+// (seed, step, stream) or None
+using KeyTuple = std::optional<std::tuple<uint64_t, uint32_t, uint32_t>>;
+Key make_key(const KeyTuple& k) {
+  if (!k) return {0, 0, 0};
+  auto [seed, step, stream] = *k;
+  return {seed, step, stream};
+}
+
+// Calls the CPU kernel (device < 0) or the CUDA launcher, without holding the interpreter's lock.
+#ifdef GRADMILL_WITH_CUDA
+#define GM_RUN(cpu_call, cuda_call)                 \
+  py::gil_scoped_release release;                   \
+  if (device < 0) {                                 \
+    cpu_call;                                       \
+  } else {                                          \
+    cuda::Launch launch{device, pointer(stream)};   \
+    cuda_call;                                      \
+  }
+#else
+#define GM_RUN(cpu_call, cuda_call)                                                   \
+  py::gil_scoped_release release;                                                     \
+  if (device >= 0) throw std::runtime_error("this gradmill was built without CUDA");  \
+  (void)stream;                                                                       \
+  cpu_call;
+#endif
+
+// --- ops --------------------------------------------------------------------------------------------------
+void quantize(int device, uint64_t stream, uint64_t x, int x_code, int64_t stride, const MatrixTuple& out, bool transpose, const KeyTuple& key) {
+  Key k = make_key(key);
+  QuantizeArgs a{pointer(x), x_code, stride, matrix(out), transpose, key ? &k : nullptr};
+  GM_RUN(cpu().quant->quantize(a), cuda::quantize(a, launch))
+}
+
+void dequantize(int device, uint64_t stream, const MatrixTuple& in, uint64_t out, int out_code) {
+  DequantizeArgs a{matrix(in), pointer(out), out_code};
+  GM_RUN(cpu().quant->dequantize(a), cuda::dequantize(a, launch))
+}
+
+void matmul_int8(int device, uint64_t stream, int64_t m, int64_t n, int64_t k, uint64_t a, uint64_t b, uint64_t a_scales, uint64_t b_scales,
+                 uint64_t bias, uint64_t out, int out_code) {
+  Int8MatmulArgs args{m, n, k, pointer<const int8_t>(a), pointer<const int8_t>(b), pointer<const float>(a_scales),
+                      pointer<const float>(b_scales), pointer<const float>(bias), pointer(out), out_code};
+  GM_RUN(cpu().matmul->int8(args), cuda::matmul_int8(args, launch))
+}
+
+void matmul_packed(int device, uint64_t stream, int64_t m, uint64_t x, int x_code, const MatrixTuple& w, bool transpose, uint64_t bias,
+                   uint64_t out, int out_code) {
+  PackedMatmulArgs args{m, pointer(x), x_code, matrix(w), transpose, pointer<const float>(bias), pointer(out), out_code};
+  GM_RUN(cpu().matmul->packed(args), cuda::matmul_packed(args, launch))
+}
+
+void project(int device, uint64_t stream, int64_t m, int64_t n, uint64_t grad, int grad_code, const MatrixTuple& basis, bool left, uint64_t out) {
+  ProjectArgs args{m, n, pointer(grad), grad_code, matrix(basis), left, pointer<float>(out)};
+  GM_RUN(cpu().projection->project(args), cuda::project(args, launch))
+}
+
+void project_back(int device, uint64_t stream, const MatrixTuple& weight, uint64_t update, const MatrixTuple& basis, bool left, float decay,
+                  float alpha, const KeyTuple& key) {
+  ProjectBackArgs args{matrix(weight), pointer<const float>(update), matrix(basis), left, decay, alpha, make_key(key)};
+  GM_RUN(cpu().projection->project_back(args), cuda::project_back(args, launch))
+}
+
+// `table` holds per tensor: param codes, scales, zeros, rows, cols, grad, id, then (codes, scales) per state.
+void fused_step(int device, uint64_t stream, int rule, int param_code, int64_t param_block, int grad_code, const std::vector<int>& state_codes,
+                int64_t state_block, const std::vector<int64_t>& table, const std::vector<float>& scalars, uint64_t seed, uint32_t step) {
+  const size_t width = 7 + 2 * state_codes.size();
+  std::vector<StepTensor> tensors(table.size() / width);
+  auto block_of_row = [](int code, int64_t block, int64_t cols) { return is_blocked(code) && block == 0 ? cols : block; };
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const int64_t* t = table.data() + i * width;
+    StepTensor& s = tensors[i];
+    s.param = {pointer(t[0]), pointer<float>(t[1]), pointer<uint8_t>(t[2]), param_code, t[3], t[4], block_of_row(param_code, param_block, t[4])};
+    s.grad = pointer(t[5]);
+    s.id = static_cast<uint32_t>(t[6]);
+    for (size_t k = 0; k < state_codes.size(); ++k)
+      s.states[k] = {pointer(t[7 + 2 * k]), pointer<float>(t[8 + 2 * k]), nullptr, state_codes[k], t[3], t[4],
+                     block_of_row(state_codes[k], state_block, t[4])};
+  }
+  StepArgs args{rule, grad_code, tensors.data(), static_cast<int64_t>(tensors.size()), scalars.data(),
+                static_cast<int64_t>(scalars.size() / kMaxScalars), seed, step};
+  GM_RUN(cpu().optim->step(args), cuda::fused_step(args, launch))
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "gradmill's native kernels; call them through gradmill.ops";
+  const char* cap = std::getenv("GRADMILL_ISA");
+  set_isa(cap && *cap ? cap : kLevelNames[kAvx512Vnni]);
+  m.def("set_isa", &set_isa);
+  m.def("isa", [] { return std::string(kLevelNames[active_level]); });
+  m.def("detected_isa", [] { return std::string(kLevelNames[detected_level()]); });
+  m.attr("compiler") = GM_BUILD_CXX;
+  m.attr("nvcc") = GM_BUILD_NVCC;
+  m.attr("cuda_archs") = GM_BUILD_CUDA_ARCHS;
+  py::dict rules;
+  int number = 0;
+#define GM_NAME(name, R) rules[name] = py::make_tuple(number++, R::states);
+  GM_RULES(GM_NAME)
+  m.attr("rules") = rules;  // name -> (number, how many states)
+  m.attr("max_scalars") = kMaxScalars;
+#ifdef GRADMILL_WITH_CUDA
+  m.attr("has_cuda") = true;
+  m.def("cuda_problem", &cuda::problem);  // why the compiled CUDA part cannot run on this machine, or ""
+#else
+  m.attr("has_cuda") = false;
+  m.def("cuda_problem", [] { return std::string("this gradmill was built without CUDA"); });
+#endif
+  m.def("quantize", &quantize);
+  m.def("dequantize", &dequantize);
+  m.def("matmul_int8", &matmul_int8);
+  m.def("matmul_packed", &matmul_packed);
+  m.def("project", &project);
+  m.def("project_back", &project_back);
+  m.def("fused_step", &fused_step);
+}

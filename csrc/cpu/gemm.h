@@ -1,0 +1,303 @@
+// One matrix product for every format: out[i,j] = sum_k a[i,k] * b[k,j].
+//
+// Three stages, of which only the middle one is fixed:
+//   load       an operand (Rows or Columns over a reader) decodes whatever is stored into panels of 32-bit lanes;
+//   multiply   one microkernel, ROWS x NR accumulators in registers, whatever a lane holds;
+//   epilogue   receives finished rows of an output tile and does what it likes with them (scale, round, store,
+//              update a weight): the product itself is never stored.
+//
+// A "lane" is 32 bits along k: one float, two int16 or four int8. The Lanes types below say what it holds and how
+// two of them are multiplied and added to an accumulator, so that fp32, vpmaddwd and vpdpbusd share every loop.
+//
+// Blocking: a thread owns an output tile (<= 392 x 1024 sums) and walks k in steps of KC = 256 lanes. Its packed
+// part of a (392 KB) stays in L2 while the micropanel of b (NR x KC, 16-32 KB) stays in L1 or streams from L2 at
+// a few bytes per cycle. Each tile packs its own operands: no barrier, and at these sizes packing costs 1/392 +
+// 1/1024 of an element's work per element, 2-4 % of the time, in exchange.
+//
+// The sums are added in an order that depends on k alone: KC by KC, never on tiles or threads.
+#pragma once
+#include <omp.h>
+#include <stdlib.h>
+
+#include "kernels.h"
+#include "simd.h"
+#include "tile.h"
+
+namespace gradmill {
+namespace {
+
+// Register tile: MR x NV vectors of accumulators, NV vectors of b and a broadcast of a fill the register file.
+constexpr int MR = GM_LEVEL >= 2 ? 14 : GM_LEVEL == 1 ? 6 : 4;
+constexpr int NV = GM_LEVEL >= 1 ? 2 : 3;
+constexpr int NR = NV * W;
+constexpr int KC = 256;
+constexpr int MC = 28 * 14, NC = 1024;
+
+inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+
+// Aligned working memory of one thread; freed at the end of its scope.
+struct Scratch {
+  lane* data;
+  explicit Scratch(int64_t lanes) : data(static_cast<lane*>(aligned_alloc(64, static_cast<size_t>(round_up(lanes * 4 + 64, 64))))) {
+    if (!data) abort();  // inside a parallel region there is nobody to tell
+  }
+  ~Scratch() { free(data); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+};
+
+// --- lanes ------------------------------------------------------------------------------------------------
+struct FloatLanes {
+  typedef float Sum;
+  typedef vf Vector;
+  static GM_HD Vector none() { return zero(); }
+  static GM_HD Vector load_lanes(const lane* p) { return load(p); }
+  static GM_HD Vector same(const lane* p) { return broadcast(bits_float(*p)); }
+  static GM_HD Vector madd(Vector acc, Vector a, Vector b) { return fma(a, b, acc); }
+  static GM_HD Sum total(Vector acc) { return sum(acc); }
+  static GM_HD void put(Sum* out, Vector acc, bool first) { store(out, first ? acc : add(load(out), acc)); }
+};
+
+// --- operands ---------------------------------------------------------------------------------------------
+// pack<R>(first, count, k0, kc, panels): lanes [k0, k0+kc) of rows [first, first+count) as panels of R rows, each
+// laid out [k][R], missing rows as zeros. May write up to W lanes past the end.
+//
+// A reader has  const lane* read(row, from, lanes, buffer):  a run of one stored row, decoded into the buffer or
+// where it already lies.
+
+// The stored rows are the operand's rows, contiguous along k: panels are its transpose, W x W at a time.
+template <class Reader>
+struct Rows {
+  Reader reader;
+  template <int R>
+  void pack(int64_t first, int64_t count, int64_t k0, int64_t kc, lane* panels) const {
+    static_assert(R <= W || R % W == 0, "a panel is part of one transposed square or several whole ones");
+    constexpr int group = R < W ? R : W;
+    lane buffer[group][KC];
+    for (int64_t panel = 0; panel < count; panel += R, panels += R * kc)
+      for (int sub = 0; sub < R; sub += group) {
+        const lane* rows[group];
+        const int live = static_cast<int>(min_of(group, count - panel - sub));
+        for (int r = 0; r < live; ++r) rows[r] = reader.read(first + panel + sub + r, k0, kc, buffer[r]);
+        int64_t k = 0;
+        for (; k + W <= kc; k += W) {
+          vf square[W];
+          for (int r = 0; r < W; ++r) square[r] = r < live ? load(rows[r] + k) : zero();
+          transpose(square);
+          // Where R < W each store's surplus lanes are overwritten by the next.
+          for (int r = 0; r < W; ++r) store(panels + (k + r) * R + sub, square[r]);
+        }
+        for (; k < kc; ++k)
+          for (int r = 0; r < group; ++r) panels[k * R + sub + r] = r < live ? rows[r][k] : 0;
+      }
+  }
+};
+
+// The stored rows run across the panels, one for each k: panels are slices of them.
+template <class Reader>
+struct Columns {
+  Reader reader;
+  template <int R>
+  void pack(int64_t first, int64_t count, int64_t k0, int64_t kc, lane* panels) const {
+    Scratch buffer(count);
+    for (int64_t k = 0; k < kc; ++k) {
+      const lane* row = reader.read(k0 + k, first, count, buffer.data);
+      lane* out = panels + k * R;
+      int64_t i = 0;
+      for (; i + R <= count; i += R, out += R * kc) memcpy(out, row + i, R * sizeof(lane));
+      if (i < count)
+        for (int r = 0; r < R; ++r) out[r] = i + r < count ? row[i + r] : 0;
+    }
+  }
+};
+
+// Reads any stored matrix as floats. `from` must be even where two codes share a byte.
+struct FloatReader {
+  Matrix m;
+  const lane* read(int64_t row, int64_t from, int64_t n, lane* buffer) const {
+    const char* codes = tile_address(m, row, from);
+    if (m.code == kF32) return reinterpret_cast<const lane*>(codes);
+    float* out = reinterpret_cast<float*>(buffer);
+    if (!is_blocked(m.code)) {
+      decode_floats(m.code, codes, n, out);
+      return buffer;
+    }
+    for (int64_t at = from, end = from + n; at < end;) {
+      const int64_t index = at / m.block, stop = min_of(end, (index + 1) * m.block);
+      const int64_t scale = row * m.blocks_per_row() + index;
+      const Block b{m.scales[scale], has_zero_point(m.code) ? m.zeros[scale] : 0};
+      decode_one_block(m.code, tile_address(m, row, at), b, stop - at, out + (at - from));
+      at = stop;
+    }
+    return buffer;
+  }
+};
+
+inline Matrix plain_matrix(const void* data, int code, int64_t rows, int64_t cols) {
+  return Matrix{const_cast<void*>(data), nullptr, nullptr, code, rows, cols, 0};
+}
+
+// --- multiply ---------------------------------------------------------------------------------------------
+// ROWS x NR sums over kc lanes of two panels; `first` starts the tile's sums, later steps add to them.
+template <class Lanes, int ROWS>
+void multiply_panels(int64_t kc, const lane* __restrict a, const lane* __restrict b, typename Lanes::Sum* out,
+                     int64_t stride, bool first) {
+  typename Lanes::Vector acc[ROWS][NV];
+#pragma GCC unroll 16
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) acc[r][v] = Lanes::none();
+  for (int64_t k = 0; k < kc; ++k, a += MR, b += NR) {
+    typename Lanes::Vector bv[NV];
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) bv[v] = Lanes::load_lanes(b + v * W);
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; ++r) {
+      const typename Lanes::Vector av = Lanes::same(a + r);
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) acc[r][v] = Lanes::madd(acc[r][v], av, bv[v]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) Lanes::put(out + r * stride + v * W, acc[r][v], first);
+}
+
+struct Extent {
+  int64_t m, n, k;    // k in lanes
+  int64_t unit = NR;  // an epilogue's rows start at multiples of this and end there or at n
+};
+
+// epilogue(row, col, n, sums, spare): the finished sums of columns [col, col + n) of one row, to read or overwrite,
+// and as much memory again.
+template <class Lanes, class A, class B, class Epilogue>
+void gemm(const Extent& e, const A& a, const B& b, const Epilogue& epilogue) {
+  if (e.m <= 0 || e.n <= 0) return;
+  // Tiles: as large as the caches hold, but four to a thread where there is enough work, and evenly cut.
+  int64_t rows = min_of(MC, round_up(e.m, MR)), cols = round_up(min_of(NC, e.n), e.unit);
+  if (rows * cols > MC * NC) rows = round_up(divide_up(MC * NC, cols), MR);
+  rows = min_of(rows, round_up(e.m, MR));
+  const int64_t wanted = omp_get_max_threads() > 1 ? 4 * omp_get_max_threads() : 1;
+  while (divide_up(e.m, rows) * divide_up(e.n, cols) < wanted) {
+    if (rows >= 4 * MR && rows * 2 > cols) rows = round_up(rows / 2, MR);
+    else if (cols >= 8 * NR && cols >= 2 * e.unit) cols = round_up(cols / 2, e.unit);
+    else break;
+  }
+  rows = round_up(divide_up(e.m, divide_up(e.m, rows)), MR);
+  const int64_t tiles_down = divide_up(e.m, rows), tiles_across = divide_up(e.n, cols);
+  const int64_t stride = round_up(cols, NR);
+  const bool parallel = static_cast<double>(e.m) * static_cast<double>(e.n) * static_cast<double>(e.k + 8) > 1e5;
+
+#pragma omp parallel if (parallel)
+  {
+    typedef typename Lanes::Sum Sum;
+    constexpr int64_t lanes_per_sum = sizeof(Sum) / sizeof(lane);
+    Scratch packed_a(rows * min_of(KC, e.k) + W), packed_b(stride * min_of(KC, e.k) + W), tile((rows + 1) * stride * lanes_per_sum);
+    Sum* const sums = reinterpret_cast<Sum*>(tile.data);
+#pragma omp for schedule(dynamic)
+    for (int64_t t = 0; t < tiles_down * tiles_across; ++t) {
+      const int64_t row = t / tiles_across * rows, m = min_of(rows, e.m - row);
+      const int64_t col = t % tiles_across * cols, n = min_of(cols, e.n - col);
+      for (int64_t k = 0; k < e.k; k += KC) {
+        const int64_t kc = min_of(KC, e.k - k);
+        a.template pack<MR>(row, m, k, kc, packed_a.data);
+        b.template pack<NR>(col, n, k, kc, packed_b.data);
+        for (int64_t j = 0; j < n; j += NR)
+          for (int64_t i = 0; i < m; i += MR) {
+            const lane *pa = packed_a.data + i * kc, *pb = packed_b.data + j * kc;
+            Sum* const out = sums + i * stride + j;
+            if (m - i == 1) multiply_panels<Lanes, 1>(kc, pa, pb, out, stride, k == 0);
+            else if (m - i <= 4) multiply_panels<Lanes, 4>(kc, pa, pb, out, stride, k == 0);
+            else multiply_panels<Lanes, MR>(kc, pa, pb, out, stride, k == 0);
+          }
+      }
+      if (e.k == 0) memset(sums, 0, static_cast<size_t>(rows * stride) * sizeof(Sum));
+      for (int64_t i = 0; i < m; ++i) epilogue(row + i, col, n, sums + i * stride, sums + rows * stride);
+    }
+  }
+}
+
+// --- few rows ---------------------------------------------------------------------------------------------
+// The same product for small m, where packing b would cost more than multiplying: dot products along k. b's rows
+// are read once, four at a time, KD lanes of each decoded to L1 and multiplied with every row of a.
+constexpr int KD = 1024;
+constexpr int kDotColumns = 4;
+
+template <class Lanes, int ROWS>
+GM_HD void dot_rows(int64_t lanes, const lane* __restrict a, int64_t a_stride, const lane* const* b,
+                    typename Lanes::Sum* out, int64_t out_stride) {
+  typename Lanes::Vector acc[ROWS][kDotColumns];
+#pragma GCC unroll 4
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < kDotColumns; ++c) acc[r][c] = Lanes::none();
+  const lane *b0 = b[0], *b1 = b[1], *b2 = b[2], *b3 = b[3];
+  for (int64_t k = 0; k < lanes; k += W) {
+    const typename Lanes::Vector bv[kDotColumns] = {Lanes::load_lanes(b0 + k), Lanes::load_lanes(b1 + k),
+                                                    Lanes::load_lanes(b2 + k), Lanes::load_lanes(b3 + k)};
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r) {
+      const typename Lanes::Vector av = Lanes::load_lanes(a + r * a_stride + k);
+#pragma GCC unroll 4
+      for (int c = 0; c < kDotColumns; ++c) acc[r][c] = Lanes::madd(acc[r][c], av, bv[c]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < kDotColumns; ++c) out[r * out_stride + c] += Lanes::total(acc[r][c]);
+}
+
+template <class Lanes, class A, class B, class Epilogue>
+void dot_products(const Extent& e, const Rows<A>& a, const Rows<B>& b, const Epilogue& epilogue) {
+  if (e.m <= 0 || e.n <= 0) return;
+  typedef typename Lanes::Sum Sum;
+  constexpr int rows_at_once = GM_LEVEL >= 2 ? 4 : 2;
+  constexpr int64_t chunk = 32;  // columns of one epilogue call
+  // a whole, as lanes, each row padded to whole vectors.
+  const int64_t stride = round_up(e.k, W);
+  Scratch all_a(e.m * stride);
+  for (int64_t i = 0; i < e.m; ++i) {
+    lane* out = all_a.data + i * stride;
+    const lane* in = a.reader.read(i, 0, e.k, out);
+    if (in != out) memcpy(out, in, static_cast<size_t>(e.k) * sizeof(lane));
+    for (int64_t k = e.k; k < stride; ++k) out[k] = 0;
+  }
+  const bool parallel = static_cast<double>(e.n) * static_cast<double>(e.k) > 3e4;
+#pragma omp parallel if (parallel)
+  {
+    constexpr int64_t lanes_per_sum = sizeof(Sum) / sizeof(lane);
+    Scratch buffers(kDotColumns * (KD + W)), sums_scratch((e.m + 1) * chunk * lanes_per_sum);
+    Sum* const sums = reinterpret_cast<Sum*>(sums_scratch.data);
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < divide_up(e.n, chunk); ++t) {
+      const int64_t col = t * chunk, n = min_of(chunk, e.n - col);
+      memset(sums, 0, static_cast<size_t>(e.m * chunk) * sizeof(Sum));
+      for (int64_t c = 0; c < n; c += kDotColumns)
+        for (int64_t k = 0; k < e.k; k += KD) {
+          const int64_t kd = min_of(KD, e.k - k), padded = round_up(kd, W);
+          const lane* rows[kDotColumns];
+          for (int r = 0; r < kDotColumns; ++r) {
+            lane* buffer = buffers.data + r * (KD + W);
+            // The last columns may be missing: their sums are made of the last row and never looked at.
+            rows[r] = b.reader.read(col + min_of(c + r, n - 1), k, kd, buffer);
+            if (padded == kd) continue;
+            if (rows[r] != buffer) memcpy(buffer, rows[r], static_cast<size_t>(kd) * sizeof(lane));
+            for (int64_t i = kd; i < padded; ++i) buffer[i] = 0;
+            rows[r] = buffer;
+          }
+          int64_t i = 0;
+          for (; i + rows_at_once <= e.m; i += rows_at_once)
+            dot_rows<Lanes, rows_at_once>(padded, all_a.data + i * stride + k, stride, rows, sums + i * chunk + c, chunk);
+          for (; i < e.m; ++i) dot_rows<Lanes, 1>(padded, all_a.data + i * stride + k, stride, rows, sums + i * chunk + c, chunk);
+        }
+      for (int64_t i = 0; i < e.m; ++i) epilogue(i, col, n, sums + i * chunk, sums + e.m * chunk);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace gradmill

@@ -1,0 +1,51 @@
+// Gradient projections: into a smaller space, and back into the weight.
+#include "gemm.h"
+
+namespace gradmill {
+namespace {
+
+struct StoreRows {
+  float* out;
+  int64_t columns;
+  void operator()(int64_t row, int64_t col, int64_t n, const float* sums, float*) const {
+    memcpy(out + row * columns + col, sums, static_cast<size_t>(n) * sizeof(float));
+  }
+};
+
+void project(const ProjectArgs& p) {
+  const FloatReader grad{plain_matrix(p.grad, p.grad_code, p.m, p.n)}, basis{p.basis};
+  const int64_t rank = p.basis.rows;
+  if (p.left) gemm<FloatLanes>({rank, p.n, p.m}, Rows<FloatReader>{basis}, Columns<FloatReader>{grad}, StoreRows{p.out, p.n});
+  else gemm<FloatLanes>({p.m, rank, p.n}, Rows<FloatReader>{grad}, Rows<FloatReader>{basis}, StoreRows{p.out, rank});
+}
+
+// Receives rows of `back`, whole blocks of the weight at a time.
+struct UpdateWeight {
+  const ProjectBackArgs& p;
+  void operator()(int64_t row, int64_t col, int64_t n, float* __restrict back, float* __restrict old_values) const {
+    decode_tile(p.weight, row, col, n, old_values);
+    for (int64_t j = 0; j < n; ++j) back[j] = old_values[j] * p.decay + p.alpha * back[j];
+    update_tile(p.weight, row, col, n, old_values, back, &p.key);
+  }
+};
+
+void project_back(const ProjectBackArgs& p) {
+  const Matrix& w = p.weight;
+  const int64_t rank = p.basis.rows;
+  const Extent extent{w.rows, w.cols, rank, is_blocked(w.code) ? w.block : NR};
+  const FloatReader basis{p.basis};
+  const UpdateWeight epilogue{p};
+  if (p.left) {
+    const FloatReader update{plain_matrix(p.update, kF32, rank, w.cols)};
+    gemm<FloatLanes>(extent, Columns<FloatReader>{basis}, Columns<FloatReader>{update}, epilogue);
+  } else {
+    const FloatReader update{plain_matrix(p.update, kF32, w.rows, rank)};
+    gemm<FloatLanes>(extent, Rows<FloatReader>{update}, Columns<FloatReader>{basis}, epilogue);
+  }
+}
+
+}  // namespace
+
+const ProjectionKernels GM_TABLE(projection) = {project, project_back};
+
+}  // namespace gradmill

@@ -1,0 +1,154 @@
+// A thin vector wrapper, one per instruction-set level: W lanes of 32 bits, as floats (vf) or integers (vi).
+// Only what the matrix kernels use. The portable one is written in the vector extensions of GCC and clang, so
+// that any CPU can compile it.
+#pragma once
+#include "../common/common.h"
+
+#if GM_LEVEL >= 1
+#include <immintrin.h>
+#endif
+
+namespace gradmill {
+namespace {
+
+// 32 bits of anything: a float, two int16 or four int8. Buffers are moved and transposed in this unit.
+typedef uint32_t lane __attribute__((may_alias));
+
+#if GM_LEVEL >= 1
+GM_HD float sum8(__m256 x) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+GM_HD int32_t sum8(__m256i x) {
+  __m128i s = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
+}
+#endif
+
+// Shuffles of 512-bit vectors are written with __builtin_shufflevector: gcc 12 warns inside its own intrinsics.
+#if GM_LEVEL >= 2
+
+constexpr int W = 16;
+typedef __m512 vf;
+typedef __m512i vi;
+
+GM_HD vf load(const void* p) { return _mm512_loadu_ps(p); }
+GM_HD void store(void* p, vf x) { _mm512_storeu_ps(p, x); }
+GM_HD vf zero() { return _mm512_setzero_ps(); }
+GM_HD vf broadcast(float x) { return _mm512_set1_ps(x); }
+GM_HD vf fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+GM_HD vf add(vf a, vf b) { return _mm512_add_ps(a, b); }
+GM_HD float sum(vf x) {
+  return sum8(_mm256_add_ps(__builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7),
+                            __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15)));
+}
+
+GM_HD vi load_int(const void* p) { return _mm512_loadu_si512(p); }
+GM_HD void store(void* p, vi x) { _mm512_storeu_si512(p, x); }
+GM_HD vi zero_int() { return _mm512_setzero_si512(); }
+GM_HD vi broadcast_int(int32_t x) { return _mm512_set1_epi32(x); }
+GM_HD vi add(vi a, vi b) { return _mm512_add_epi32(a, b); }
+GM_HD int32_t sum(vi x) {
+  return sum8(_mm256_add_epi32(__builtin_shufflevector(x, x, 0, 1, 2, 3), __builtin_shufflevector(x, x, 4, 5, 6, 7)));
+}
+// acc + a0*b0 + a1*b1 over the int16 pairs of each lane
+GM_HD vi madd_pairs(vi acc, vi a, vi b) { return _mm512_add_epi32(acc, _mm512_madd_epi16(a, b)); }
+#if GM_LEVEL >= 3
+// acc + the four products (uint8 a) * (int8 b) of each lane, modulo 2^32
+GM_HD vi madd_quads(vi acc, vi a, vi b) { return _mm512_dpbusd_epi32(acc, a, b); }
+#endif
+
+GM_HD void transpose(vf (&r)[W]) {
+  vf t[W];
+  for (int i = 0; i < W; i += 2) {  // pairs of rows
+    t[i] = __builtin_shufflevector(r[i], r[i + 1], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
+    t[i + 1] = __builtin_shufflevector(r[i], r[i + 1], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+  }
+  for (int i = 0; i < W; i += 4)  // fours: r[i + c] has column 4q + c in its 128-bit part q
+    for (int h = 0; h < 2; ++h) {
+      r[i + 2 * h] = __builtin_shufflevector(t[i + h], t[i + h + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+      r[i + 2 * h + 1] = __builtin_shufflevector(t[i + h], t[i + h + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+    }
+  for (int c = 0; c < 4; ++c) {  // the 128-bit parts themselves, 4 x 4
+    vf a = __builtin_shufflevector(r[c], r[c + 4], 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
+    vf b = __builtin_shufflevector(r[c], r[c + 4], 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+    vf d = __builtin_shufflevector(r[c + 8], r[c + 12], 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
+    vf e = __builtin_shufflevector(r[c + 8], r[c + 12], 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+    t[c] = __builtin_shufflevector(a, d, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
+    t[c + 4] = __builtin_shufflevector(b, e, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
+    t[c + 8] = __builtin_shufflevector(a, d, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+    t[c + 12] = __builtin_shufflevector(b, e, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+  }
+  for (int i = 0; i < W; ++i) r[i] = t[i];
+}
+
+#elif GM_LEVEL == 1
+
+constexpr int W = 8;
+typedef __m256 vf;
+typedef __m256i vi;
+
+GM_HD vf load(const void* p) { return _mm256_loadu_ps(static_cast<const float*>(p)); }
+GM_HD void store(void* p, vf x) { _mm256_storeu_ps(static_cast<float*>(p), x); }
+GM_HD vf zero() { return _mm256_setzero_ps(); }
+GM_HD vf broadcast(float x) { return _mm256_set1_ps(x); }
+GM_HD vf fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
+GM_HD vf add(vf a, vf b) { return _mm256_add_ps(a, b); }
+GM_HD float sum(vf x) { return sum8(x); }
+
+GM_HD vi load_int(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+GM_HD void store(void* p, vi x) { _mm256_storeu_si256(static_cast<__m256i*>(p), x); }
+GM_HD vi zero_int() { return _mm256_setzero_si256(); }
+GM_HD vi broadcast_int(int32_t x) { return _mm256_set1_epi32(x); }
+GM_HD vi add(vi a, vi b) { return _mm256_add_epi32(a, b); }
+GM_HD int32_t sum(vi x) { return sum8(x); }
+// acc + a0*b0 + a1*b1 over the int16 pairs of each lane
+GM_HD vi madd_pairs(vi acc, vi a, vi b) { return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b)); }
+
+GM_HD void transpose(vf (&r)[W]) {
+  __m256 t[W];
+  for (int i = 0; i < W; i += 2) {
+    t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < W; i += 4)
+    for (int h = 0; h < 2; ++h) {
+      r[i + 2 * h] = _mm256_shuffle_ps(t[i + h], t[i + h + 2], 0x44);
+      r[i + 2 * h + 1] = _mm256_shuffle_ps(t[i + h], t[i + h + 2], 0xee);
+    }
+  for (int c = 0; c < 4; ++c) {
+    t[c] = _mm256_permute2f128_ps(r[c], r[c + 4], 0x20);
+    t[c + 4] = _mm256_permute2f128_ps(r[c], r[c + 4], 0x31);
+  }
+  for (int i = 0; i < W; ++i) r[i] = t[i];
+}
+
+#else
+
+constexpr int W = 4;
+typedef float vf __attribute__((vector_size(16)));
+
+GM_HD vf load(const void* p) {
+  vf x;
+  memcpy(&x, p, sizeof x);
+  return x;
+}
+GM_HD void store(void* p, vf x) { memcpy(p, &x, sizeof x); }
+GM_HD vf zero() { return vf{}; }
+GM_HD vf broadcast(float x) { return vf{x, x, x, x}; }
+GM_HD vf fma(vf a, vf b, vf c) { return a * b + c; }  // rounds twice: there may be no fused instruction
+GM_HD vf add(vf a, vf b) { return a + b; }
+GM_HD float sum(vf x) { return (x[0] + x[2]) + (x[1] + x[3]); }
+
+GM_HD void transpose(vf (&r)[W]) {
+  vf c0{r[0][0], r[1][0], r[2][0], r[3][0]}, c1{r[0][1], r[1][1], r[2][1], r[3][1]};
+  vf c2{r[0][2], r[1][2], r[2][2], r[3][2]}, c3{r[0][3], r[1][3], r[2][3], r[3][3]};
+  r[0] = c0, r[1] = c1, r[2] = c2, r[3] = c3;
+}
+
+#endif
+
+}  // namespace
+}  // namespace gradmill

@@ -1,0 +1,14 @@
+"""gradmill: custom kernels that make PyTorch training cheaper."""
+import torch  # first: it brings the OpenMP runtime that gradmill's native module uses
+
+from gradmill import formats, functional, nn, ops, optim, recipes
+from gradmill.convert import convert
+from gradmill.ops import BackendError, use_backend
+from gradmill.optim import CheckpointError
+from gradmill.weight import QuantizedWeight, nbytes
+
+__version__ = "0.1.0"
+
+
+__all__ = ["BackendError", "CheckpointError", "QuantizedWeight", "convert", "formats", "functional", "nbytes", "nn", "ops",
+           "optim", "recipes", "use_backend", "__version__"]

@@ -1,0 +1,204 @@
+"""The one place where ops are defined and dispatched.
+
+An op is a schema, a check, a fake kernel and a table of backends. The check runs once per call, before any pointer
+is taken; then the first live backend of the device's row runs. `use_backend` forces one.
+"""
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import importlib
+import os
+import warnings
+
+import torch
+
+BACKENDS = ("native", "triton", "torch", "reference")
+
+library = torch.library.Library("gradmill", "DEF")
+OPS: dict[str, "Op"] = {}
+
+_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("gradmill_backend", default=None)
+
+
+class BackendError(RuntimeError):
+    """No backend can run this op on this device, or the native call failed."""
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None):
+    """Runs every gradmill op inside the ``with`` block in one backend, for tests and comparisons.
+
+    Args:
+        name: "native" (C++ or CUDA C++), "triton", "torch", "reference", or None for the usual choice.
+
+    Raises:
+        ValueError: for an unknown name. An op without that backend raises :class:`BackendError` when it is called.
+    """
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"backend is {name!r}; it must be None or one of {', '.join(BACKENDS)}")
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+# --- which backends can run here --------------------------------------------------------------------------
+def native_module():
+    """gradmill._C; BackendError with the reason where it is missing."""
+    try:
+        from gradmill import _C
+        return _C
+    except ImportError as error:
+        raise BackendError(f"gradmill's native module could not be imported ({error}); reinstall gradmill") from None
+
+
+_warned: set[str] = set()
+
+
+def warn_once(message: str):
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, stacklevel=3)
+
+
+def problem(backend: str, device: str) -> str:
+    """Why ``backend`` cannot run on ``device`` ("cpu" or "cuda") here, or ""."""
+    if backend in ("reference", "torch"):
+        return ""
+    if backend == "native":
+        try:
+            native = native_module()
+        except BackendError as error:
+            return str(error)
+        return native.cuda_problem() if device == "cuda" else ""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    return "" if device == "cuda" or interpreted else "Triton runs on CPU tensors only with TRITON_INTERPRET=1"
+
+
+class Op:
+    """One op: call it with the schema's arguments.
+
+    Args:
+        name: the op is ``torch.ops.gradmill.<name>``.
+        schema: arguments and returns in torch.library's language.
+        check: called with the arguments; raises TypeError or ValueError naming the argument.
+        fake: called with the arguments; returns empty outputs of the right shape, dtype and device.
+        backends: {backend: function} with the op's arguments; a string "module:function" is imported when first used.
+        order: {"cpu": (backend, ...), "cuda": (backend, ...)}: the first live one runs.
+    """
+
+    def __init__(self, name, schema, check, fake, backends, order):
+        self.name, self.check, self.backends, self.order = name, check, backends, order
+        library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        self._chosen: dict[str, object] = {}
+        for device in ("cpu", "cuda"):
+            library.impl(name, self._runner(device), device.upper())
+
+        def fake_kernel(*args, **kwargs):
+            check(*args, **kwargs)
+            return fake(*args, **kwargs)
+
+        torch.library.register_fake(f"gradmill::{name}", fake_kernel, lib=library)
+        self._overload = getattr(torch.ops.gradmill, name).default
+        OPS[name] = self
+
+    def __call__(self, *args, **kwargs):
+        return self._overload(*args, **kwargs)
+
+    def _runner(self, device):
+        def run(*args, **kwargs):
+            self.check(*args, **kwargs)
+            return self.function(device)(*args, **kwargs)
+        return run
+
+    def status(self, device: str) -> dict[str, str]:
+        """{backend: "" if live on ``device``, else the reason it is not}, in the order they are tried."""
+        return {b: problem(b, device) for b in self.order[device]}
+
+    def backend(self, device: str) -> str:
+        """The backend a call on ``device`` would run in now."""
+        forced = _forced.get()
+        if forced is not None:
+            if forced not in self.order[device]:
+                raise BackendError(f"{self.name} has no {forced} backend on {device}; it has {', '.join(self.order[device])}")
+            reason = problem(forced, device)
+            if reason:
+                raise BackendError(f"{self.name}: backend {forced} cannot run on {device}: {reason}")
+            return forced
+        reasons = []
+        for name in self.order[device]:
+            reason = problem(name, device)
+            if not reason:
+                if reasons and name != "reference":
+                    warn_once(f"gradmill uses {name} on {device}, because {reasons[0]}")
+                elif reasons:
+                    warn_once(f"gradmill runs its slow reference on {device}: {'; '.join(reasons)}")
+                return name
+            reasons.append(f"{name} cannot run: {reason}")
+        raise BackendError(f"{self.name}: no backend can run on {device}: {'; '.join(reasons)}")
+
+    def function(self, device: str):
+        """The function a call on ``device`` runs."""
+        key = (device, _forced.get())
+        found = self._chosen.get(key)
+        if found is None:
+            name = self.backend(device)
+            found = self.backends[name]
+            if isinstance(found, str):
+                module, attribute = found.split(":")
+                found = self.backends[name] = getattr(importlib.import_module(module), attribute)
+            self._chosen[key] = found
+        return found
+
+
+# --- what native calls need -------------------------------------------------------------------------------
+def where(tensor: torch.Tensor) -> tuple[int, int]:
+    """(device index, stream) for native calls: (-1, 0) on CPU."""
+    if not tensor.is_cuda:
+        return -1, 0
+    return tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream
+
+
+def key_tuple(key: torch.Tensor | None, stream: int):
+    """(seed, step, stream) for native calls, or None."""
+    if key is None:
+        return None
+    seed, step = key.tolist()
+    return seed & 0xFFFFFFFFFFFFFFFF, step & 0xFFFFFFFF, stream & 0xFFFFFFFF
+
+
+# --- checks shared by all families ------------------------------------------------------------------------
+def describe(x) -> str:
+    if not isinstance(x, torch.Tensor):
+        return type(x).__name__
+    return f"{str(x.dtype).removeprefix('torch.')} of shape {tuple(x.shape)} on {x.device}"
+
+
+def require(condition: bool, op: str, argument: str, got, want: str, error: type = ValueError):
+    """Raises ``error`` naming the op's argument, what it got and what it wants."""
+    if not condition:
+        raise error(f"gradmill.{op}: {argument} is {describe(got) if isinstance(got, torch.Tensor) else repr(got)}; it must be {want}")
+
+
+def require_matrix(op: str, argument: str, x: torch.Tensor, dtypes, shape=None, device=None, contiguous=False):
+    """A strided 2-D tensor of one of ``dtypes``; ``shape`` entries of None are free."""
+    require(x.dtype in dtypes, op, argument, x, " or ".join(str(d).removeprefix("torch.") for d in dtypes), TypeError)
+    require(x.layout == torch.strided, op, argument, str(x.layout), "a dense (strided) tensor", TypeError)
+    require(x.dim() == 2, op, argument, x, "2-D")
+    if shape is not None:
+        require(all(want is None or want == got for want, got in zip(shape, x.shape)), op, argument, x,
+                f"of shape ({', '.join('any' if s is None else str(s) for s in shape)})")
+    if device is not None:
+        require(x.device == device, op, argument, x, f"on {device}")
+    if contiguous:
+        require(x.is_contiguous(), op, argument, f"{describe(x)} with strides {x.stride()}", "contiguous")
+
+
+def require_key(op: str, key: torch.Tensor | None):
+    if key is not None:
+        require(key.dtype == torch.int64 and key.shape == (2,) and key.device.type in ("cpu", "meta"), op, "key", key,
+                "an int64 CPU tensor [seed, step]")

@@ -1,0 +1,110 @@
+"""matmul: INT8 x INT8 with scales in the epilogue, and float x packed weight."""
+from __future__ import annotations
+
+import torch
+
+from gradmill.formats import CODES, Format, float_code
+from gradmill.ops._registry import Op, native_module, require, require_matrix, where
+from gradmill.ops.quant import FLOATS, check_packed, matrix_tuple
+from gradmill.reference import matmul as reference
+
+
+def _check_out(op, bias, dtype, columns, device):
+    require(dtype in FLOATS, op, "dtype", dtype, "float32, bfloat16 or float16", TypeError)
+    if bias is not None:
+        require(bias.dtype in FLOATS, op, "bias", bias, "float32, bfloat16 or float16", TypeError)
+        require(bias.shape == (columns,) and bias.device == device, op, "bias", bias, f"of shape ({columns},) on {device}")
+
+
+def _fp32_bias(bias):
+    return None if bias is None else bias.to(torch.float32).contiguous()
+
+
+def _pointer(t):
+    return 0 if t is None else t.data_ptr()
+
+
+# --- int8 -------------------------------------------------------------------------------------------------
+def _check_int8(a, b, a_scales, b_scales, bias, dtype):
+    op = "matmul_int8"
+    require_matrix(op, "a", a, (torch.int8,), contiguous=True)
+    require_matrix(op, "b", b, (torch.int8,), (None, a.shape[1]), a.device, contiguous=True)
+    require_matrix(op, "a_scales", a_scales, (torch.float32,), (a.shape[0], 1), a.device, contiguous=True)
+    require_matrix(op, "b_scales", b_scales, (torch.float32,), (b.shape[0], 1), a.device, contiguous=True)
+    _check_out(op, bias, dtype, b.shape[0], a.device)
+
+
+def _fake_int8(a, b, a_scales, b_scales, bias, dtype):
+    return a.new_empty((a.shape[0], b.shape[0]), dtype=dtype)
+
+
+def _native_int8(a, b, a_scales, b_scales, bias, dtype):
+    out, bias = _fake_int8(a, b, a_scales, b_scales, bias, dtype), _fp32_bias(bias)
+    if out.numel():
+        native_module().matmul_int8(*where(a), a.shape[0], b.shape[0], a.shape[1], a.data_ptr(), b.data_ptr(), a_scales.data_ptr(),
+                                    b_scales.data_ptr(), _pointer(bias), out.data_ptr(), CODES[float_code(dtype)])
+    return out
+
+
+def _torch_int8(a, b, a_scales, b_scales, bias, dtype):
+    """torch._int_mm: cuBLAS on CUDA (its shape limits padded away); int32, so K is split where it could overflow."""
+    total = None
+    for k in range(0, max(a.shape[1], 1), 1 << 17):
+        part = torch._int_mm(_padded(a[:, k:k + (1 << 17)], 32), _padded(b[:, k:k + (1 << 17)], 32).t())
+        part = part[:a.shape[0], :b.shape[0]]
+        total = part if total is None and a.shape[1] <= 1 << 17 else part.to(torch.float64) + (0 if total is None else total)
+    out = total.to(torch.float32) * a_scales * b_scales.view(1, -1)
+    return (out if bias is None else out + bias.to(torch.float32)).to(dtype)
+
+
+def _padded(x, multiple):
+    rows, columns = (-x.shape[0]) % multiple, (-x.shape[1]) % multiple
+    if x.shape[1] == 0:
+        columns = multiple
+    return torch.nn.functional.pad(x, (0, columns, 0, rows)) if rows or columns else x.contiguous()
+
+
+matmul_int8 = Op(
+    "matmul_int8", "(Tensor a, Tensor b, Tensor a_scales, Tensor b_scales, Tensor? bias, ScalarType dtype) -> Tensor",
+    _check_int8, _fake_int8,
+    backends={"native": _native_int8, "triton": "gradmill.kernels.matmul:matmul_int8", "torch": _torch_int8,
+              "reference": reference.matmul_int8},
+    order={"cpu": ("native", "triton", "torch", "reference"), "cuda": ("triton", "torch", "native", "reference")})
+"""matmul_int8(a, b, a_scales, b_scales, bias, dtype) -> (m, n)
+
+a (m, k) and b (n, k) int8, a_scales (m, 1) and b_scales (n, 1) fp32: out = (sum a b * a_scales) * b_scales + bias, the
+sum exact for any k. Bit-equal in every backend. Raises TypeError for dtypes, ValueError for shapes and layout."""
+
+
+# --- packed weight ----------------------------------------------------------------------------------------
+def _check_packed_matmul(x, codes, scales, zeros, code, block, columns, transpose, bias, dtype):
+    op = "matmul_packed"
+    check_packed(op, "", codes, scales, zeros, code, block, columns)
+    require_matrix(op, "x", x, FLOATS, (None, codes.shape[0] if transpose else columns), codes.device)
+    _check_out(op, bias, dtype, columns if transpose else codes.shape[0], x.device)
+
+
+def _fake_packed_matmul(x, codes, scales, zeros, code, block, columns, transpose, bias, dtype):
+    return x.new_empty((x.shape[0], columns if transpose else codes.shape[0]), dtype=dtype)
+
+
+def _native_packed_matmul(x, codes, scales, zeros, code, block, columns, transpose, bias, dtype):
+    x, bias = x.contiguous(), _fp32_bias(bias)
+    out = _fake_packed_matmul(x, codes, scales, zeros, code, block, columns, transpose, bias, dtype)
+    if out.numel():
+        native_module().matmul_packed(*where(x), x.shape[0], x.data_ptr(), CODES[float_code(x.dtype)],
+                                      matrix_tuple(codes, scales, zeros, Format(code, block), codes.shape[0], columns), transpose,
+                                      _pointer(bias), out.data_ptr(), CODES[float_code(dtype)])
+    return out
+
+
+matmul_packed = Op(
+    "matmul_packed", "(Tensor x, Tensor codes, Tensor scales, Tensor zeros, str code, int block, int columns, bool transpose, "
+    "Tensor? bias, ScalarType dtype) -> Tensor",
+    _check_packed_matmul, _fake_packed_matmul,
+    backends={"native": _native_packed_matmul, "triton": "gradmill.kernels.matmul:matmul_packed", "reference": reference.matmul_packed},
+    order={"cpu": ("native", "triton", "reference"), "cuda": ("native", "triton", "reference")})
+"""matmul_packed(x, codes, scales, zeros, code, block, columns, transpose, bias, dtype)
+
+x (m, columns) times the transpose of a packed (rows, columns) weight -> (m, rows); with ``transpose``, x (m, rows)
+times the weight itself -> (m, columns). fp32 accumulation; x fp32, bf16 or fp16."""

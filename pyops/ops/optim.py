@@ -1,0 +1,125 @@
+"""optim: one fused step for many tensors: rule x state format x weight format."""
+from __future__ import annotations
+
+import torch
+
+from gradmill.formats import CODES, FLOAT_DTYPES, Format, float_code
+from gradmill.ops._registry import Op, native_module, require, require_key, where
+from gradmill.ops.quant import FLOATS
+from gradmill.reference import optim as reference
+
+MAX_SCALARS = 16
+
+
+def _check_stored(op, name, i, codes, scales, zeros, format, shape):
+    rows, columns = shape
+    want = format.code_columns(columns)
+    if format.blocked:
+        require(codes.dtype == format.code_dtype, op, f"{name}[{i}]", codes, str(format.code_dtype), TypeError)
+        require(tuple(codes.shape) == (rows, want), op, f"{name}[{i}]", codes, f"of shape {(rows, want)}")
+        blocks = (rows, format.blocks(columns))
+        require(scales.dtype == torch.float32 and tuple(scales.shape) == blocks, op, f"{name}_scales[{i}]", scales, f"fp32 of shape {blocks}")
+        require(codes.is_contiguous() and scales.is_contiguous(), op, f"{name}[{i}]", codes, "contiguous, its scales too")
+        if format.has_zero_point:
+            require(zeros.dtype == torch.uint8 and tuple(zeros.shape) == blocks and zeros.is_contiguous(), op, f"{name}_zeros[{i}]",
+                    zeros, f"contiguous uint8 of shape {blocks}")
+    else:
+        dtype = FLOAT_DTYPES.get(format.code, torch.float32)
+        require(codes.dtype == dtype, op, f"{name}[{i}]", codes, str(dtype), TypeError)
+        require(codes.numel() == rows * columns, op, f"{name}[{i}]", codes, f"of {rows * columns} elements, as its gradient")
+
+
+def _check(rule, params, param_scales, param_zeros, grads, states, state_scales, scalars, key, ids, param_code, param_block,
+           state_codes, state_block):
+    op = "fused_step"
+    require(rule in reference.RULES, op, "rule", rule, f"one of {', '.join(reference.RULES)}")
+    n, count = len(params), len(state_codes)
+    param_format = Format(param_code, param_block)
+    formats = [Format(c, state_block if Format(c).blocked else 0) for c in state_codes]
+    for name, got, want in (("grads", len(grads), n), ("ids", len(ids), n), ("states", len(states), n * count),
+                            ("param_scales", len(param_scales), n if param_format.blocked else 0),
+                            ("param_zeros", len(param_zeros), n if param_format.has_zero_point else 0),
+                            ("state_scales", len(state_scales), n * count if any(f.blocked for f in formats) else 0)):
+        require(got == want, op, f"len({name})", got, str(want))
+    require(scalars.dtype == torch.float32 and scalars.device.type in ("cpu", "meta") and scalars.dim() == 2
+            and scalars.shape[0] in (1, n) and scalars.shape[1] == MAX_SCALARS, op, "scalars", scalars,
+            f"fp32 on CPU of shape (1 or {n}, {MAX_SCALARS})")
+    require_key(op, key)
+    blocks = {f.block for f in (param_format, *formats) if f.blocked and f.block}
+    require(all(max(blocks) % b == 0 for b in blocks) if blocks else True, op, "blocks", sorted(blocks), "multiples of one another")
+    for i in range(n):
+        p, g = params[i], grads[i]
+        require(g.dtype in FLOATS and g.dtype == grads[0].dtype, op, f"grads[{i}]", g, "fp32, bf16 or fp16, one dtype for all", TypeError)
+        require(g.layout == torch.strided, op, f"grads[{i}]", str(g.layout), "dense (strided)", TypeError)
+        require(g.device == p.device == params[0].device, op, f"grads[{i}]", g, f"on {params[0].device}, as its parameter")
+        shape = _matrix_shape(g)
+        require(param_format.blocked or p.shape == g.shape, op, f"grads[{i}]", g, f"of its parameter's shape {tuple(p.shape)}")
+        _check_stored(op, "params", i, p, param_scales[i] if param_format.blocked else None,
+                      param_zeros[i] if param_format.has_zero_point else None, param_format, shape)
+        for s, f in enumerate(formats):
+            _check_stored(op, "states", i * count + s, states[i * count + s], state_scales[i * count + s] if f.blocked else None,
+                          None, f, shape)
+
+
+def _matrix_shape(g):
+    """(rows, columns) of the 2-D view that formats see."""
+    if g.dim() < 2:
+        return 1, g.numel()
+    return g.shape[0], g.numel() // g.shape[0] if g.shape[0] else 0
+
+
+def _fake(*args, **kwargs):
+    return None
+
+
+def _native(rule, params, param_scales, param_zeros, grads, states, state_scales, scalars, key, ids, param_code, param_block,
+            state_codes, state_block):
+    if not params:
+        return
+    native = native_module()
+    count, param_format = len(state_codes), Format(param_code, param_block)
+    has_scales = [Format(c).blocked for c in state_codes]
+    table, copies = [], []
+
+    def contiguous(t):
+        # Elements are numbered in logical order (Philox, blocks): any other layout works on a copy.
+        if t.is_contiguous():
+            return t
+        copy = t.contiguous()
+        copies.append((t, copy))
+        return copy
+
+    for i, (p, g) in enumerate(zip(params, grads)):
+        if not g.numel():
+            continue
+        g, p = g.contiguous(), contiguous(p)
+        copies.append((None, g))  # keeps a temporary alive until the call
+        table += (p.data_ptr(), param_scales[i].data_ptr() if param_format.blocked else 0,
+                  param_zeros[i].data_ptr() if param_format.has_zero_point else 0, *_matrix_shape(g), g.data_ptr(), ids[i])
+        for s in range(i * count, (i + 1) * count):
+            table += (contiguous(states[s]).data_ptr(), state_scales[s].data_ptr() if has_scales[s - i * count] else 0)
+    seed, step = key.tolist()
+    native.fused_step(*where(params[0]), native.rules[rule][0], CODES[param_code], param_block, CODES[float_code(grads[0].dtype)],
+                      [CODES[c] for c in state_codes], state_block, table, scalars.flatten().tolist(), seed & 0xFFFFFFFFFFFFFFFF,
+                      step & 0xFFFFFFFF)
+    for original, copy in copies:
+        if original is not None:
+            original.copy_(copy)
+
+
+fused_step = Op(
+    "fused_step",
+    "(str rule, Tensor(a!)[] params, Tensor(b!)[] param_scales, Tensor(c!)[] param_zeros, Tensor[] grads, Tensor(d!)[] states, "
+    "Tensor(e!)[] state_scales, Tensor scalars, Tensor key, int[] ids, str param_code, int param_block, str[] state_codes, "
+    "int state_block) -> ()",
+    _check, _fake,
+    backends={"native": _native, "triton": "gradmill.kernels.optim:fused_step", "reference": reference.fused_step},
+    order={"cpu": ("native", "triton", "reference"), "cuda": ("native", "triton", "reference")})
+"""fused_step(rule, params, param_scales, param_zeros, grads, states, state_scales, scalars, key, ids, param_code,
+param_block, state_codes, state_block)
+
+Steps every tensor in place by ``rule``. All tensors of a call share formats and gradient dtype. params are stored in
+Format(param_code, param_block): plain tensors of any shape, or codes (rows, ...) with param_scales and param_zeros.
+states are listed tensor by tensor, state_scales likewise (empty tensors for plain states). scalars is fp32 on CPU,
+(1 or tensors, 16): [0] multiplies the gradient, the rest is the rule's (pyops/optim/rules.py). key = [seed, step] and
+ids number the random words; bf16 and quantised params round stochastically, states to nearest."""

@@ -1,0 +1,111 @@
+"""quant: fp32/bf16/fp16 to and from every blocked code."""
+from __future__ import annotations
+
+import torch
+
+from gradmill.formats import CODES, FLOAT_DTYPES, Format, float_code
+from gradmill.ops._registry import Op, key_tuple, native_module, require, require_key, require_matrix, where
+from gradmill.reference import quant as reference
+
+BLOCKED = tuple(code for code in CODES if Format(code).blocked)
+FLOATS = tuple(FLOAT_DTYPES.values())
+
+
+def check_format(op: str, code: str, block: int) -> Format:
+    require(code in BLOCKED, op, "code", code, f"one of {', '.join(BLOCKED)}")
+    require(block >= 0 and (block % 2 == 0 or Format(code).bits == 8), op, "block", block,
+            "0 (a whole row) or positive, and even for 4-bit codes")
+    return Format(code, block)
+
+
+def check_packed(op: str, name: str, codes, scales, zeros, code: str, block: int, columns: int, rows: int | None = None):
+    """codes, scales and zeros of a (rows, columns) matrix in format (code, block)."""
+    format = check_format(op, code, block)
+    require(columns >= 0, op, "columns", columns, "0 or more")
+    require_matrix(op, f"{name}codes", codes, (format.code_dtype,), (rows, format.code_columns(columns)), contiguous=True)
+    shape = (codes.shape[0], format.blocks(columns))
+    require_matrix(op, f"{name}scales", scales, (torch.float32,), shape, codes.device, contiguous=True)
+    if format.has_zero_point:
+        require_matrix(op, f"{name}zeros", zeros, (torch.uint8,), shape, codes.device, contiguous=True)
+    return format
+
+
+def matrix_tuple(codes, scales, zeros, format: Format, rows: int, columns: int):
+    """A stored matrix for native code: (codes, scales, zeros, code, rows, columns, block)."""
+    return (codes.data_ptr(), scales.data_ptr() if scales is not None else 0, zeros.data_ptr() if zeros is not None else 0,
+            CODES[format.code], rows, columns, format.block or columns)
+
+
+# --- quantize ---------------------------------------------------------------------------------------------
+def _check_quantize(x, code, block=0, transpose=False, key=None, stream=0):
+    check_format("quantize", code, block)
+    require_matrix("quantize", "x", x, FLOATS)
+    require_key("quantize", key)
+
+
+def _empty_quantized(x, code, block, transpose):
+    format = Format(code, block)
+    rows, columns = x.shape[::-1] if transpose else x.shape
+    shape = (rows, format.blocks(columns))
+    return (x.new_empty((rows, format.code_columns(columns)), dtype=format.code_dtype), x.new_empty(shape, dtype=torch.float32),
+            x.new_empty(shape if format.has_zero_point else (0,), dtype=torch.uint8))
+
+
+def _fake_quantize(x, code, block=0, transpose=False, key=None, stream=0):
+    return _empty_quantized(x, code, block, transpose)
+
+
+def _native_quantize(x, code, block=0, transpose=False, key=None, stream=0):
+    if x.stride(1) != 1 and x.shape[1] > 1:
+        if x.stride(0) == 1 or x.shape[0] == 1:
+            x, transpose = x.t(), not transpose  # a transposed view: read it the other way, no copy
+        else:
+            x = x.contiguous()
+    if x.stride(0) < x.shape[1] and x.shape[0] > 1:
+        x = x.contiguous()  # an expanded or overlapping view
+    codes, scales, zeros = _empty_quantized(x, code, block, transpose)
+    rows, columns = x.shape[::-1] if transpose else x.shape
+    if codes.numel():
+        native_module().quantize(*where(x), x.data_ptr(), CODES[float_code(x.dtype)], x.stride(0),
+                                 matrix_tuple(codes, scales, zeros, Format(code, block), rows, columns), transpose,
+                                 key_tuple(key, stream))
+    return codes, scales, zeros
+
+
+quantize = Op(
+    "quantize", "(Tensor x, str code, int block=0, bool transpose=False, Tensor? key=None, int stream=0) -> (Tensor, Tensor, Tensor)",
+    _check_quantize, _fake_quantize,
+    backends={"native": _native_quantize, "triton": "gradmill.kernels.quant:quantize", "reference": reference.quantize},
+    order={"cpu": ("native", "triton", "reference"), "cuda": ("native", "triton", "reference")})
+"""quantize(x, code, block=0, transpose=False, key=None, stream=0) -> (codes, scales, zeros)
+
+x (rows, columns) fp32, bf16 or fp16 in the format ``Format(code, block)``; with ``transpose``, x^T (a scale per
+column of x when block is 0). Rounds half to even, or stochastically with ``key`` = int64 CPU tensor [seed, step] and
+``stream`` = tensor id << 8 | purpose. zeros is empty for codes without a zero point. A nan or inf makes its block's
+scale nan. Raises TypeError for dtypes, ValueError for shapes, code and block."""
+
+
+# --- dequantize -------------------------------------------------------------------------------------------
+def _check_dequantize(codes, scales, zeros, code, block, columns, dtype):
+    check_packed("dequantize", "", codes, scales, zeros, code, block, columns)
+    require(dtype in FLOATS, "dequantize", "dtype", dtype, "float32, bfloat16 or float16", TypeError)
+
+
+def _fake_dequantize(codes, scales, zeros, code, block, columns, dtype):
+    return codes.new_empty((codes.shape[0], columns), dtype=dtype)
+
+
+def _native_dequantize(codes, scales, zeros, code, block, columns, dtype):
+    out = _fake_dequantize(codes, scales, zeros, code, block, columns, dtype)
+    if out.numel():
+        native_module().dequantize(*where(codes), matrix_tuple(codes, scales, zeros, Format(code, block), *out.shape),
+                                   out.data_ptr(), CODES[float_code(dtype)])
+    return out
+
+
+dequantize = Op(
+    "dequantize", "(Tensor codes, Tensor scales, Tensor zeros, str code, int block, int columns, ScalarType dtype) -> Tensor",
+    _check_dequantize, _fake_dequantize,
+    backends={"native": _native_dequantize, "triton": "gradmill.kernels.quant:dequantize", "reference": reference.dequantize},
+    order={"cpu": ("native", "triton", "reference"), "cuda": ("native", "triton", "reference")})
+"""dequantize(codes, scales, zeros, code, block, columns, dtype) -> (rows, columns) of ``dtype``."""

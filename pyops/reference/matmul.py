@@ -1,0 +1,25 @@
+"""Reference of the matmul family."""
+from __future__ import annotations
+
+import torch
+
+from gradmill.reference.quant import dequantize
+
+
+def matmul_int8(a, b, a_scales, b_scales, bias, dtype):
+    """out = (float(a b^T) * a_scales) * b_scales^T (+ bias), the integer sum exact: see gradmill.ops.matmul."""
+    # float64 adds integers below 2^53 exactly, far faster than an integer matmul in torch
+    total = (a.to(torch.float64) @ b.to(torch.float64).t()).to(torch.float32)
+    out = total * a_scales.view(-1, 1) * b_scales.view(1, -1)
+    if bias is not None:
+        out = out + bias.to(torch.float32)
+    return out.to(dtype)
+
+
+def matmul_packed(x, codes, scales, zeros, code, block, columns, transpose, bias, dtype):
+    """x (dequantised w)^T (+ bias), or x w if ``transpose``: see gradmill.ops.matmul."""
+    w = dequantize(codes, scales, zeros, code, block, columns, torch.float64)
+    out = x.to(torch.float64) @ (w if transpose else w.t())
+    if bias is not None:
+        out = out + bias.to(torch.float64)
+    return out.to(dtype)

@@ -1,0 +1,55 @@
+"""Reference of the projection family.
+
+The basis B is (rank, d), its rows the basis vectors, stored packed. side "right" projects the columns of the
+gradient G (m, d): R = G B^T; side "left" its rows, G (d, n): R = B G.
+Source: Zhao et al., "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection"; Zhang et al., "Q-GaLore".
+"""
+from __future__ import annotations
+
+import torch
+
+from gradmill.formats import Format
+from gradmill.reference import optim, philox
+from gradmill.reference.quant import dequantize
+
+
+def project(grad, codes, scales, zeros, code, block, left):
+    """See gradmill.ops.projection.project."""
+    d = grad.shape[0] if left else grad.shape[1]
+    basis = dequantize(codes, scales, zeros, code, block, d, torch.float64)
+    grad = grad.to(torch.float64)
+    return (basis @ grad if left else grad @ basis.t()).to(torch.float32)
+
+
+def project_back(weight, weight_scales, weight_zeros, weight_code, weight_block, columns, update, codes, scales, zeros, code, block,
+                 left, scalars, key, stream):
+    """See gradmill.ops.projection.project_back."""
+    format = Format(weight_code, weight_block)
+    decay, alpha = scalars.tolist()
+    matrix = optim.as_matrix(weight)
+    d = matrix.shape[0] if left else columns
+    basis = dequantize(codes, scales, zeros, code, block, d, torch.float64)
+    back = (basis.t() @ update.double() if left else update.double() @ basis).to(torch.float32)
+    old = optim.load(matrix, weight_scales, weight_zeros, format, columns)
+    rounding = key if weight_code not in ("fp32", "fp16") else None
+    optim.write(matrix, weight_scales, weight_zeros, format, old * decay + alpha * back, rounding, stream, old=old)
+
+
+def random_basis(rank, d, key, stream):
+    """(rank, d) fp32 standard normals from Philox (Box-Muller), rows then orthonormalised."""
+    seed, step = key.tolist()
+    words = philox.words(seed, step, stream, 0, 2 * rank * d).view(2, rank, d).to(torch.float64)
+    u = (words + 0.5) * 2.0 ** -32
+    return (torch.sqrt(-2 * torch.log(u[0])) * torch.cos(2 * torch.pi * u[1])).to(torch.float32)
+
+
+def subspace_basis(grad, previous, rank, iterations, left, key, stream):
+    """See gradmill.ops.projection.subspace_basis: block power iteration in float64 with Householder QR."""
+    g = grad.to(torch.float64)
+    if left:
+        g = g.t()  # now the projected side is columns: (m, d)
+    q = previous if previous is not None else random_basis(rank, g.shape[1], key, stream).to(g.device)
+    q = q.to(torch.float64).t()
+    for _ in range(iterations):
+        q = torch.linalg.qr(g.t() @ (g @ torch.linalg.qr(q).Q)).Q
+    return q.t().to(torch.float32).contiguous()

@@ -1,0 +1,135 @@
+"""QuantizedWeight: a weight that trains while it is stored in a few bits."""
+from __future__ import annotations
+
+import torch
+from torch.utils._pytree import tree_map
+
+from gradmill import formats
+from gradmill.formats import Format
+from gradmill.ops.quant import dequantize, quantize
+
+__all__ = ["QuantizedWeight", "nbytes"]
+
+aten = torch.ops.aten
+
+
+class QuantizedWeight(torch.Tensor):
+    """A tensor stored in a quantised format that looks like a float tensor to autograd.
+
+    An integer Parameter cannot require a gradient; this wrapper can. Its dtype (float32, bfloat16 or float16) is the
+    gradient's; ``codes``, ``scales`` and ``zeros`` are what exists in memory (see :class:`gradmill.formats.Format`; a
+    weight of more than two dimensions counts as ``flatten(1)``). gradmill's layers and optimizers read and write the
+    codes; any other torch op sees the dequantised values, and one that writes into the weight (``copy_``, ``nn.init``)
+    quantises what it wrote, rounding to nearest.
+
+    Build one with :meth:`quantize`.
+    """
+
+    @staticmethod
+    def __new__(cls, codes, scales, zeros, format: Format, shape, dtype, requires_grad=False):
+        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=codes.device, requires_grad=requires_grad)
+
+    def __init__(self, codes, scales, zeros, format: Format, shape, dtype, requires_grad=False):
+        self.codes, self.scales, self.zeros, self.format = codes, scales, zeros, format
+
+    @classmethod
+    def quantize(cls, x: torch.Tensor, format: str | Format = "int8", requires_grad: bool | None = None) -> "QuantizedWeight":
+        """x (float32, bfloat16 or float16, at least 2-D) in ``format``, rounded to nearest.
+
+        Raises:
+            TypeError: for another dtype.
+            ValueError: for fewer than two dimensions, or a format that is not quantised.
+        """
+        format = formats.get(format)
+        if not format.blocked:
+            raise ValueError(f"format is {format}; a QuantizedWeight needs a quantised one")
+        if formats.float_code(x.dtype) is None:
+            raise TypeError(f"x is {x.dtype}; a QuantizedWeight needs float32, bfloat16 or float16")
+        if x.dim() < 2:
+            raise ValueError(f"x has shape {tuple(x.shape)}; a QuantizedWeight needs at least two dimensions")
+        if isinstance(x, QuantizedWeight):
+            x = x.dequantize()
+        stored = quantize(x.detach().reshape(x.shape[0], -1), format.code, format.block)
+        return cls(*stored, format, x.shape, x.dtype, x.requires_grad if requires_grad is None else requires_grad)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The values as a plain tensor of this weight's shape, in its dtype or ``dtype``. No gradient."""
+        columns = self.shape[1:].numel()
+        return dequantize(self.codes, self.scales, self.zeros, self.format.code, self.format.block, columns,
+                          dtype or self.dtype).view(self.shape)
+
+    def _like(self, inner, dtype=None) -> "QuantizedWeight":
+        return QuantizedWeight(*(inner(t) for t in (self.codes, self.scales, self.zeros)), self.format, self.shape, dtype or self.dtype)
+
+    def _assign(self, value: torch.Tensor):
+        """In place: this weight becomes ``value``."""
+        if isinstance(value, QuantizedWeight) and value.format == self.format:
+            stored = value.codes, value.scales, value.zeros
+        else:
+            value = value.dequantize() if isinstance(value, QuantizedWeight) else value
+            value = value.to(device=self.device, dtype=value.dtype if formats.float_code(value.dtype) else torch.float32)
+            stored = quantize(value.expand(self.shape).reshape(self.shape[0], -1), self.format.code, self.format.block)
+        for mine, theirs in zip((self.codes, self.scales, self.zeros), stored):
+            mine.copy_(theirs)
+
+    def __tensor_flatten__(self):
+        return ["codes", "scales", "zeros"], (self.format, self.dtype)
+
+    @staticmethod
+    def __tensor_unflatten__(inner, meta, outer_size, outer_stride):
+        return QuantizedWeight(inner["codes"], inner["scales"], inner["zeros"], meta[0], outer_size, meta[1])
+
+    def __repr__(self, *, tensor_contents=None):
+        return (f"QuantizedWeight({tuple(self.shape)}, {self.format.code} in blocks of {self.format.block or 'a row'}, "
+                f"dtype={self.dtype}, device='{self.device}', requires_grad={self.requires_grad})")
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in (aten.detach.default, aten.alias.default):
+            return args[0]._like(lambda t: t)
+        if func is aten.clone.default:
+            return args[0]._like(torch.clone)
+        if func is aten._to_copy.default:
+            dtype = kwargs.get("dtype") or args[0].dtype
+            device = kwargs.get("device")
+            if formats.float_code(dtype):
+                blocking = kwargs.get("non_blocking", False)
+                return args[0]._like(lambda t: t.to(device=device, non_blocking=blocking, copy=True), dtype)
+        if func is aten.copy_.default and isinstance(args[0], QuantizedWeight):
+            args[0]._assign(args[1])
+            return args[0]
+        # Anything else works on the values; what it writes into a QuantizedWeight is quantised afterwards.
+        written = []
+
+        def plain(x):
+            if not isinstance(x, QuantizedWeight):
+                return x
+            value = x.dequantize()
+            written.append((x, value))
+            return value
+
+        mutates = func._schema.is_mutable
+        result = func(*tree_map(plain, args), **tree_map(plain, kwargs))
+        if not mutates:
+            return result
+        targets = [a for a, schema in zip(args, func._schema.arguments) if schema.alias_info is not None and schema.alias_info.is_write]
+        targets += [kwargs[s.name] for s in func._schema.arguments if s.name in kwargs and s.alias_info is not None and s.alias_info.is_write]
+        for weight, value in written:
+            if any(t is weight for t in targets):
+                weight._assign(value)
+                if result is value:
+                    result = weight
+        return result
+
+
+torch.serialization.add_safe_globals([QuantizedWeight, Format])
+
+
+def nbytes(tensor: torch.Tensor) -> int:
+    """Bytes that a tensor really holds: of a QuantizedWeight its codes, scales and zero points."""
+    if isinstance(tensor, QuantizedWeight):
+        return tensor.codes.nbytes + tensor.scales.nbytes + tensor.zeros.nbytes
+    return tensor.nbytes
