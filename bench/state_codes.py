@@ -268,6 +268,7 @@ PAIRS = [
     ("offset e2m5", "sqrt >=1", True),
     ("offset e2m5", "offset sqrt e3m5", True),
     ("offset e2m5", "offset sqrt e2m6", True),
+    ("offset e3m4", "offset sqrt e3m5 dithered", True),
     ("offset e2m5", "offset sqrt e3m5 dithered", True),
     ("offset e4m3", "offset sqrt e3m5", False),
     ("bnb dynamic", "bnb dynamic", True),
@@ -524,7 +525,7 @@ def train(mcode, vcode, seed, steps, betas, lr=1e-3, wd=0.01, jitter=0.0,
     if coded:
         live = v0 > 0
         out["drift_r"] = rel(v.sqrt(), v0.sqrt())
-        # gain < 1: coded updates are smaller than the exact ones
+        # gain > 1: coded updates are larger than the exact ones
         out["gain"] = (v0[live].sqrt() / v[live].sqrt().clamp_min(1e-30)
                        ).clamp_max(1e6).log2().mean().exp2().item()
         out["drift_up"] = rel(up, update_of(m0, v0, betas, steps))
@@ -627,7 +628,8 @@ def main():
         f"Model: byte-level decoder, {n / 1e6:.2f} M parameters, d={DIM}, "
         f"{LAYERS} layers, batch {BATCH} x {SEQ}; AdamW lr 1e-3, wd 0.01, "
         f"eps 1e-8; text: the Python standard library's sources. Blocks of "
-        f"{BLOCK}, fp32 scale, nearest rounding.", ""]
+        f"{BLOCK}, fp32 scale, nearest rounding "
+        "unless dithered.", ""]
 
     def table(head, rows):
         doc.append("| " + " | ".join(head) + " |")
@@ -688,8 +690,8 @@ def main():
             "fp32 states with the same seed, then averaged (each seed's in "
             "brackets). Drift: coded states against an unrounded shadow fed "
             "the same gradients, last step. Gain: geometric mean of "
-            "sqrt(v exact) / sqrt(v coded); below 1 the steps are too "
-            "short.", ""]
+            "sqrt(v exact) / sqrt(v coded); above 1 the steps are too "
+            "long.", ""]
     ref, rows = names[0], []
     for k in names:
         each = ", ".join(f"{r['val'] - runs[ref][i]['val']:+.4f}"

@@ -95,23 +95,44 @@ struct Rows {
   }
 };
 
-// The stored rows run across the panels, one for each k: panels are slices of them.
+// The stored rows run across the panels, one for each k: panels are slices of them. Eight rows are decoded before
+// their slices are copied: a panel then receives whole runs of cache lines rather than one here and there.
 template <class Reader>
 struct Columns {
   Reader reader;
   template <int R>
   void pack(int64_t first, int64_t count, int64_t k0, int64_t kc, lane* panels) const {
-    Scratch buffer(count);
-    for (int64_t k = 0; k < kc; ++k) {
-      const lane* row = reader.read(k0 + k, first, count, buffer.data);
-      lane* out = panels + k * R;
-      int64_t i = 0;
-      for (; i + R <= count; i += R, out += R * kc) memcpy(out, row + i, R * sizeof(lane));
-      if (i < count)
-        for (int r = 0; r < R; ++r) out[r] = i + r < count ? row[i + r] : 0;
+    constexpr int group = 8;
+    const int64_t stride = count + W;  // not a power of two: eight rows a page apart would share a cache set
+    Scratch buffer(group * stride);
+    for (int64_t k = 0; k < kc; k += group) {
+      const int live = static_cast<int>(min_of(group, kc - k));
+      const lane* rows[group];
+      for (int r = 0; r < live; ++r) rows[r] = reader.read(k0 + k + r, first, count, buffer.data + r * stride);
+      for (int64_t i = 0; i < count; i += R) {
+        lane* out = panels + i * kc + k * R;
+        if (i + R <= count)
+          for (int r = 0; r < live; ++r) memcpy(out + r * R, rows[r] + i, R * sizeof(lane));
+        else
+          for (int r = 0; r < live; ++r)
+            for (int c = 0; c < R; ++c) out[r * R + c] = i + c < count ? rows[r][i + c] : 0;
+      }
     }
   }
 };
+
+// decode_one_block with int4 by hand: gcc's version of interleaving nibbles is several times slower.
+inline void decode_run(int code, const char* codes, Block b, int64_t n, float* __restrict out) {
+#if GM_LEVEL >= 1
+  if (code == kInt4 || code == kUInt4) {
+    const NibbleDecoder decoder(code == kInt4, b.zero, b.scale);
+    int64_t i = 0;
+    for (; i + W <= n; i += W) store(out + i, decoder(codes + i / 2));
+    codes += i / 2, out += i, n -= i;
+  }
+#endif
+  decode_one_block(code, codes, b, n, out);
+}
 
 // Reads any stored matrix as floats. `from` must be even where two codes share a byte.
 struct FloatReader {
@@ -128,7 +149,7 @@ struct FloatReader {
       const int64_t index = at / m.block, stop = min_of(end, (index + 1) * m.block);
       const int64_t scale = row * m.blocks_per_row() + index;
       const Block b{m.scales[scale], has_zero_point(m.code) ? m.zeros[scale] : 0};
-      decode_one_block(m.code, tile_address(m, row, at), b, stop - at, out + (at - from));
+      decode_run(m.code, tile_address(m, row, at), b, stop - at, out + (at - from));
       at = stop;
     }
     return buffer;
@@ -157,7 +178,10 @@ void multiply_panels(int64_t kc, const lane* __restrict a, const lane* __restric
     for (int r = 0; r < ROWS; ++r) {
       const typename Lanes::Vector av = Lanes::same(a + r);
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) acc[r][v] = Lanes::madd(acc[r][v], av, bv[v]);
+      for (int v = 0; v < NV; ++v) {
+        acc[r][v] = Lanes::madd(acc[r][v], av, bv[v]);
+        in_register(acc[r][v]);
+      }
     }
   }
 #pragma GCC unroll 16
@@ -295,6 +319,55 @@ void dot_products(const Extent& e, const Rows<A>& a, const Rows<B>& b, const Epi
           for (; i < e.m; ++i) dot_rows<Lanes, 1>(padded, all_a.data + i * stride + k, stride, rows, sums + i * chunk + c, chunk);
         }
       for (int64_t i = 0; i < e.m; ++i) epilogue(i, col, n, sums + i * chunk, sums + e.m * chunk);
+    }
+  }
+}
+
+// The same for small m where b's stored rows run across (Columns): each is decoded once, eight at a time, and added,
+// times its factors, to all rows of sums.
+template <class B, class Epilogue>
+void add_scaled_rows(const Extent& e, const Rows<FloatReader>& a, const Columns<B>& b, const Epilogue& epilogue) {
+  if (e.m <= 0 || e.n <= 0) return;
+  constexpr int group = 8;
+  const int64_t chunk = e.n >= 1024 * omp_get_max_threads() ? 512 : 128, stride = chunk + W;
+  Scratch all_a(e.m * e.k);
+  for (int64_t i = 0; i < e.m; ++i) {
+    lane* out = all_a.data + i * e.k;
+    const lane* in = a.reader.read(i, 0, e.k, out);
+    if (in != out) memcpy(out, in, static_cast<size_t>(e.k) * sizeof(lane));
+  }
+  const float* factors = reinterpret_cast<const float*>(all_a.data);
+  const bool parallel = static_cast<double>(e.n) * static_cast<double>(e.k) > 3e4;
+#pragma omp parallel if (parallel)
+  {
+    Scratch buffers(group * stride), sums_scratch((e.m + 1) * stride);
+    float* const sums = reinterpret_cast<float*>(sums_scratch.data);
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < divide_up(e.n, chunk); ++t) {
+      const int64_t col = t * chunk, n = min_of(chunk, e.n - col), padded = round_up(n, W);
+      memset(sums, 0, static_cast<size_t>(e.m * stride) * sizeof(float));
+      for (int64_t k = 0; k < e.k; k += group) {
+        const int live = static_cast<int>(min_of(group, e.k - k));
+        for (int r = 0; r < group; ++r) {
+          lane* buffer = buffers.data + r * stride;
+          const lane* row = r < live ? b.reader.read(k + r, col, n, buffer) : nullptr;
+          if (!row) memset(buffer, 0, static_cast<size_t>(padded) * sizeof(lane));
+          else if (row != buffer) memcpy(buffer, row, static_cast<size_t>(n) * sizeof(lane));
+        }
+        for (int64_t i = 0; i < e.m; ++i) {
+          vf factor[group];
+#pragma GCC unroll 8
+          for (int r = 0; r < group; ++r) factor[r] = broadcast(r < live ? factors[i * e.k + k + r] : 0.0f);
+          float* const out = sums + i * stride;
+          for (int64_t c = 0; c < padded; c += W) {
+            vf acc = load(out + c);
+#pragma GCC unroll 8
+            for (int r = 0; r < group; ++r) acc = fma(factor[r], load(buffers.data + r * stride + c), acc);
+            store(out + c, acc);
+          }
+        }
+      }
+      for (int64_t i = 0; i < e.m; ++i) epilogue(i, col, n, sums + i * stride, sums + e.m * stride);
     }
   }
 }

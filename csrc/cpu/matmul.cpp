@@ -4,7 +4,7 @@
 namespace gradmill {
 namespace {
 
-constexpr int64_t kFewRows = 16;  // up to here dot products beat packed panels
+constexpr int64_t kFewRows = 16, kFewInt8Rows = 64;  // up to here dot products beat packed panels
 
 // Stores n floats at element `at` of a matrix of plain floats.
 inline void store_floats(void* out, int code, int64_t at, const float* x, int64_t n) {
@@ -115,7 +115,7 @@ void int8_matmul_as(const Int8MatmulArgs& p) {
   const Rows<Int8Reader<false>> b{{p.b, p.k, false}};
   Scratch too_much(kOffset ? p.n * static_cast<int64_t>(sizeof(Sum) / sizeof(lane)) : 0);
   Sum* const extra = reinterpret_cast<Sum*>(too_much.data);
-  if (p.m <= kFewRows) {
+  if (p.m <= kFewInt8Rows) {
     const Rows<Int8Reader<kOffset>> a{{p.a, p.k, kOffset}};
     dot_products<Lanes>({p.m + kOffset, p.n, lanes}, a, b, ScaleSums<Sum>{p, extra, kOffset});
     return;
@@ -153,7 +153,8 @@ void packed_matmul(const PackedMatmulArgs& p) {
   const Rows<FloatReader> x{{plain_matrix(p.x, p.x_code, p.m, k)}}, rows{{p.w}};
   const Columns<FloatReader> columns{{p.w}};
   const StoreFloats epilogue{p.out, p.out_code, n, p.bias};
-  if (p.transpose) gemm<FloatLanes>(extent, x, columns, epilogue);
+  if (p.transpose && p.m <= kFewRows) add_scaled_rows(extent, x, columns, epilogue);
+  else if (p.transpose) gemm<FloatLanes>(extent, x, columns, epilogue);
   else if (p.m <= kFewRows) dot_products<FloatLanes>(extent, x, rows, epilogue);
   else gemm<FloatLanes>(extent, x, rows, epilogue);
 }

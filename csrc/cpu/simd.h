@@ -84,6 +84,25 @@ GM_HD void transpose(vf (&r)[W]) {
   for (int i = 0; i < W; ++i) r[i] = t[i];
 }
 
+// W int4 codes, low nibble first, to (code - zero) * scale. The sixteen possible values are a table in a register
+// and vpermps, which looks at four index bits only, picks them.
+struct NibbleDecoder {
+  vf table;
+  NibbleDecoder(bool is_signed, int zero, float scale) {
+    const vi codes = is_signed ? _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1)
+                               : _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    table = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(codes, _mm512_set1_epi32(zero))), _mm512_set1_ps(scale));
+  }
+  GM_HD vf operator()(const void* p) const {
+    const vi shifts = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
+    int32_t low, high;
+    memcpy(&low, p, 4);
+    memcpy(&high, static_cast<const char*>(p) + 4, 4);
+    const vi both = _mm512_mask_set1_epi32(_mm512_set1_epi32(low), 0xff00, high);
+    return _mm512_permutexvar_ps(_mm512_srlv_epi32(both, shifts), table);
+  }
+};
+
 #elif GM_LEVEL == 1
 
 constexpr int W = 8;
@@ -125,6 +144,22 @@ GM_HD void transpose(vf (&r)[W]) {
   for (int i = 0; i < W; ++i) r[i] = t[i];
 }
 
+// W int4 codes, low nibble first, to (code - zero) * scale: 32 bits in every lane, each shifted until its own nibble
+// is at the top, then down again with or without its sign.
+struct NibbleDecoder {
+  vi zero;
+  vf scale;
+  bool is_signed;
+  NibbleDecoder(bool s, int z, float x) : zero(_mm256_set1_epi32(z)), scale(_mm256_set1_ps(x)), is_signed(s) {}
+  GM_HD vf operator()(const void* p) const {
+    int32_t codes;
+    memcpy(&codes, p, 4);
+    const vi top = _mm256_sllv_epi32(_mm256_set1_epi32(codes), _mm256_setr_epi32(28, 24, 20, 16, 12, 8, 4, 0));
+    const vi value = is_signed ? _mm256_srai_epi32(top, 28) : _mm256_sub_epi32(_mm256_srli_epi32(top, 28), zero);
+    return _mm256_mul_ps(_mm256_cvtepi32_ps(value), scale);
+  }
+};
+
 #else
 
 constexpr int W = 4;
@@ -149,6 +184,17 @@ GM_HD void transpose(vf (&r)[W]) {
 }
 
 #endif
+
+// An empty instruction that wants x in a register here: it keeps gcc from reordering an unrolled loop so that its
+// accumulators, which fill the register file exactly, spill to the stack.
+template <class V>
+GM_HD void in_register(V& x) {
+#if GM_LEVEL >= 1
+  asm volatile("" : "+v"(x));
+#else
+  (void)x;
+#endif
+}
 
 }  // namespace
 }  // namespace gradmill

@@ -178,27 +178,32 @@ def describe(x) -> str:
     return f"{str(x.dtype).removeprefix('torch.')} of shape {tuple(x.shape)} on {x.device}"
 
 
-def require(condition: bool, op: str, argument: str, got, want: str, error: type = ValueError):
-    """Raises ``error`` naming the op's argument, what it got and what it wants."""
-    if not condition:
-        raise error(f"gradmill.{op}: {argument} is {describe(got) if isinstance(got, torch.Tensor) else repr(got)}; it must be {want}")
+def reject(op: str, argument: str, got, want, error: type = ValueError):
+    """Raises ``error`` naming the op's argument, what it got and what it wants. Guarded by an ``if`` at the call, so
+    that no message is built for good arguments."""
+    raise error(f"gradmill.{op}: {argument} is {describe(got) if isinstance(got, torch.Tensor) else repr(got)}; it must be {want}")
+
+
+def short(dtypes) -> str:
+    return " or ".join(str(d).removeprefix("torch.") for d in dtypes)
 
 
 def require_matrix(op: str, argument: str, x: torch.Tensor, dtypes, shape=None, device=None, contiguous=False):
     """A strided 2-D tensor of one of ``dtypes``; ``shape`` entries of None are free."""
-    require(x.dtype in dtypes, op, argument, x, " or ".join(str(d).removeprefix("torch.") for d in dtypes), TypeError)
-    require(x.layout == torch.strided, op, argument, str(x.layout), "a dense (strided) tensor", TypeError)
-    require(x.dim() == 2, op, argument, x, "2-D")
-    if shape is not None:
-        require(all(want is None or want == got for want, got in zip(shape, x.shape)), op, argument, x,
-                f"of shape ({', '.join('any' if s is None else str(s) for s in shape)})")
-    if device is not None:
-        require(x.device == device, op, argument, x, f"on {device}")
-    if contiguous:
-        require(x.is_contiguous(), op, argument, f"{describe(x)} with strides {x.stride()}", "contiguous")
+    if x.dtype not in dtypes:
+        reject(op, argument, x, short(dtypes), TypeError)
+    if x.layout != torch.strided:
+        reject(op, argument, str(x.layout), "a dense (strided) tensor", TypeError)
+    if x.dim() != 2:
+        reject(op, argument, x, "2-D")
+    if shape is not None and any(want is not None and want != got for want, got in zip(shape, x.shape)):
+        reject(op, argument, x, f"of shape ({', '.join('any' if s is None else str(s) for s in shape)})")
+    if device is not None and x.device != device:
+        reject(op, argument, x, f"on {device}")
+    if contiguous and not x.is_contiguous():
+        reject(op, argument, f"{describe(x)} with strides {x.stride()}", "contiguous")
 
 
 def require_key(op: str, key: torch.Tensor | None):
-    if key is not None:
-        require(key.dtype == torch.int64 and key.shape == (2,) and key.device.type in ("cpu", "meta"), op, "key", key,
-                "an int64 CPU tensor [seed, step]")
+    if key is not None and not (key.dtype == torch.int64 and key.shape == (2,) and key.device.type in ("cpu", "meta")):
+        reject(op, "key", key, "an int64 CPU tensor [seed, step]")

@@ -4,16 +4,19 @@ from __future__ import annotations
 import torch
 
 from gradmill.formats import CODES, Format, float_code
-from gradmill.ops._registry import Op, native_module, require, require_matrix, where
+from gradmill.ops._registry import Op, native_module, reject, require_matrix, where
 from gradmill.ops.quant import FLOATS, check_packed, matrix_tuple
 from gradmill.reference import matmul as reference
 
 
 def _check_out(op, bias, dtype, columns, device):
-    require(dtype in FLOATS, op, "dtype", dtype, "float32, bfloat16 or float16", TypeError)
+    if dtype not in FLOATS:
+        reject(op, "dtype", dtype, "float32, bfloat16 or float16", TypeError)
     if bias is not None:
-        require(bias.dtype in FLOATS, op, "bias", bias, "float32, bfloat16 or float16", TypeError)
-        require(bias.shape == (columns,) and bias.device == device, op, "bias", bias, f"of shape ({columns},) on {device}")
+        if bias.dtype not in FLOATS:
+            reject(op, "bias", bias, "float32, bfloat16 or float16", TypeError)
+        if not (bias.shape == (columns,) and bias.device == device):
+            reject(op, "bias", bias, f"of shape ({columns},) on {device}")
 
 
 def _fp32_bias(bias):

@@ -4,7 +4,7 @@ from __future__ import annotations
 import torch
 
 from gradmill.formats import CODES, FLOAT_DTYPES, Format, float_code
-from gradmill.ops._registry import Op, native_module, require, require_key, where
+from gradmill.ops._registry import Op, native_module, reject, require_key, where
 from gradmill.ops.quant import FLOATS
 from gradmill.reference import optim as reference
 
@@ -15,24 +15,31 @@ def _check_stored(op, name, i, codes, scales, zeros, format, shape):
     rows, columns = shape
     want = format.code_columns(columns)
     if format.blocked:
-        require(codes.dtype == format.code_dtype, op, f"{name}[{i}]", codes, str(format.code_dtype), TypeError)
-        require(tuple(codes.shape) == (rows, want), op, f"{name}[{i}]", codes, f"of shape {(rows, want)}")
+        if codes.dtype != format.code_dtype:
+            reject(op, f"{name}[{i}]", codes, str(format.code_dtype), TypeError)
+        if tuple(codes.shape) != (rows, want):
+            reject(op, f"{name}[{i}]", codes, f"of shape {(rows, want)}")
         blocks = (rows, format.blocks(columns))
-        require(scales.dtype == torch.float32 and tuple(scales.shape) == blocks, op, f"{name}_scales[{i}]", scales, f"fp32 of shape {blocks}")
-        require(codes.is_contiguous() and scales.is_contiguous(), op, f"{name}[{i}]", codes, "contiguous, its scales too")
+        if not (scales.dtype == torch.float32 and tuple(scales.shape) == blocks):
+            reject(op, f"{name}_scales[{i}]", scales, f"fp32 of shape {blocks}")
+        if not (codes.is_contiguous() and scales.is_contiguous()):
+            reject(op, f"{name}[{i}]", codes, "contiguous, its scales too")
         if format.has_zero_point:
-            require(zeros.dtype == torch.uint8 and tuple(zeros.shape) == blocks and zeros.is_contiguous(), op, f"{name}_zeros[{i}]",
-                    zeros, f"contiguous uint8 of shape {blocks}")
+            if not (zeros.dtype == torch.uint8 and tuple(zeros.shape) == blocks and zeros.is_contiguous()):
+                reject(op, f"{name}_zeros[{i}]", zeros, f"contiguous uint8 of shape {blocks}")
     else:
         dtype = FLOAT_DTYPES.get(format.code, torch.float32)
-        require(codes.dtype == dtype, op, f"{name}[{i}]", codes, str(dtype), TypeError)
-        require(codes.numel() == rows * columns, op, f"{name}[{i}]", codes, f"of {rows * columns} elements, as its gradient")
+        if codes.dtype != dtype:
+            reject(op, f"{name}[{i}]", codes, str(dtype), TypeError)
+        if codes.numel() != rows * columns:
+            reject(op, f"{name}[{i}]", codes, f"of {rows * columns} elements, as its gradient")
 
 
 def _check(rule, params, param_scales, param_zeros, grads, states, state_scales, scalars, key, ids, param_code, param_block,
            state_codes, state_block):
     op = "fused_step"
-    require(rule in reference.RULES, op, "rule", rule, f"one of {', '.join(reference.RULES)}")
+    if rule not in reference.RULES:
+        reject(op, "rule", rule, f"one of {', '.join(reference.RULES)}")
     n, count = len(params), len(state_codes)
     param_format = Format(param_code, param_block)
     formats = [Format(c, state_block if Format(c).blocked else 0) for c in state_codes]
@@ -40,20 +47,25 @@ def _check(rule, params, param_scales, param_zeros, grads, states, state_scales,
                             ("param_scales", len(param_scales), n if param_format.blocked else 0),
                             ("param_zeros", len(param_zeros), n if param_format.has_zero_point else 0),
                             ("state_scales", len(state_scales), n * count if any(f.blocked for f in formats) else 0)):
-        require(got == want, op, f"len({name})", got, str(want))
-    require(scalars.dtype == torch.float32 and scalars.device.type in ("cpu", "meta") and scalars.dim() == 2
-            and scalars.shape[0] in (1, n) and scalars.shape[1] == MAX_SCALARS, op, "scalars", scalars,
-            f"fp32 on CPU of shape (1 or {n}, {MAX_SCALARS})")
+        if got != want:
+            reject(op, f"len({name})", got, str(want))
+    if not (scalars.dtype == torch.float32 and scalars.device.type in ("cpu", "meta") and scalars.dim() == 2 and scalars.shape[0] in (1, n) and scalars.shape[1] == MAX_SCALARS):
+        reject(op, "scalars", scalars, f"fp32 on CPU of shape (1 or {n}, {MAX_SCALARS})")
     require_key(op, key)
     blocks = {f.block for f in (param_format, *formats) if f.blocked and f.block}
-    require(all(max(blocks) % b == 0 for b in blocks) if blocks else True, op, "blocks", sorted(blocks), "multiples of one another")
+    if not (all(max(blocks) % b == 0 for b in blocks) if blocks else True):
+        reject(op, "blocks", sorted(blocks), "multiples of one another")
     for i in range(n):
         p, g = params[i], grads[i]
-        require(g.dtype in FLOATS and g.dtype == grads[0].dtype, op, f"grads[{i}]", g, "fp32, bf16 or fp16, one dtype for all", TypeError)
-        require(g.layout == torch.strided, op, f"grads[{i}]", str(g.layout), "dense (strided)", TypeError)
-        require(g.device == p.device == params[0].device, op, f"grads[{i}]", g, f"on {params[0].device}, as its parameter")
+        if not (g.dtype in FLOATS and g.dtype == grads[0].dtype):
+            reject(op, f"grads[{i}]", g, "fp32, bf16 or fp16, one dtype for all", TypeError)
+        if g.layout != torch.strided:
+            reject(op, f"grads[{i}]", str(g.layout), "dense (strided)", TypeError)
+        if not (g.device == p.device == params[0].device):
+            reject(op, f"grads[{i}]", g, f"on {params[0].device}, as its parameter")
         shape = _matrix_shape(g)
-        require(param_format.blocked or p.shape == g.shape, op, f"grads[{i}]", g, f"of its parameter's shape {tuple(p.shape)}")
+        if not (param_format.blocked or p.shape == g.shape):
+            reject(op, f"grads[{i}]", g, f"of its parameter's shape {tuple(p.shape)}")
         _check_stored(op, "params", i, p, param_scales[i] if param_format.blocked else None,
                       param_zeros[i] if param_format.has_zero_point else None, param_format, shape)
         for s, f in enumerate(formats):

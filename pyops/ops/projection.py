@@ -4,7 +4,7 @@ from __future__ import annotations
 import torch
 
 from gradmill.formats import CODES, FLOAT_DTYPES, Format, float_code
-from gradmill.ops._registry import Op, key_tuple, native_module, require, require_key, require_matrix, where
+from gradmill.ops._registry import Op, key_tuple, native_module, reject, require_key, require_matrix, where
 from gradmill.ops.optim import _check_stored
 from gradmill.ops.quant import FLOATS, check_packed, matrix_tuple
 from gradmill.reference import projection as reference
@@ -14,7 +14,8 @@ from gradmill.reference import projection as reference
 def _check_project(grad, codes, scales, zeros, code, block, left):
     require_matrix("project", "grad", grad, FLOATS)
     check_packed("project", "basis ", codes, scales, zeros, code, block, grad.shape[0 if left else 1])
-    require(codes.device == grad.device, "project", "basis codes", codes, f"on {grad.device}")
+    if codes.device != grad.device:
+        reject("project", "basis codes", codes, f"on {grad.device}")
 
 
 def _fake_project(grad, codes, scales, zeros, code, block, left):
@@ -47,17 +48,19 @@ def _check_back(weight, weight_scales, weight_zeros, weight_code, weight_block, 
                 left, scalars, key, stream):
     op = "project_back"
     format = Format(weight_code, weight_block)
-    require(weight_code != "delta" and weight_code not in ("moment8", "square8"), op, "weight_code", weight_code, "a weight's code")
+    if not (weight_code != "delta" and weight_code not in ("moment8", "square8")):
+        reject(op, "weight_code", weight_code, "a weight's code")
     rows = weight.shape[0] if weight.dim() > 1 else 1
     require_matrix(op, "update", update, (torch.float32,), device=weight.device, contiguous=True)
     d = rows if left else columns
     check_packed(op, "basis ", codes, scales, zeros, code, block, d, update.shape[0 if left else 1])
-    require(update.shape[1 if left else 0] == (columns if left else rows), op, "update", update,
-            f"({codes.shape[0]}, {columns})" if left else f"({rows}, {codes.shape[0]})")
-    require(weight.is_contiguous(), op, "weight", weight, "contiguous")
+    if update.shape[1 if left else 0] != columns if left else rows:
+        reject(op, "update", update, f"({codes.shape[0]}, {columns})" if left else f"({rows}, {codes.shape[0]})")
+    if not (weight.is_contiguous()):
+        reject(op, "weight", weight, "contiguous")
     _check_stored(op, "weight", 0, weight, weight_scales, weight_zeros, format, (rows, columns))
-    require(scalars.dtype == torch.float32 and scalars.shape == (2,) and scalars.device.type in ("cpu", "meta"), op, "scalars", scalars,
-            "fp32 [decay, alpha] on CPU")
+    if not (scalars.dtype == torch.float32 and scalars.shape == (2,) and scalars.device.type in ("cpu", "meta")):
+        reject(op, "scalars", scalars, "fp32 [decay, alpha] on CPU")
     require_key(op, key)
 
 
@@ -98,8 +101,10 @@ def _check_basis(grad, previous, rank, iterations, left, key, stream):
     op = "subspace_basis"
     require_matrix(op, "grad", grad, FLOATS)
     d = grad.shape[0 if left else 1]
-    require(1 <= rank <= min(grad.shape), op, "rank", rank, f"1 to {min(grad.shape)}, the smaller side of grad")
-    require(iterations >= 1, op, "iterations", iterations, "1 or more")
+    if not (1 <= rank <= min(grad.shape)):
+        reject(op, "rank", rank, f"1 to {min(grad.shape)}, the smaller side of grad")
+    if not (iterations >= 1):
+        reject(op, "iterations", iterations, "1 or more")
     if previous is not None:
         require_matrix(op, "previous", previous, (torch.float32,), (rank, d), grad.device)
     require_key(op, key)

@@ -4,7 +4,7 @@ from __future__ import annotations
 import torch
 
 from gradmill.formats import CODES, FLOAT_DTYPES, Format, float_code
-from gradmill.ops._registry import Op, key_tuple, native_module, require, require_key, require_matrix, where
+from gradmill.ops._registry import Op, key_tuple, native_module, reject, require_key, require_matrix, where
 from gradmill.reference import quant as reference
 
 BLOCKED = tuple(code for code in CODES if Format(code).blocked)
@@ -12,16 +12,18 @@ FLOATS = tuple(FLOAT_DTYPES.values())
 
 
 def check_format(op: str, code: str, block: int) -> Format:
-    require(code in BLOCKED, op, "code", code, f"one of {', '.join(BLOCKED)}")
-    require(block >= 0 and (block % 2 == 0 or Format(code).bits == 8), op, "block", block,
-            "0 (a whole row) or positive, and even for 4-bit codes")
+    if code not in BLOCKED:
+        reject(op, "code", code, f"one of {', '.join(BLOCKED)}")
+    if not (block >= 0 and (block % 2 == 0 or Format(code).bits == 8)):
+        reject(op, "block", block, "0 (a whole row) or positive, and even for 4-bit codes")
     return Format(code, block)
 
 
 def check_packed(op: str, name: str, codes, scales, zeros, code: str, block: int, columns: int, rows: int | None = None):
     """codes, scales and zeros of a (rows, columns) matrix in format (code, block)."""
     format = check_format(op, code, block)
-    require(columns >= 0, op, "columns", columns, "0 or more")
+    if not (columns >= 0):
+        reject(op, "columns", columns, "0 or more")
     require_matrix(op, f"{name}codes", codes, (format.code_dtype,), (rows, format.code_columns(columns)), contiguous=True)
     shape = (codes.shape[0], format.blocks(columns))
     require_matrix(op, f"{name}scales", scales, (torch.float32,), shape, codes.device, contiguous=True)
@@ -88,7 +90,8 @@ scale nan. Raises TypeError for dtypes, ValueError for shapes, code and block.""
 # --- dequantize -------------------------------------------------------------------------------------------
 def _check_dequantize(codes, scales, zeros, code, block, columns, dtype):
     check_packed("dequantize", "", codes, scales, zeros, code, block, columns)
-    require(dtype in FLOATS, "dequantize", "dtype", dtype, "float32, bfloat16 or float16", TypeError)
+    if dtype not in FLOATS:
+        reject("dequantize", "dtype", dtype, "float32, bfloat16 or float16", TypeError)
 
 
 def _fake_dequantize(codes, scales, zeros, code, block, columns, dtype):

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -38,7 +39,8 @@ def state_nbytes(optimizer: Optimizer) -> int:
     return sum(v.nbytes for state in optimizer.state.values() for k, v in state.items() if isinstance(v, torch.Tensor) and k != "step")
 
 
-class _Kept(NamedTuple):
+@dataclass
+class _Kept:
     """Carries a state tensor past torch's load_state_dict, which would cast it to the parameter's dtype."""
 
     tensor: torch.Tensor

@@ -18,7 +18,7 @@ def adamw(p, g, states, h):
     _, decay, one_minus_beta1, beta2, one_minus_beta2, step_size, inv_sqrt_bc2, eps = h[:8]
     m = m + one_minus_beta1 * (g - m)
     v = v * beta2 + (one_minus_beta2 * g) * g
-    p = p * decay - step_size * (m / (v.sqrt() * inv_sqrt_bc2 + eps))
+    p = p * decay - step_size * (m / (quant.sqrt(v) * inv_sqrt_bc2 + eps))
     return p, [m, v]
 
 
@@ -29,7 +29,7 @@ def adamw_amsgrad(p, g, states, h):
     m = m + one_minus_beta1 * (g - m)
     v = v * beta2 + (one_minus_beta2 * g) * g
     v_max = torch.maximum(v_max, v)
-    p = p * decay - step_size * (m / (v_max.sqrt() * inv_sqrt_bc2 + eps))
+    p = p * decay - step_size * (m / (quant.sqrt(v_max) * inv_sqrt_bc2 + eps))
     return p, [m, v, v_max]
 
 

@@ -7,6 +7,12 @@ from gradmill.formats import FLOAT_DTYPES, Format
 from gradmill.reference import philox
 
 
+def sqrt(x):
+    """Correctly rounded fp32 square root. torch's own is off by one ulp for a fifth of all inputs on CPU (2.13, with
+    MKL); through float64 the result is exact, because 53 bits are more than twice 24 plus 1."""
+    return x.to(torch.float64).sqrt().to(torch.float32)
+
+
 def round_even(x):
     return torch.round(x)
 
@@ -55,7 +61,7 @@ def encode(x, scale, zero, code, words=None):
         y = x / scale
         q = rounded((y + y) / (1 + y.abs()) * 127)
     elif code == "square8":
-        q = rounded(torch.sqrt(x / scale) * 255).clamp(1, 255)
+        q = rounded(sqrt(x / scale) * 255).clamp(1, 255)
     q = torch.where(scale > 0, q, 0)  # an all-zero block, or one with a nan or an inf
     return q.to(torch.int64)
 
@@ -97,7 +103,7 @@ def unpack_nibbles(packed, columns, signed):
 def quantize(x, code, block=0, transpose=False, key=None, stream=0):
     """See gradmill.ops.quant.quantize."""
     format = Format(code, block)
-    x = (x.t() if transpose else x).to(torch.float32)
+    x = (x.t() if transpose else x).to(torch.float32).contiguous()
     rows, columns = x.shape
     zeros_shape = (rows, format.blocks(columns)) if format.has_zero_point else (0,)
     if x.numel() == 0:

@@ -1,0 +1,369 @@
+"""Device functions shared by every Triton kernel: Philox words, rounding, block parameters, codes, tiles.
+
+csrc/common/*.h are the C++ twins, pyops/reference/{philox,quant}.py the specification. Every floating point operation
+here is an IEEE fp32 add, multiply, divide or square root in the order written: kernels are launched with
+enable_fp_fusion=False and divide with tl.div_rn, so that the interpreter, NVIDIA, AMD and C++ give the same bits.
+Rounding to 16 bits is integer arithmetic for the same reason (the interpreter's bf16 casts truncate).
+
+A *tile* is NB runs of up to P2 neighbouring elements, each within one row: int64 row[NB], the first column col[NB] and
+the number of valid elements limit[NB] (0 for a run that does not exist). Values of a tile are fp32 (NB, P2).
+"""
+from __future__ import annotations
+
+import contextlib
+import os
+
+import torch
+import triton
+import triton.language as tl
+
+from gradmill.formats import CODES
+
+# Read once, as triton itself does: it must be set before triton is imported.
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = tl.constexpr(INTERPRETING)
+
+F32, BF16, F16 = (tl.constexpr(CODES[c]) for c in ("fp32", "bf16", "fp16"))
+INT8, UINT8, INT4, UINT4 = (tl.constexpr(CODES[c]) for c in ("int8", "uint8", "int4", "uint4"))
+MOMENT8, SQUARE8, DELTA = (tl.constexpr(CODES[c]) for c in ("moment8", "square8", "delta"))
+NONE = tl.constexpr(-1)  # no such operand
+
+#: Every launch: multiply and add must not fuse (Triton 3.9 warns that the default will change, so it is explicit).
+LAUNCH = {"enable_fp_fusion": False}
+
+
+# --- host side --------------------------------------------------------------------------------------------
+def ready(tensor: torch.Tensor):
+    """A context for launching on ``tensor``'s device; refuses CPU tensors unless Triton interprets."""
+    if tensor.is_cuda:
+        return torch.cuda.device(tensor.device)
+    if not INTERPRETING:
+        from gradmill.ops._registry import BackendError  # late: gradmill.ops imports this package lazily
+        raise BackendError("Triton runs on CPU tensors only with TRITON_INTERPRET=1, set before triton is imported")
+    return contextlib.nullcontext()
+
+
+def as_bits(x: torch.Tensor) -> torch.Tensor:
+    """bf16 tensors as int16, others as they are: kernels convert bf16 with integer operations."""
+    return x.view(torch.int16) if x.dtype == torch.bfloat16 else x
+
+
+def power_of_two(n: int, at_least: int = 16) -> int:
+    return max(at_least, 1 << max(n - 1, 0).bit_length())
+
+
+def signed32(x: int) -> int:
+    """The same 32 bits as a Python int Triton passes as i32, whatever the value."""
+    x &= 0xFFFFFFFF
+    return x - (1 << 32) if x >> 31 else x
+
+
+def key_words(key: torch.Tensor | None, stream: int) -> tuple[int, int, int, int]:
+    """(seed low, seed high, step, stream) as i32 arguments."""
+    seed, step = key.tolist() if key is not None else (0, 0)
+    return signed32(seed), signed32(seed >> 32), signed32(step), signed32(stream)
+
+
+KEY_ARGUMENTS = ("seed_low", "seed_high", "step", "stream")  # never specialised: a new seed must not recompile
+
+
+def warps_for(elements: int) -> int:
+    """16 elements a thread, so that 16-byte loads of every dtype fit."""
+    return min(16, max(1, elements // 512))
+
+
+# --- random words -----------------------------------------------------------------------------------------
+@triton.jit
+def seed_of(seed_low, seed_high):
+    return (seed_high.to(tl.uint32, bitcast=True).to(tl.uint64) << 32) | seed_low.to(tl.uint32, bitcast=True).to(tl.uint64)
+
+
+@triton.jit
+def philox_groups(seed, step, stream, group):
+    """The four words of each group (= element // 4)."""
+    low, high = group.to(tl.uint32), (group >> 32).to(tl.uint32)
+    zero = tl.zeros_like(low)  # all four counters 32 bits wide and of one shape
+    return tl.philox(seed, low, high, zero + stream.to(tl.uint32, bitcast=True), zero + step.to(tl.uint32, bitcast=True))
+
+
+@triton.jit
+def tile_words(seed, step, stream, first, ALIGNED: tl.constexpr, P2: tl.constexpr):
+    """The random words (NB, P2) of runs that start at elements first[NB] (int64).
+
+    ALIGNED: every run starts at a multiple of 4, so that one Philox call makes four neighbours; otherwise every
+    element makes its own group and takes one word of it, four times the arithmetic.
+    """
+    if ALIGNED:
+        group = (first >> 2)[:, None] + tl.arange(0, P2 // 4)[None, :]
+        w0, w1, w2, w3 = philox_groups(seed, step, stream, group)
+        words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (first.shape[0], P2))
+    else:
+        element = first[:, None] + tl.arange(0, P2)[None, :]
+        w0, w1, w2, w3 = philox_groups(seed, step, stream, element >> 2)
+        i = (element & 3).to(tl.int32)
+        words = tl.where(i == 0, w0, tl.where(i == 1, w1, tl.where(i == 2, w2, w3)))
+    return words
+
+
+# --- rounding ---------------------------------------------------------------------------------------------
+@triton.jit
+def round_even(x):
+    """Half to even for |x| < 2^22: adding 1.5 * 2^23 leaves no fraction bits."""
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def round_stochastic(x, word):
+    """Up with probability x - floor(x), from the word's top 24 bits."""
+    nearest = round_even(x)
+    down = tl.where(nearest > x, nearest - 1.0, nearest)
+    u = (word >> 8).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08  # 2^-24
+    return tl.where(x - down > u, down + 1.0, down)
+
+
+@triton.jit
+def clamp(x, low, high):
+    return tl.where(x < low, low, tl.where(x > high, high, x))  # nan stays
+
+
+@triton.jit
+def bits(x):
+    return x.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def magnitude(x):
+    """|x| as an integer: nan > inf > finite, so that an integer maximum is nan-proof."""
+    return bits(x) & 0x7FFFFFFF
+
+
+@triton.jit
+def ordered(x):
+    """An integer that orders as x does."""
+    b = bits(x)
+    return b ^ ((b >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def from_ordered(b):
+    return (b ^ ((b >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def from_bf16_bits(h):
+    """int16 bits of a bf16 -> fp32."""
+    return (h.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def bf16_bits(x):
+    """fp32 -> bf16 bits (int16): half to even, nan stays nan."""
+    u = bits(x)
+    rounded = (u + 0x7FFF + ((u >> 16) & 1)) >> 16
+    return tl.where((u & 0x7FFFFFFF) > 0x7F800000, (u >> 16) | 0x40, rounded).to(tl.int16)
+
+
+@triton.jit
+def bf16_bits_stochastic(x, word):
+    """fp32 -> bf16 bits: the word's top 16 bits are added below the cut; inf and nan are left alone."""
+    u = bits(x)
+    rounded = (u + (word >> 16).to(tl.int32)) >> 16
+    special = (u >> 16) | tl.where((u & 0x7FFFFFFF) > 0x7F800000, 0x40, 0)
+    return tl.where((u & 0x7FFFFFFF) >= 0x7F800000, special, rounded).to(tl.int16)
+
+
+@triton.jit
+def f16_bits(x):
+    """fp32 -> fp16 bits (int16): half to even, overflow to inf, nan stays nan."""
+    u = bits(x)
+    mag = u & 0x7FFFFFFF
+    normal = (mag - 0x38000000 + 0xFFF + ((mag >> 13) & 1)) >> 13
+    # Below 2^-14: adding 0.5 aligns the value so that the float unit does the rounding.
+    subnormal = bits(mag.to(tl.float32, bitcast=True) + 0.5) - 0x3F000000
+    h = tl.where(mag < 0x38800000, subnormal, normal)
+    h = tl.where(mag >= 0x477FF000, 0x7C00, h)
+    h = tl.where(mag > 0x7F800000, 0x7E00, h)
+    return (h | ((u >> 16) & 0x8000)).to(tl.int16)
+
+
+@triton.jit
+def round_to_bf16(x):
+    """fp32 -> the fp32 value of its nearest bf16 (for dots in the interpreter, where a bf16 dot is garbage)."""
+    return from_bf16_bits(bf16_bits(x))
+
+
+# --- codes: how one number becomes a code and back --------------------------------------------------------
+@triton.jit
+def encode_moment8(y):
+    """y = x / scale in [-1, 1] -> the code before rounding."""
+    return tl.div_rn(y + y, 1.0 + tl.abs(y)) * 127.0
+
+
+@triton.jit
+def decode_moment8(q):
+    y = tl.div_rn(q, 127.0)
+    return tl.div_rn(y, 2.0 - tl.abs(y))
+
+
+@triton.jit
+def encode_square8(y):
+    """y = x / scale in [0, 1] -> the code before rounding; the caller keeps it in [1, 255]."""
+    return tl.sqrt_rn(y) * 255.0
+
+
+@triton.jit
+def decode_square8(q):
+    y = tl.div_rn(q, 255.0)
+    return y * y
+
+
+@triton.jit
+def block_parameters(absmax, low, high, CODE: tl.constexpr):
+    """scale and zero point (both fp32) of blocks from their statistics: see measure()."""
+    amax = absmax.to(tl.float32, bitcast=True)
+    zero = tl.zeros_like(amax)
+    if CODE == INT8:
+        scale = tl.div_rn(amax, 127.0)
+    elif CODE == INT4:
+        scale = tl.div_rn(amax, 7.0)
+    elif CODE == UINT8 or CODE == UINT4:
+        top: tl.constexpr = 255.0 if CODE == UINT8 else 15.0
+        least, most = from_ordered(low), from_ordered(high)
+        scale = tl.div_rn(most * 0.5 - least * 0.5, top * 0.5)  # halves: most - least may overflow
+        zero = tl.where(scale > 0.0, clamp(-round_even(tl.div_rn(least, scale)), 0.0, top), 0.0)
+    else:
+        scale = amax
+    bad = absmax >= 0x7F800000  # a nan or an inf inside
+    return tl.where(bad, float("nan"), scale), tl.where(bad, 0.0, zero)
+
+
+@triton.jit
+def encode(x, scale, zero, word, CODE: tl.constexpr, STOCHASTIC: tl.constexpr):
+    """int32 codes. scale and zero broadcast; word is not read unless STOCHASTIC."""
+    y = tl.div_rn(x, scale + tl.zeros_like(x))
+    if CODE == MOMENT8:
+        y = encode_moment8(y)
+    elif CODE == SQUARE8:
+        y = encode_square8(y)
+    else:
+        top: tl.constexpr = 127.0 if CODE == INT8 else 255.0 if CODE == UINT8 else 7.0 if CODE == INT4 else 15.0
+        y = clamp(y, -top, top)
+    if STOCHASTIC:
+        y = round_stochastic(y, word)
+    else:
+        y = round_even(y)
+    if CODE == UINT8 or CODE == UINT4:
+        y = clamp(y + zero, 0.0, top)
+    elif CODE == SQUARE8:
+        y = clamp(y, 1.0, 255.0)
+    return tl.where(scale > 0.0, y, 0.0).to(tl.int32)  # an all-zero block, or one with a nan or an inf: codes 0
+
+
+@triton.jit
+def centred(q, zero, CODE: tl.constexpr):
+    """Codes (int32) less their zero point: exact fp32 integers, at most 8 bits, so exact in bf16 too."""
+    if CODE == UINT8 or CODE == UINT4:
+        return q.to(tl.float32) - zero
+    else:
+        return q.to(tl.float32)
+
+
+@triton.jit
+def decode(q, scale, zero, CODE: tl.constexpr):
+    """fp32 values of int32 codes; scale and zero broadcast."""
+    if CODE == MOMENT8:
+        return decode_moment8(q.to(tl.float32)) * scale
+    elif CODE == SQUARE8:
+        return decode_square8(q.to(tl.float32)) * scale
+    else:
+        return centred(q, zero, CODE) * scale
+
+
+# --- tiles ------------------------------------------------------------------------------------------------
+@triton.jit
+def nibbles(byte, CODE: tl.constexpr):
+    """int32 bytes (NB, P) -> int32 codes (NB, 2 P), low nibble first."""
+    q = tl.reshape(tl.join(byte & 15, (byte >> 4) & 15), (byte.shape[0], 2 * byte.shape[1]))
+    if CODE == INT4:
+        q = (q ^ 8) - 8
+    return q
+
+
+@triton.jit
+def load_codes(pointer, row, col, limit, columns, CODE: tl.constexpr, P2: tl.constexpr):
+    """int32 codes (NB, P2) of a tile; 0 beyond the limit."""
+    if CODE == INT4 or CODE == UINT4:
+        first = row * ((columns + 1) // 2) + col // 2
+        k = tl.arange(0, P2 // 2)[None, :]
+        source = pointer.to(tl.pointer_type(tl.uint8)) + (first[:, None] + k)
+        return nibbles(tl.load(source, mask=2 * k < limit[:, None], other=0).to(tl.int32), CODE)
+    else:
+        k = tl.arange(0, P2)[None, :]
+        first = (row * columns + col)[:, None]
+        if CODE == UINT8 or CODE == SQUARE8:
+            return tl.load(pointer.to(tl.pointer_type(tl.uint8)) + (first + k), mask=k < limit[:, None], other=0).to(tl.int32)
+        else:
+            return tl.load(pointer.to(tl.pointer_type(tl.int8)) + (first + k), mask=k < limit[:, None], other=0).to(tl.int32)
+
+
+@triton.jit
+def store_codes(pointer, q, row, col, limit, columns, CODE: tl.constexpr, P2: tl.constexpr):
+    """Stores int32 codes (NB, P2); the spare nibble of an odd row is 0."""
+    k = tl.arange(0, P2)[None, :]
+    if CODE == INT4 or CODE == UINT4:
+        q = tl.where(k < limit[:, None], q & 15, 0)
+        low, high = tl.split(tl.reshape(q, (q.shape[0], P2 // 2, 2)))
+        first = row * ((columns + 1) // 2) + col // 2
+        byte = tl.arange(0, P2 // 2)[None, :]
+        tl.store(pointer.to(tl.pointer_type(tl.uint8)) + (first[:, None] + byte), (low | (high << 4)).to(tl.uint8), mask=2 * byte < limit[:, None])
+    else:
+        first = (row * columns + col)[:, None]
+        tl.store(pointer.to(tl.pointer_type(tl.int8)) + (first + k), q.to(tl.int8), mask=k < limit[:, None])
+
+
+@triton.jit
+def load_floats(pointer, row, col, limit, columns, CODE: tl.constexpr, P2: tl.constexpr):
+    """fp32 values (NB, P2) of a plain tensor's tile; DELTA reads as 0."""
+    k = tl.arange(0, P2)[None, :]
+    mask = k < limit[:, None]
+    at = (row * columns + col)[:, None] + k
+    if CODE == F32:
+        return tl.load(pointer.to(tl.pointer_type(tl.float32)) + at, mask=mask, other=0.0)
+    elif CODE == BF16:
+        return from_bf16_bits(tl.load(pointer.to(tl.pointer_type(tl.int16)) + at, mask=mask, other=0))
+    elif CODE == F16:
+        return tl.load(pointer.to(tl.pointer_type(tl.float16)) + at, mask=mask, other=0.0).to(tl.float32)
+    else:
+        return tl.zeros((row.shape[0], P2), tl.float32)
+
+
+@triton.jit
+def store_floats(pointer, values, words, row, col, limit, columns, CODE: tl.constexpr, STOCHASTIC: tl.constexpr, P2: tl.constexpr):
+    """Stores fp32 values as fp32 (or DELTA), bf16 or fp16; only bf16 rounds stochastically."""
+    k = tl.arange(0, P2)[None, :]
+    mask = k < limit[:, None]
+    at = (row * columns + col)[:, None] + k
+    if CODE == BF16:
+        if STOCHASTIC:
+            h = bf16_bits_stochastic(values, words)
+        else:
+            h = bf16_bits(values)
+        tl.store(pointer.to(tl.pointer_type(tl.int16)) + at, h, mask=mask)
+    elif CODE == F16:
+        tl.store(pointer.to(tl.pointer_type(tl.int16)) + at, f16_bits(values), mask=mask)
+    else:
+        tl.store(pointer.to(tl.pointer_type(tl.float32)) + at, values, mask=mask)
+
+
+@triton.jit
+def measure(x, valid):
+    """Statistics of each run (NB): largest magnitude(), least and largest ordered(), the last two from 0."""
+    absmax = tl.max(tl.where(valid, magnitude(x), 0), axis=1)
+    o = tl.where(valid, ordered(x), 0)
+    return absmax, tl.minimum(tl.min(o, axis=1), 0), tl.maximum(tl.max(o, axis=1), 0)
+
+
+@triton.jit
+def differs(a, b, valid):
+    """int32 (NB): 1 where any valid bit of the run differs."""
+    return tl.max(tl.where(valid & (bits(a) != bits(b)), 1, 0), axis=1)

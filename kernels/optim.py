@@ -1,0 +1,393 @@
+"""optim: one fused step for a whole parameter group: rule x state formats x weight format, few launches.
+
+Every tensor of the group is a row of a table in device memory (pointers, shape, Philox id, scalars); a program finds
+its tensor by binary search over the tensors' first programs, so one launch serves any number of tensors that cut alike
+(see Cut). The rule works on fp32 registers between decoding and encoding; nothing is written but the results.
+
+Bytes per element, AdamW, fp32 gradient: fp32 weight and states read 16, write 12; bf16 weight, 8-bit states, bf16
+gradient: read 6, write 4 (+ 16/256 for scales). Limit on an H100 (3.0 TB/s copy): 107 and 300 G elements/s. A
+stochastically rounded weight adds some 25 integer operations per element (one Philox call makes four words), at 300 G
+elements/s about half of the integer rate. Expected, never measured on a GPU yet.
+
+To add a rule: a @triton.jit function of (p, g, s0, s1, s2, h) that returns (p, s0, s1, s2), and one line in apply_rule.
+"""
+from __future__ import annotations
+
+from collections import namedtuple
+
+import torch
+import triton
+import triton.language as tl
+
+from gradmill.formats import CODES, Format, float_code
+from gradmill.kernels._common import (BF16, DELTA, F16, F32, LAUNCH, NONE, UINT4, UINT8, block_parameters, clamp, decode, differs, encode,
+                                      load_codes, load_floats, measure, power_of_two, ready, store_codes, store_floats, tile_words,
+                                      warps_for)
+from gradmill.reference.philox import PURPOSES
+
+TILE = 4096         # elements a tile aims at
+LONGEST = 8192      # a longer unit is worked off in chunks, in two passes
+TILES = 4           # tiles a program works off: the search for its tensor is paid once
+
+
+# --- rules ------------------------------------------------------------------------------------------------
+# The C++ twins are in csrc/common/rules.h, the specification in pyops/reference/optim.py; h points at the tensor's 16
+# scalars, of which h[0] multiplied g already. Unused states come in and go out as they are.
+@triton.jit
+def adamw(p, g, m, v, unused, h):
+    m = m + tl.load(h + 2) * (g - m)
+    v = v * tl.load(h + 3) + (tl.load(h + 4) * g) * g
+    p = p * tl.load(h + 1) - tl.load(h + 5) * tl.div_rn(m, tl.sqrt_rn(v) * tl.load(h + 6) + tl.load(h + 7))
+    return p, m, v, unused
+
+
+@triton.jit
+def adamw_amsgrad(p, g, m, v, vmax, h):
+    m = m + tl.load(h + 2) * (g - m)
+    v = v * tl.load(h + 3) + (tl.load(h + 4) * g) * g
+    vmax = tl.where((v > vmax) | (v != v), v, vmax)
+    p = p * tl.load(h + 1) - tl.load(h + 5) * tl.div_rn(m, tl.sqrt_rn(vmax) * tl.load(h + 6) + tl.load(h + 7))
+    return p, m, v, vmax
+
+
+@triton.jit
+def apply_rule(RULE: tl.constexpr, p, g, s0, s1, s2, h):
+    if RULE == "adamw":
+        return adamw(p, g, s0, s1, s2, h)
+    elif RULE == "adamw_amsgrad":
+        return adamw_amsgrad(p, g, s0, s1, s2, h)
+    else:
+        tl.static_assert(False, "unknown rule")
+
+
+# --- the table --------------------------------------------------------------------------------------------
+# One row of int64 words per tensor; the last 8 words hold the 16 fp32 scalars.
+FIELDS = ("param", "param_scales", "param_zeros", "grad", "state0", "scales0", "state1", "scales1", "state2", "scales2", "rows", "columns",
+          "unit", "chunk", "param_block", "state_block", "aligned", "stream", "seed", "step", "first_program", "spare")
+WIDTH = tl.constexpr(len(FIELDS) + 8)
+SCALARS = tl.constexpr(len(FIELDS))
+(PARAM, PARAM_SCALES, PARAM_ZEROS, GRAD, STATE0, _, STATE1, _, STATE2, _, ROWS, COLUMNS, UNIT, CHUNK, PARAM_BLOCK, STATE_BLOCK, ALIGNED,
+ STREAM, SEED, STEP, FIRST_PROGRAM, _) = (tl.constexpr(i) for i in range(len(FIELDS)))
+
+
+# --- one operand of a tile --------------------------------------------------------------------------------
+# An operand's block is the whole run of the tile (SPLIT False: one scale per run) or shorter (SPLIT True: scales are
+# gathered per element, statistics taken block by block).
+@triton.jit
+def block_scales(scales, zeros, row, col, limit, columns, block, CODE: tl.constexpr, SPLIT: tl.constexpr, P2: tl.constexpr):
+    """Scale and zero point, (NB, 1) or (NB, P2)."""
+    per_row = tl.cdiv(columns, block)
+    if SPLIT:
+        k = tl.arange(0, P2)[None, :]
+        at = (row * per_row)[:, None] + (col[:, None] + k) // block
+        mask = k < limit[:, None]
+    else:
+        at = (row * per_row + col // block)[:, None]
+        mask = limit[:, None] > 0
+    scale = tl.load(scales.to(tl.pointer_type(tl.float32)) + at, mask=mask, other=0.0)
+    zero = tl.zeros_like(scale)
+    if CODE == UINT8 or CODE == UINT4:
+        zero = tl.load(zeros.to(tl.pointer_type(tl.uint8)) + at, mask=mask, other=0).to(tl.float32)
+    return scale, zero
+
+
+@triton.jit
+def load_operand(codes, scale, zero, row, col, limit, columns, CODE: tl.constexpr, P2: tl.constexpr):
+    """fp32 (NB, P2) of an operand stored in CODE, plain or blocked."""
+    if CODE <= F16 or CODE == DELTA:  # includes NONE: load_floats returns zeros
+        return load_floats(codes, row, col, limit, columns, CODE, P2)
+    else:
+        return decode(load_codes(codes, row, col, limit, columns, CODE, P2), scale, zero, CODE)
+
+
+@triton.jit
+def store_scales(scales, zeros, at, scale, zero, mask, CODE: tl.constexpr):
+    tl.store(scales.to(tl.pointer_type(tl.float32)) + at, scale, mask=mask)
+    if CODE == UINT8 or CODE == UINT4:
+        tl.store(zeros.to(tl.pointer_type(tl.uint8)) + at, zero.to(tl.int32).to(tl.uint8), mask=mask)
+
+
+@triton.jit
+def store_blocks(codes, scales, zeros, values, old, words, row, col, limit, columns, block, CODE: tl.constexpr, SPLIT: tl.constexpr,
+                 STOCHASTIC: tl.constexpr, KEEP: tl.constexpr, P2: tl.constexpr):
+    """Encodes a tile whose blocks lie inside it. KEEP: a block none of whose bits changed keeps codes and scale."""
+    k = tl.arange(0, P2)[None, :]
+    valid = k < limit[:, None]
+    at = row * tl.cdiv(columns, block) + col // block
+    if SPLIT:
+        scale = tl.zeros_like(values)
+        zero = tl.zeros_like(values)
+        keep = tl.zeros_like(values)
+        for b in range(0, tl.cdiv(tl.max(limit, axis=0), block)):
+            inside = valid & (k // block == b)
+            absmax, low, high = measure(values, inside)
+            scale_b, zero_b = block_parameters(absmax, low, high, CODE)
+            write = limit > b * block
+            if KEEP:
+                changed = differs(values, old, inside) != 0
+                write = write & changed
+                keep = tl.where(inside & (changed == 0)[:, None], 1.0, keep)
+            store_scales(scales, zeros, at + b, scale_b, zero_b, write, CODE)
+            scale = tl.where(inside, scale_b[:, None], scale)
+            zero = tl.where(inside, zero_b[:, None], zero)
+        q = encode(values, scale, zero, words, CODE, STOCHASTIC)
+        if KEEP:  # rewrite what was there: a byte may hold the nibbles of one block only, as blocks are even
+            q = tl.where(keep > 0.0, load_codes(codes, row, col, limit, columns, CODE, P2), q)
+        store_codes(codes, q, row, col, limit, columns, CODE, P2)
+    else:
+        absmax, low, high = measure(values, valid)
+        scale, zero = block_parameters(absmax, low, high, CODE)
+        if KEEP:
+            limit = tl.where(differs(values, old, valid) != 0, limit, 0)
+        tl.debug_barrier()  # every thread has read the old scales
+        store_scales(scales, zeros, at, scale, zero, limit > 0, CODE)
+        q = encode(values, scale[:, None], zero[:, None], words, CODE, STOCHASTIC)
+        store_codes(codes, q, row, col, limit, columns, CODE, P2)
+
+
+@triton.jit
+def operand_words(seed, step, stream, row, col, columns, aligned, P2: tl.constexpr):
+    first = row * columns + col
+    if aligned != 0:
+        words = tile_words(seed, step, stream, first, True, P2)
+    else:
+        words = tile_words(seed, step, stream, first, False, P2)
+    return words
+
+
+# --- the step ---------------------------------------------------------------------------------------------
+@triton.jit
+def stepped(entry, p_scale, p_zero, scale0, scale1, scale2, row, col, limit, columns, RULE: tl.constexpr, P: tl.constexpr, G: tl.constexpr,
+            S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr, P_SPLIT: tl.constexpr, S_SPLIT: tl.constexpr, P2: tl.constexpr):
+    """Loads a tile and applies the rule: (old param, new param, new states). Whole-run scales come in, split ones are loaded."""
+    if P >= 3 and P != DELTA and P_SPLIT:
+        p_scale, p_zero = block_scales(tl.load(entry + PARAM_SCALES), tl.load(entry + PARAM_ZEROS), row, col, limit, columns,
+                                       tl.load(entry + PARAM_BLOCK), P, True, P2)
+    old = load_operand(tl.load(entry + PARAM), p_scale, p_zero, row, col, limit, columns, P, P2)
+    s0 = load_state(entry + STATE0, scale0, row, col, limit, columns, tl.load(entry + STATE_BLOCK), S0, S_SPLIT, P2)
+    s1 = load_state(entry + STATE1, scale1, row, col, limit, columns, tl.load(entry + STATE_BLOCK), S1, S_SPLIT, P2)
+    s2 = load_state(entry + STATE2, scale2, row, col, limit, columns, tl.load(entry + STATE_BLOCK), S2, S_SPLIT, P2)
+    h = (entry + SCALARS).to(tl.pointer_type(tl.float32))
+    g = load_floats(tl.load(entry + GRAD), row, col, limit, columns, G, P2) * tl.load(h)
+    p, s0, s1, s2 = apply_rule(RULE, old, g, s0, s1, s2, h)
+    return old, p, s0, s1, s2
+
+
+@triton.jit
+def load_state(slot, scale, row, col, limit, columns, block, CODE: tl.constexpr, SPLIT: tl.constexpr, P2: tl.constexpr):
+    zero = scale
+    if CODE >= 3 and SPLIT:
+        scale, zero = block_scales(tl.load(slot + 1), tl.load(slot + 1), row, col, limit, columns, block, CODE, True, P2)
+    return load_operand(tl.load(slot), scale, zero, row, col, limit, columns, CODE, P2)
+
+
+@triton.jit
+def run_scales(scales, zeros, row, col, limit, columns, block, CODE: tl.constexpr, SPLIT: tl.constexpr, P2: tl.constexpr):
+    """The scales a whole run shares, read before anything of the tile is written; zeros where there are none."""
+    if CODE >= 3 and CODE != DELTA and not SPLIT:
+        return block_scales(scales, zeros, row, col, limit, columns, block, CODE, False, P2)
+    else:
+        nothing = tl.zeros((row.shape[0], 1), tl.float32)
+        return nothing, nothing
+
+
+@triton.jit
+def store_state(slot, values, row, col, limit, columns, block, CODE: tl.constexpr, SPLIT: tl.constexpr, P2: tl.constexpr):
+    """States round to nearest and are always written."""
+    if CODE >= 3:
+        store_blocks(tl.load(slot), tl.load(slot + 1), tl.load(slot + 1), values, values, 0, row, col, limit, columns, block, CODE, SPLIT,
+                     False, False, P2)
+    elif CODE != NONE:
+        store_floats(tl.load(slot), values, 0, row, col, limit, columns, CODE, False, P2)
+
+
+@triton.jit
+def joined(a, b):
+    """Statistics of two pieces of one block."""
+    absmax, low, high = a
+    absmax_b, low_b, high_b = b
+    return tl.maximum(absmax, absmax_b), tl.minimum(low, low_b), tl.maximum(high, high_b)
+
+
+@triton.jit
+def store_piece(codes, values, scale, zero, words, row, col, limit, columns, CODE: tl.constexpr, STOCHASTIC: tl.constexpr, P2: tl.constexpr):
+    """Encodes a piece of a block whose parameters are known."""
+    q = encode(values, scale[:, None], zero[:, None], words, CODE, STOCHASTIC)
+    store_codes(codes, q, row, col, limit, columns, CODE, P2)
+
+
+@triton.jit
+def step_kernel(table, tensors, RULE: tl.constexpr, P: tl.constexpr, G: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr,
+                P_SPLIT: tl.constexpr, S_SPLIT: tl.constexpr, LOOP: tl.constexpr, NB: tl.constexpr, P2: tl.constexpr, TILES: tl.constexpr):
+    pid = tl.program_id(0)
+    # Which tensor: the last one whose first program is not after this one.
+    low = pid * 0
+    high = low + tensors
+    while high - low > 1:
+        middle = (low + high) // 2
+        after = tl.load(table + middle.to(tl.int64) * WIDTH + FIRST_PROGRAM) > pid
+        low, high = tl.where(after, low, middle), tl.where(after, middle, high)
+    entry = table + low.to(tl.int64) * WIDTH
+
+    P_BLOCKED: tl.constexpr = P >= 3 and P != DELTA
+    ROUNDS: tl.constexpr = P_BLOCKED or P == BF16
+    columns, unit, chunk = tl.load(entry + COLUMNS), tl.load(entry + UNIT), tl.load(entry + CHUNK)
+    p_block, s_block = tl.load(entry + PARAM_BLOCK), tl.load(entry + STATE_BLOCK)
+    param, p_scales, p_zeros = tl.load(entry + PARAM), tl.load(entry + PARAM_SCALES), tl.load(entry + PARAM_ZEROS)
+    seed, step, stream = tl.load(entry + SEED).to(tl.uint64, bitcast=True), tl.load(entry + STEP).to(tl.int32), tl.load(entry + STREAM).to(tl.int32)
+    aligned = tl.load(entry + ALIGNED)
+    units_per_row = tl.cdiv(columns, unit)
+    units = tl.load(entry + ROWS) * units_per_row
+    first = (pid - tl.load(entry + FIRST_PROGRAM)) * (NB * TILES)
+
+    for tile in range(TILES):
+        index = first + tile * NB + tl.arange(0, NB)
+        row = index // units_per_row
+        col = (index % units_per_row) * unit
+        size = tl.where(index < units, tl.minimum(unit, columns - col), 0)
+        p_scale, p_zero = run_scales(p_scales, p_zeros, row, col, size, columns, p_block, P, P_SPLIT, P2)
+        scale0, _ = run_scales(tl.load(entry + STATE0 + 1), 0, row, col, size, columns, s_block, S0, S_SPLIT, P2)
+        scale1, _ = run_scales(tl.load(entry + STATE1 + 1), 0, row, col, size, columns, s_block, S1, S_SPLIT, P2)
+        scale2, _ = run_scales(tl.load(entry + STATE2 + 1), 0, row, col, size, columns, s_block, S2, S_SPLIT, P2)
+
+        if not LOOP:  # the unit is in registers at once
+            old, p, s0, s1, s2 = stepped(entry, p_scale, p_zero, scale0, scale1, scale2, row, col, size, columns, RULE, P, G, S0, S1, S2,
+                                         P_SPLIT, S_SPLIT, P2)
+            store_state(entry + STATE0, s0, row, col, size, columns, s_block, S0, S_SPLIT, P2)
+            store_state(entry + STATE1, s1, row, col, size, columns, s_block, S1, S_SPLIT, P2)
+            store_state(entry + STATE2, s2, row, col, size, columns, s_block, S2, S_SPLIT, P2)
+            words = 0
+            if ROUNDS:
+                words = operand_words(seed, step, stream, row, col, columns, aligned, P2)
+            if P_BLOCKED:
+                store_blocks(param, p_scales, p_zeros, p, old, words, row, col, size, columns, p_block, P, P_SPLIT, True, True, P2)
+            else:
+                store_floats(param, p, words, row, col, size, columns, P, ROUNDS, P2)
+        else:
+            # A block longer than a tile: the first pass finds its new parameters, the second steps again and writes.
+            none = tl.zeros((NB,), tl.int32)
+            p_stats, stats0, stats1, stats2, changed = (none, none, none), (none, none, none), (none, none, none), (none, none, none), none
+            for done in range(0, unit, chunk):
+                limit = tl.minimum(size - done, chunk)
+                old, p, s0, s1, s2 = stepped(entry, p_scale, p_zero, scale0, scale1, scale2, row, col + done, limit, columns, RULE, P, G, S0,
+                                             S1, S2, P_SPLIT, S_SPLIT, P2)
+                valid = tl.arange(0, P2)[None, :] < limit[:, None]
+                p_stats, changed = joined(p_stats, measure(p, valid)), tl.maximum(changed, differs(p, old, valid))
+                stats0, stats1, stats2 = joined(stats0, measure(s0, valid)), joined(stats1, measure(s1, valid)), joined(stats2, measure(s2, valid))
+            new_scale, new_zero = block_parameters(p_stats[0], p_stats[1], p_stats[2], P)
+            new0, zero0 = block_parameters(stats0[0], stats0[1], stats0[2], S0)
+            new1, zero1 = block_parameters(stats1[0], stats1[1], stats1[2], S1)
+            new2, zero2 = block_parameters(stats2[0], stats2[1], stats2[2], S2)
+            for done in range(0, unit, chunk):
+                limit = tl.minimum(size - done, chunk)
+                old, p, s0, s1, s2 = stepped(entry, p_scale, p_zero, scale0, scale1, scale2, row, col + done, limit, columns, RULE, P, G, S0,
+                                             S1, S2, P_SPLIT, S_SPLIT, P2)
+                tl.debug_barrier()  # the loads above before the stores below, whichever thread does which
+                if S0 >= 3 and not S_SPLIT:
+                    store_piece(tl.load(entry + STATE0), s0, new0, zero0, 0, row, col + done, limit, columns, S0, False, P2)
+                else:
+                    store_state(entry + STATE0, s0, row, col + done, limit, columns, s_block, S0, S_SPLIT, P2)
+                if S1 >= 3 and not S_SPLIT:
+                    store_piece(tl.load(entry + STATE1), s1, new1, zero1, 0, row, col + done, limit, columns, S1, False, P2)
+                else:
+                    store_state(entry + STATE1, s1, row, col + done, limit, columns, s_block, S1, S_SPLIT, P2)
+                if S2 >= 3 and not S_SPLIT:
+                    store_piece(tl.load(entry + STATE2), s2, new2, zero2, 0, row, col + done, limit, columns, S2, False, P2)
+                else:
+                    store_state(entry + STATE2, s2, row, col + done, limit, columns, s_block, S2, S_SPLIT, P2)
+                words = 0
+                if ROUNDS:
+                    words = operand_words(seed, step, stream, row, col + done, columns, aligned, P2)
+                if P_BLOCKED and not P_SPLIT:
+                    store_piece(param, p, new_scale, new_zero, words, row, col + done, tl.where(changed != 0, limit, 0), columns, P, True, P2)
+                elif P_BLOCKED:
+                    store_blocks(param, p_scales, p_zeros, p, old, words, row, col + done, limit, columns, p_block, P, True, True, True, P2)
+                else:
+                    store_floats(param, p, words, row, col + done, limit, columns, P, ROUNDS, P2)
+            tl.debug_barrier()  # every thread has read the old scales
+            at_s, at_p = row * tl.cdiv(columns, s_block) + col // s_block, row * tl.cdiv(columns, p_block) + col // p_block
+            if S0 >= 3 and not S_SPLIT:
+                store_scales(tl.load(entry + STATE0 + 1), 0, at_s, new0, zero0, size > 0, S0)
+            if S1 >= 3 and not S_SPLIT:
+                store_scales(tl.load(entry + STATE1 + 1), 0, at_s, new1, zero1, size > 0, S1)
+            if S2 >= 3 and not S_SPLIT:
+                store_scales(tl.load(entry + STATE2 + 1), 0, at_s, new2, zero2, size > 0, S2)
+            if P_BLOCKED and not P_SPLIT:
+                store_scales(p_scales, p_zeros, at_p, new_scale, new_zero, (size > 0) & (changed != 0), P)
+
+
+# --- host -------------------------------------------------------------------------------------------------
+#: How a tensor is cut: tensors with the same Cut share a launch.
+Cut = namedtuple("Cut", "p_split s_split loop runs p2")
+
+
+def _cut(rows, columns, param_format, state_blocked, state_block):
+    """(Cut, rows, columns, unit, chunk, param block, state block) of a tensor. The unit is the longest block."""
+    if not param_format.blocked and not state_blocked:
+        rows, columns = 1, rows * columns  # no blocks: one long row
+        unit = min(columns, TILE)
+        chunk, p_block, s_block = unit, columns, columns
+    else:
+        p_block = min(param_format.block or columns, columns) if param_format.blocked else 0
+        s_block = min(state_block or columns, columns) if state_blocked else 0
+        unit = chunk = max(p_block, s_block)
+        p_block, s_block = p_block or unit, s_block or unit
+        shorter = min(p_block, s_block)
+        if unit > LONGEST and (shorter == unit or shorter <= LONGEST):
+            chunk = TILE if shorter == unit else max(1, TILE // shorter) * shorter
+    # What is left is two different blocks that are both longer than LONGEST: one wide (and slow) tile.
+    p2 = power_of_two(chunk)
+    if p2 > 1 << 20:
+        raise ValueError(f"gradmill.fused_step: blocks of {p_block} and {s_block} elements are too long for one Triton tile; "
+                         "make them equal, or one of them shorter")
+    cut = Cut(param_format.blocked and p_block < unit, state_blocked and s_block < unit, chunk < unit,
+              1 if chunk < unit else max(1, TILE // p2), p2)
+    return cut, rows, columns, unit, chunk, p_block, s_block
+
+
+def fused_step(rule, params, param_scales, param_zeros, grads, states, state_scales, scalars, key, ids, param_code, param_block,
+               state_codes, state_block):
+    """See gradmill.ops.optim.fused_step."""
+    count, param_format = len(state_codes), Format(param_code, param_block)
+    blocked = [Format(code).blocked for code in state_codes]
+    seed, step = key.tolist()
+    keep, copy_back = [], []  # temporaries that must outlive the launches; layouts that work on a copy
+
+    def address(t, written=True):
+        if t.is_contiguous():
+            return t.data_ptr()
+        copy = t.contiguous()
+        keep.append(copy)
+        if written:
+            copy_back.append((t, copy))
+        return copy.data_ptr()
+
+    launches: dict[Cut, list] = {}
+    for i, (param, grad) in enumerate(zip(params, grads)):
+        if not grad.numel():
+            continue
+        rows = grad.shape[0] if grad.dim() > 1 else 1
+        cut, rows, columns, unit, chunk, p_block, s_block = _cut(rows, grad.numel() // rows, param_format, any(blocked), state_block)
+        table, programs = launches.setdefault(cut, [[], 0])
+        aligned = (rows == 1 or columns % 4 == 0) and (unit >= columns or unit % 4 == 0) and (chunk >= unit or chunk % 4 == 0)
+        slots = [0] * 6
+        for s in range(count):
+            slots[2 * s:2 * s + 2] = address(states[i * count + s]), state_scales[i * count + s].data_ptr() if blocked[s] else 0
+        table.append([address(param), param_scales[i].data_ptr() if param_format.blocked else 0,
+                      param_zeros[i].data_ptr() if param_format.has_zero_point else 0, address(grad, written=False), *slots, rows, columns,
+                      unit, chunk, p_block, s_block, int(aligned), (ids[i] << 8 | PURPOSES["weight"]) & 0xFFFFFFFF, seed,
+                      step & 0xFFFFFFFF, programs, i])
+        units = rows * triton.cdiv(columns, unit)
+        launches[cut][1] = programs + triton.cdiv(units, cut.runs * TILES)
+    codes = [CODES[c] for c in state_codes] + [NONE.value] * (3 - count)
+    for cut, (table, programs) in launches.items():
+        if programs >= 1 << 31:
+            raise ValueError("gradmill.fused_step: too many blocks for one Triton launch; take larger blocks")
+        which = torch.tensor([entry[-1] for entry in table]) if scalars.shape[0] > 1 else torch.zeros(len(table), dtype=torch.int64)
+        table = torch.cat([torch.tensor(table), scalars[which].contiguous().view(torch.int64)], dim=1).to(params[0].device, non_blocking=True)
+        with ready(params[0]):
+            step_kernel[(programs,)](table, table.shape[0], RULE=rule, P=CODES[param_code], G=CODES[float_code(grads[0].dtype)], S0=codes[0],
+                                     S1=codes[1], S2=codes[2], P_SPLIT=cut.p_split, S_SPLIT=cut.s_split, LOOP=cut.loop, NB=cut.runs,
+                                     P2=cut.p2, TILES=TILES, num_warps=warps_for(cut.runs * cut.p2), **LAUNCH)
+    for original, copy in copy_back:
+        original.copy_(copy)

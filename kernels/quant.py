@@ -1,0 +1,132 @@
+"""quant: fp32, bf16 or fp16 to and from every blocked code.
+
+Bytes: quantize reads the input once (a whole row longer than a tile: twice, the second time mostly from L2) and
+writes bits/8 per element + 4 (5 with a zero point) per block; dequantize the reverse. Both are limited by memory:
+bf16 -> uint8, block 256, moves 3.02 bytes per element, at 3.0 TB/s (H100 copy) about 1.0 T elements/s; stochastic
+rounding adds some 25 integer operations per element, below that limit. Expected, never measured on a GPU yet.
+"""
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from gradmill.formats import CODES, Format, float_code
+from gradmill.kernels._common import (KEY_ARGUMENTS, LAUNCH, UINT4, UINT8, as_bits, block_parameters, decode, encode, from_bf16_bits, key_words,
+                                      load_codes, measure, power_of_two, ready, seed_of, store_codes, store_floats, tile_words, warps_for)
+
+TILE = 4096    # elements a program holds in registers
+ACROSS = 32    # neighbouring rows read together where the input is contiguous along rows
+
+
+@triton.jit
+def load_strided(x, row, col, limit, stride_row, stride_column, P2: tl.constexpr):
+    k = tl.arange(0, P2)[None, :]
+    at = (row * stride_row)[:, None] + (col[:, None] + k).to(tl.int64) * stride_column
+    mask = k < limit[:, None]
+    if x.dtype.element_ty == tl.int16:  # bf16 bits: the interpreter's bf16 casts flush denormals
+        return from_bf16_bits(tl.load(x + at, mask=mask, other=0))
+    else:
+        return tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=KEY_ARGUMENTS)
+def quantize_kernel(x, codes, scales, zeros, rows, columns, block, blocks, stride_row, stride_column, seed_low, seed_high, step, stream,
+                    CODE: tl.constexpr, STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr, ACROSS_ROWS: tl.constexpr, LOOP: tl.constexpr,
+                    NB: tl.constexpr, P2: tl.constexpr):
+    """NB blocks of the (rows, columns) input. LOOP: a block is longer than P2, its chunks are visited twice."""
+    index = tl.program_id(0) * NB + tl.arange(0, NB)
+    exists = index < rows * blocks
+    # Neighbouring blocks of a tile are neighbours in memory, whichever way the input lies.
+    if ACROSS_ROWS:
+        row, b = (index % rows).to(tl.int64), index // rows
+    else:
+        row, b = (index // blocks).to(tl.int64), index % blocks
+    col = b * block
+    size = tl.where(exists, tl.minimum(block, columns - col), 0)  # the last block of a row may be shorter
+    seed = seed_of(seed_low, seed_high)
+
+    values = load_strided(x, row, col, size, stride_row, stride_column, P2)
+    absmax, low, high = measure(values, tl.arange(0, P2)[None, :] < size[:, None])
+    if LOOP:
+        for done in range(P2, block, P2):
+            part = load_strided(x, row, col + done, size - done, stride_row, stride_column, P2)
+            absmax_part, low_part, high_part = measure(part, tl.arange(0, P2)[None, :] < (size - done)[:, None])
+            absmax, low, high = tl.maximum(absmax, absmax_part), tl.minimum(low, low_part), tl.maximum(high, high_part)
+    scale, zero = block_parameters(absmax, low, high, CODE)
+    at = row * blocks + b
+    tl.store(scales + at, scale, mask=exists)
+    if CODE == UINT8 or CODE == UINT4:
+        tl.store(zeros + at, zero.to(tl.int32).to(tl.uint8), mask=exists)
+
+    for done in range(0, block if LOOP else 1, P2):
+        if LOOP:
+            values = load_strided(x, row, col + done, size - done, stride_row, stride_column, P2)
+        words = 0
+        if STOCHASTIC:
+            words = tile_words(seed, step, stream, row * columns + col + done, ALIGNED, P2)
+        q = encode(values, scale[:, None], zero[:, None], words, CODE, STOCHASTIC)
+        store_codes(codes, q, row, col + done, size - done, columns, CODE, P2)
+
+
+@triton.jit
+def dequantize_kernel(codes, scales, zeros, out, rows, columns, block, blocks, pieces, CODE: tl.constexpr, OUT: tl.constexpr,
+                      NB: tl.constexpr, P2: tl.constexpr):
+    """NB pieces of blocks; a block longer than P2 is cut into ``pieces``."""
+    index = tl.program_id(0).to(tl.int64) * NB + tl.arange(0, NB)
+    exists = index < rows.to(tl.int64) * blocks * pieces
+    at = index // pieces  # number of the block
+    done = (index % pieces) * P2
+    row = at // blocks
+    col = (at % blocks) * block + done
+    limit = tl.where(exists, tl.minimum(block - done, columns - col), 0)
+    scale = tl.load(scales + at, mask=exists, other=0.0)
+    zero = tl.zeros_like(scale)
+    if CODE == UINT8 or CODE == UINT4:
+        zero = tl.load(zeros + at, mask=exists, other=0).to(tl.float32)
+    q = load_codes(codes, row, col, limit, columns, CODE, P2)
+    store_floats(out, decode(q, scale[:, None], zero[:, None], CODE), 0, row, col, limit, columns, OUT, False, P2)
+
+
+def quantize(x, code, block=0, transpose=False, key=None, stream=0):
+    """See gradmill.ops.quant.quantize."""
+    format = Format(code, block)
+    if transpose:
+        x = x.t()  # strides do the rest
+    rows, columns = x.shape
+    blocks = format.blocks(columns)
+    codes = x.new_empty((rows, format.code_columns(columns)), dtype=format.code_dtype)
+    scales = x.new_empty((rows, blocks), dtype=torch.float32)
+    zeros = x.new_empty((rows, blocks) if format.has_zero_point else (0,), dtype=torch.uint8)
+    if not x.numel():
+        return codes, scales, zeros
+    if rows * blocks >= 1 << 31:
+        raise ValueError(f"gradmill.quantize: {rows * blocks} blocks; the Triton kernel counts them in 31 bits: take a larger block")
+    size = min(block or columns, columns)
+    across = x.stride(0) == 1 and x.stride(1) != 1
+    chunk = min(power_of_two(size), max(16, TILE // ACROSS * 2 if across else TILE))
+    runs = ACROSS if across else max(1, TILE // chunk)
+    aligned = (rows == 1 or columns % 4 == 0) and (blocks == 1 or size % 4 == 0)
+    with ready(x):
+        quantize_kernel[(triton.cdiv(rows * blocks, runs),)](
+            as_bits(x), codes, scales, zeros, rows, columns, size, blocks, *x.stride(), *key_words(key, stream), CODE=CODES[code],
+            STOCHASTIC=key is not None, ALIGNED=aligned, ACROSS_ROWS=across, LOOP=size > chunk, NB=runs, P2=chunk,
+            num_warps=warps_for(runs * chunk), **LAUNCH)
+    return codes, scales, zeros
+
+
+def dequantize(codes, scales, zeros, code, block, columns, dtype):
+    """See gradmill.ops.quant.dequantize."""
+    rows = codes.shape[0]
+    out = codes.new_empty((rows, columns), dtype=dtype)
+    if not out.numel():
+        return out
+    size = min(block or columns, columns)
+    blocks = triton.cdiv(columns, size)
+    chunk = min(power_of_two(size), max(16, TILE))
+    pieces, runs = triton.cdiv(size, chunk), max(1, TILE // chunk)
+    with ready(codes):
+        dequantize_kernel[(triton.cdiv(rows * blocks * pieces, runs),)](
+            codes, scales, zeros, out, rows, columns, size, blocks, pieces, CODE=CODES[code], OUT=CODES[float_code(dtype)], NB=runs,
+            P2=chunk, num_warps=warps_for(runs * chunk), **LAUNCH)
+    return out

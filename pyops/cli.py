@@ -1,0 +1,76 @@
+"""The gradmill command: ``gradmill info`` and ``gradmill demo``."""
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+
+def _parser() -> argparse.ArgumentParser:
+    import gradmill
+    from gradmill.demo import OPTIMIZERS, Options, recipe_names
+
+    parser = argparse.ArgumentParser(prog="gradmill", description="Custom kernels that make PyTorch training cheaper.")
+    parser.add_argument("--version", action="version", version=f"gradmill {gradmill.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="{info,demo}")
+    info = commands.add_parser("info", help="what was compiled, what this machine has, where each op runs (the default)",
+                               description="What was compiled, what this machine has, and in which backend each op runs.")
+    info.add_argument("--json", action="store_true", help="print JSON, for programs")
+
+    d = Options()
+    lrs = ", ".join(f"{name} {lr:g}" for name, lr in OPTIMIZERS.items())
+    demo = commands.add_parser(
+        "demo", help="train a small language model with torch and with gradmill, side by side",
+        description="Trains one byte-level language model twice from the same seed on the same batches: with torch's layers and fused "
+                    "AdamW, and with gradmill. Prints a table side by side and writes demo.json and demo.png. Ctrl-C keeps what "
+                    "was measured.")
+    demo.add_argument("--recipe", choices=recipe_names(), default=d.recipe, help="gradmill's matmuls and weights (default %(default)s)")
+    demo.add_argument("--optimizer", choices=list(OPTIMIZERS), default=d.optimizer,
+                      help="gradmill's optimizer (default %(default)s; adamw8bit and lion have 8-bit states)")
+    demo.add_argument("--no-baseline", dest="baseline", action="store_false", help="leave out torch's half")
+    demo.add_argument("--steps", type=int, default=d.steps, help="training steps of each half (default %(default)s)")
+    demo.add_argument("--device", choices=["auto", "cpu", "cuda"], default=d.device, help="default: cuda if there is one")
+    demo.add_argument("--seed", type=int, default=d.seed, help="of weights, batches and rounding (default %(default)s)")
+    demo.add_argument("--batch", type=int, default=d.batch, help="windows of text in a step (default %(default)s)")
+    demo.add_argument("--seq", type=int, default=d.seq, help="bytes in a window (default %(default)s)")
+    demo.add_argument("--width", type=int, default=d.width, help="model width: 32 or a multiple of 64 (default %(default)s)")
+    demo.add_argument("--depth", type=int, default=d.depth, help="blocks (default %(default)s)")
+    demo.add_argument("--lr", type=float, help=f"gradmill's peak learning rate (defaults: {lrs})")
+    demo.add_argument("--baseline-lr", type=float, help="torch's peak learning rate (default: the best of those tried)")
+    demo.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    demo.add_argument("--text", metavar="PATH", help="a file or folder to learn instead of Python's standard library")
+    demo.add_argument("--out", metavar="FOLDER", default=d.out, help="where demo.json and demo.png go (default ./%(default)s)")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    from rich.console import Console
+
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    console = Console()
+    if arguments.command == "demo":
+        from gradmill import demo
+
+        options = vars(arguments)
+        options.pop("command")
+        try:
+            return demo.run(demo.Options(**options), console)
+        except demo.DemoError as error:
+            print(f"gradmill demo: error: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("\ngradmill demo: stopped; files of this run that are there are whole", file=sys.stderr)
+            return 130
+    from gradmill import info
+
+    if getattr(arguments, "json", False):
+        print(json.dumps(info.collect(), indent=2))
+    else:
+        info.show(console)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,684 @@
+"""gradmill demo: the same language model, trained twice from one seed on the same batches: by torch, and by gradmill.
+
+A LLaMA-style byte-level model (RMSNorm, rotary attention, SwiGLU, untied head) learns Python from the .py files of the
+standard library, which every machine has. One half uses torch's layers and torch.optim.AdamW(fused=True); the other
+gradmill's low-precision layers and one of its optimizers. Each half is a process of its own, so that its memory is
+its own, and the two take their steps in turn, so that whatever else the machine does slows both alike.
+"""
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import signal
+import statistics
+import sys
+import sysconfig
+import tempfile
+import threading
+import time
+import zlib
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+__all__ = ["DemoError", "Options", "OPTIMIZERS", "LanguageModel", "read_text", "run"]
+
+
+class DemoError(Exception):
+    """The demo cannot run as asked; the message names what is wrong."""
+
+
+# --- learning rates ---------------------------------------------------------------------------------------
+# TUNING (filled in with figures below)
+TORCH_LR = 1e-3
+#: name -> peak learning rate of gradmill's half
+OPTIMIZERS = {"qgalore": 4e-3, "adamw": 1e-3, "adamw8bit": 1e-3, "lion": 3e-4}
+BETAS, LION_BETAS, WEIGHT_DECAY, SCALE, REFRESH_EVERY = (0.9, 0.95), (0.9, 0.99), 0.1, 1.0, 20
+
+BATCHES_TO_WARM_UP = 3     # steps left out of every timing
+VALIDATION_WINDOWS = 64    # evenly spaced over the held-out text
+VALIDATIONS = 6            # times in a run
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line chooses; see ``gradmill demo --help``."""
+
+    steps: int = 300
+    device: str = "auto"
+    seed: int = 0
+    recipe: str = "int8_weights"
+    optimizer: str = "qgalore"
+    lr: float | None = None            # None: the tuned one of OPTIMIZERS
+    baseline_lr: float | None = None   # None: TORCH_LR
+    baseline: bool = True
+    batch: int = 8
+    seq: int = 128
+    width: int = 256
+    depth: int = 6
+    threads: int | None = None
+    text: str | None = None
+    out: str = "demo_out"
+
+    def checked(self) -> "Options":
+        """The options with the device resolved. DemoError for values that make no sense."""
+        from gradmill import recipes
+
+        for name in ("steps", "batch", "seq", "depth"):
+            if getattr(self, name) < 1:
+                raise DemoError(f"--{name} is {getattr(self, name)}; it must be at least 1")
+        if self.width != 32 and (self.width < 64 or self.width % 64):
+            raise DemoError(f"--width is {self.width}; it must be 32 or a multiple of 64 (attention heads are 64 wide)")
+        if self.threads is not None and self.threads < 1:
+            raise DemoError(f"--threads is {self.threads}; it must be at least 1")
+        if not 0 <= self.seed < 2 ** 63:
+            raise DemoError(f"--seed is {self.seed}; it must be from 0 to 2^63 - 1")
+        for name in ("lr", "baseline_lr"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise DemoError(f"--{name.replace('_', '-')} is {value}; it must be positive")
+        if self.recipe not in recipe_names():
+            raise DemoError(f"--recipe is {self.recipe!r}; it must be one of {', '.join(recipe_names())}")
+        if self.optimizer not in OPTIMIZERS:
+            raise DemoError(f"--optimizer is {self.optimizer!r}; it must be one of {', '.join(OPTIMIZERS)}")
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise DemoError(f"--device is {self.device!r}; it must be auto, cpu or cuda")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise DemoError("--device cuda, but torch sees no CUDA device here"
+                            + ("" if torch.version.cuda else f" (torch {torch.__version__} is a CPU build)"))
+        device = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
+        return Options(**{**asdict(self), "device": device, "lr": self.lr or OPTIMIZERS[self.optimizer],
+                          "baseline_lr": self.baseline_lr or TORCH_LR})
+
+
+def recipe_names() -> list[str]:
+    """gradmill's recipes, and "none": torch's layers, to try an optimizer alone."""
+    from gradmill import recipes
+
+    return [*recipes.RECIPES, "none"]
+
+
+# --- text -------------------------------------------------------------------------------------------------
+#: folders left out of the standard library: not every distribution ships its tests, and packages are not part of it
+SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+
+
+def read_text(path: str | None) -> tuple[bytes, bytes, dict]:
+    """(training bytes, held-out bytes, what they are) from a file, a folder, or (None) the standard library's .py files.
+
+    Whole files are held out, at least one and about 5% of the bytes, chosen by a checksum of their names, so that the
+    choice is the same on every machine; of a single file, the last 10%.
+    """
+    if path is not None and not Path(path).exists():
+        raise DemoError(f"--text {path}: no such file or folder")
+    root = Path(sysconfig.get_path("stdlib") if path is None else path)
+    if root.is_file():
+        data = _read(root)
+        cut = len(data) - len(data) // 10
+        return data[:cut], data[cut:], {"source": root.name, "files": 1, "bytes": len(data), "held_out_files": 0,
+                                        "held_out_bytes": len(data) - cut, "held_out": "the last tenth of the file"}
+    if path is None:
+        files = [f for f in root.rglob("*.py") if not SKIPPED.intersection(f.relative_to(root).parts)]
+    else:
+        files = [f for f in root.rglob("*") if not any(part.startswith(".") for part in f.relative_to(root).parts)]
+    files = [f for f in files if f.is_file() and f.stat().st_size > 0]
+    files.sort(key=lambda f: (zlib.crc32(name := f.relative_to(root).as_posix().encode()), name))
+    if len(files) < 2:
+        what = "the standard library" if path is None else f"--text {path}"
+        raise DemoError(f"{what} has {len(files)} non-empty file(s); a folder needs at least 2, one of them to hold out")
+    texts = [_read(f) for f in files]
+    total, held, count = sum(map(len, texts)), 0, 0
+    while count < len(files) - 1 and (count == 0 or held < total / 20):
+        held += len(texts[count])
+        count += 1
+    return b"\n".join(texts[count:]), b"\n".join(texts[:count]), {
+        "source": "Python's standard library" if path is None else root.name, "files": len(files), "bytes": total,
+        "held_out_files": count, "held_out_bytes": held, "held_out": "whole files"}
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise DemoError(f"cannot read {file}: {error.strerror}") from None
+
+
+# --- model ------------------------------------------------------------------------------------------------
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary position embedding: pairs (i, i + half) of a head turn by position * frequency."""
+    a, b = x.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+class Block(nn.Module):
+    """Attention and SwiGLU, each behind an RMSNorm."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.attention_norm, self.mlp_norm = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.q, self.k, self.v, self.o = (nn.Linear(width, width, bias=False) for _ in range(4))
+        self.gate, self.up = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, 3 * width, bias=False)
+        self.down = nn.Linear(3 * width, width, bias=False)
+
+    def forward(self, x, cos, sin):
+        batch, time_, width = x.shape
+        h = self.attention_norm(x)
+        q, k, v = (layer(h).view(batch, time_, self.heads, -1).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        h = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True)
+        x = x + self.o(h.transpose(1, 2).reshape(batch, time_, width))
+        h = self.mlp_norm(x)
+        return x + self.down(F.silu(self.gate(h)) * self.up(h))
+
+
+class LanguageModel(nn.Module):
+    """Bytes in, cross-entropy of the next byte out."""
+
+    def __init__(self, width: int, depth: int, seq: int):
+        super().__init__()
+        heads = max(1, width // 64)
+        self.embedding = nn.Embedding(256, width)
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.norm = nn.RMSNorm(width)
+        self.head = nn.Linear(width, 256, bias=False)
+        size = width // heads
+        angles = torch.arange(seq)[:, None] * 10000.0 ** (-torch.arange(0, size, 2) / size)
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                into_stream = name.endswith(("o.weight", "down.weight"))
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * depth) if into_stream else 0.02)
+
+    def forward(self, x, y):
+        h = self.embedding(x)
+        for block in self.blocks:
+            h = block(h, self.cos, self.sin)
+        return F.cross_entropy(self.head(self.norm(h)).flatten(0, 1), y.flatten())
+
+
+# --- one half ---------------------------------------------------------------------------------------------
+class Half:
+    """One model in training. Lives in a process of its own; ``Remote`` calls its methods."""
+
+    def __init__(self, name: str, options: Options, train: bytes, held_out: bytes):
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        self.name, self.options, self.device = name, options, torch.device(options.device)
+        self.train, self.held_out = (torch.frombuffer(bytearray(b), dtype=torch.uint8) for b in (train, held_out))
+        self.starts = torch.Generator().manual_seed(options.seed)  # the same batches in both halves
+        del train, held_out
+        if self.device.type == "cuda":
+            torch.zeros(1, device=self.device)  # the CUDA context is there with or without us
+            torch.cuda.reset_peak_memory_stats()
+        self.memory_at_start = self._reset_memory()
+        torch.manual_seed(options.seed)
+        self.model = LanguageModel(options.width, options.depth, options.seq).to(self.device)
+        self.parameters = sum(p.numel() for p in self.model.parameters())
+        self.replaced = 0
+        self.optimizer = self._torch() if name == "torch" else self._gradmill()
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._lr_factor)
+        self.gradient_bytes = 0
+
+    def _lr_factor(self, step: int) -> float:
+        """Linear warm-up over a tenth of the run, then a cosine down to a tenth."""
+        warm = max(1, self.options.steps // 10)
+        if step < warm:
+            return (step + 1) / warm
+        return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm) / max(1, self.options.steps - warm)))
+
+    def _groups(self, **projected):
+        """Matrices decay, norms do not; the blocks' matrices take the ``projected`` options."""
+        inner = [p for p in self.model.blocks.parameters() if p.dim() == 2]
+        outer = [self.model.embedding.weight, self.model.head.weight]
+        norms = [p for p in self.model.parameters() if p.dim() == 1]
+        return [{"params": inner, "weight_decay": WEIGHT_DECAY, **projected}, {"params": outer, "weight_decay": WEIGHT_DECAY},
+                {"params": norms, "weight_decay": 0.0}]
+
+    def _torch(self):
+        return torch.optim.AdamW(self._groups(), lr=self.options.baseline_lr, betas=BETAS, fused=True)
+
+    def _gradmill(self):
+        import gradmill
+
+        options = self.options
+        if options.recipe != "none":
+            self.replaced = len(gradmill.convert(self.model, recipe=options.recipe).replaced)
+        if options.optimizer == "qgalore":
+            return gradmill.optim.QGaLoreAdamW(
+                self._groups(rank=options.width // 4, scale=SCALE, refresh_every=REFRESH_EVERY), lr=options.lr, betas=BETAS, states="int8")
+        if options.optimizer == "lion":
+            return gradmill.optim.Lion(self._groups(), lr=options.lr, betas=LION_BETAS, states="int8")
+        return gradmill.optim.AdamW(self._groups(), lr=options.lr, betas=BETAS,
+                                    states="int8" if options.optimizer == "adamw8bit" else "fp32")
+
+    # --- what Remote calls --------------------------------------------------------------------------------
+    def step(self) -> tuple[float, float]:
+        """One training step: (loss, milliseconds of forward, backward and optimizer)."""
+        x, y = self._windows(self.train, torch.randint(len(self.train) - self.options.seq, (self.options.batch,), generator=self.starts))
+        self._synchronize()
+        start = time.perf_counter()
+        loss = self.model(x, y)
+        loss.backward()
+        self.optimizer.step()
+        self._synchronize()
+        elapsed = time.perf_counter() - start
+        if not self.gradient_bytes:
+            self.gradient_bytes = sum(p.grad.nbytes for p in self.model.parameters() if p.grad is not None)
+        start = time.perf_counter()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.schedule.step()
+        return loss.item(), 1e3 * (elapsed + time.perf_counter() - start)
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        """Mean loss over windows spread evenly over the held-out text."""
+        starts = torch.linspace(0, len(self.held_out) - self.options.seq - 1, VALIDATION_WINDOWS).long()
+        losses = [self.model(*self._windows(self.held_out, s)).item() * len(s) for s in starts.split(self.options.batch)]
+        return sum(losses) / len(starts)
+
+    def measure(self) -> dict:
+        """Bytes: counted from the tensors, and the memory's high-water mark."""
+        from gradmill import nbytes
+        from gradmill.optim import state_nbytes
+
+        return {"parameters": self.parameters, "layers_replaced": self.replaced,
+                "optimizer_class": f"{type(self.optimizer).__module__.split('.')[0]}.optim.{type(self.optimizer).__name__}",
+                "weight_bytes": sum(nbytes(p) for p in self.model.parameters()), "gradient_bytes": self.gradient_bytes,
+                "optimizer_bytes": state_nbytes(self.optimizer), "peak_memory_bytes": self._peak_memory()}
+
+    def _windows(self, text, starts):
+        windows = torch.stack([text[i:i + self.options.seq + 1] for i in starts.tolist()]).to(self.device).long()
+        return windows[:, :-1], windows[:, 1:]
+
+    def _synchronize(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    # --- memory -------------------------------------------------------------------------------------------
+    def _reset_memory(self) -> int:
+        """Forgets the process's high-water mark where Linux allows it, and returns what is resident now."""
+        try:
+            with open("/proc/self/clear_refs", "w") as file:
+                file.write("5")
+        except OSError:
+            pass
+        return _status("VmRSS") or 0
+
+    def _peak_memory(self) -> int | None:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated()
+        high = _status("VmHWM")
+        return None if high is None else high - self.memory_at_start
+
+
+def memory_note(device: str) -> str:
+    return ("torch.cuda.max_memory_allocated in each half's process" if device == "cuda" else
+            "growth of each half's own process (resident-set high-water mark) from before its model was built")
+
+
+def _status(field: str) -> int | None:
+    """Bytes of a field of /proc/self/status, None where there is none."""
+    try:
+        with open("/proc/self/status") as file:
+            for line in file:
+                if line.startswith(field + ":"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
+
+
+def _serve(pipe, name, options, train, held_out):
+    """The child process: builds a Half and answers calls until the pipe closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    try:
+        half = Half(name, options, train, held_out)
+        del train, held_out
+        pipe.send((None, None))
+        while True:
+            pipe.send((None, getattr(half, pipe.recv())()))
+    except EOFError:
+        pass
+    except Exception as error:
+        import traceback
+
+        pipe.send((f"{type(error).__name__}: {error}", traceback.format_exc()))
+
+
+class Remote:
+    """A Half in a process of its own, and the record of what it did."""
+
+    def __init__(self, name: str, options: Options, train: bytes, held_out: bytes):
+        import multiprocessing
+
+        self.name, self.losses, self.ms, self.validation, self.measured = name, [], [], [], {}
+        context = multiprocessing.get_context("spawn")
+        self.pipe, other = context.Pipe()
+        self.process = context.Process(target=_serve, args=(other, name, options, train, held_out), daemon=True)
+        with _ignoring_sigint():  # the child inherits that, so that Ctrl-C cannot hit it while it imports
+            self.process.start()
+        other.close()
+
+    def _answer(self):
+        try:
+            problem, value = self.pipe.recv()
+        except (EOFError, ConnectionResetError):
+            self.process.join(5)
+            raise DemoError(f"the {self.name} half's process ended (exit code {self.process.exitcode}); was there too little memory?") from None
+        if problem:
+            raise DemoError(f"the {self.name} half failed: {problem}\n{value}")
+        return value
+
+    def _call(self, method: str):
+        self.pipe.send(method)
+        return self._answer()
+
+    def ready(self):
+        self._answer()
+
+    def step(self):
+        loss, ms = self._call("step")
+        self.losses.append(loss)
+        self.ms.append(ms)
+
+    def validate(self):
+        self.validation.append([len(self.losses), self._call("validate")])
+
+    def measure(self):
+        self.measured = self._call("measure")
+
+    def close(self):
+        self.pipe.close()
+        self.process.join(5)
+        if self.process.is_alive():
+            self.process.kill()
+
+    # --- what came of it ----------------------------------------------------------------------------------
+    def timed(self) -> list[float]:
+        """Steps' milliseconds without the warm-up (all of them in a run that is hardly longer)."""
+        return self.ms[BATCHES_TO_WARM_UP:] if len(self.ms) > 2 * BATCHES_TO_WARM_UP else self.ms[1:] or self.ms
+
+    def result(self, options: Options) -> dict:
+        timed = self.timed()
+        mean = statistics.fmean(timed)
+        return {
+            **self.measured, "lr": options.baseline_lr if self.name == "torch" else options.lr,
+            "recipe": None if self.name == "torch" or options.recipe == "none" else options.recipe,
+            "optimizer": "adamw" if self.name == "torch" else options.optimizer, "steps": len(self.losses),
+            "validation_loss": self.validation[-1][1] if self.validation else None,
+            "ms_per_step_median": statistics.median(timed), "ms_per_step_mean": mean,
+            "tokens_per_second": options.batch * options.seq / mean * 1e3,
+            "training_losses": self.losses, "ms_per_step": self.ms, "validation": self.validation}
+
+
+@contextmanager
+def _ignoring_sigint():
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class _Stop:
+    """Ctrl-C: the first asks the loop to end after the step at hand, the second ends at once."""
+
+    def __init__(self, console):
+        self.asked, self.console = False, console
+
+    def __enter__(self):
+        self.main = threading.current_thread() is threading.main_thread()
+        if self.main:
+            self.before = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(self, *_):
+        if self.main:
+            signal.signal(signal.SIGINT, self.before)
+
+    def _handle(self, *_):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+# --- the run ----------------------------------------------------------------------------------------------
+def run(options: Options, console) -> int:
+    """Trains, prints, writes; returns the exit code (130 after Ctrl-C). DemoError for what cannot be done."""
+    options = options.checked()
+    train, held_out, text = read_text(options.text)
+    for name, data in (("training", train), ("held-out", held_out)):
+        if len(data) < options.seq + 2:
+            raise DemoError(f"too little text: {len(data)} {name} bytes, but a window is {options.seq + 1} bytes long "
+                            "(give more with --text, or lower --seq)")
+    out = Path(options.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not os.access(out, os.W_OK):
+            raise PermissionError(13, "not writable")
+    except OSError as error:
+        raise DemoError(f"--out {out}: {error.strerror}") from None
+
+    console.print(f"[bold]gradmill demo[/bold] on {options.device}: {text['source']}, {text['files']:,} files, {text['bytes'] / 1e6:.1f} MB; "
+                  f"held out: {text['held_out_bytes'] / 1e6:.2f} MB ({text['held_out']})", highlight=False)
+    names = (["torch"] if options.baseline else []) + ["gradmill"]
+    with _Stop(console) as stop:
+        halves = [Remote(name, options, train, held_out) for name in names]
+        try:
+            for half in halves:
+                half.ready()
+            _train(halves, options, stop, console)
+            if stop.asked:
+                console.print(f"[yellow]Stopped at step {len(halves[-1].losses)} of {options.steps}.[/yellow] One last validation; "
+                              "Ctrl-C again to leave it out.", highlight=False)
+            if not halves[-1].losses:
+                console.print("Nothing was measured yet, so nothing was written.")
+                return 130
+            try:
+                for half in halves:
+                    if not half.validation or half.validation[-1][0] != len(half.losses):
+                        half.validate()
+                    half.measure()
+            except KeyboardInterrupt:
+                console.print("Left out. The table holds what there is.")
+        finally:
+            for half in halves:
+                half.close()
+        stop.asked = True  # from here Ctrl-C means: at once. The files are whole or absent.
+        report = make_report(halves, options, text, interrupted=len(halves[-1].losses) < options.steps)
+        show(report, console)
+        paths = write(report, out)
+    console.print("Written: " + ", ".join(str(p) for p in paths), highlight=False, soft_wrap=True)
+    if report["interrupted"]:
+        console.print(f"[yellow]Interrupted:[/yellow] these figures are for the first {report['halves']['gradmill']['steps']} of "
+                      f"{options.steps} steps.", highlight=False)
+        return 130
+    return 0
+
+
+def _train(halves, options, stop, console):
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    every = max(1, math.ceil(options.steps / VALIDATIONS))
+    tokens = options.batch * options.seq
+    columns = [TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}"),
+               TextColumn("{task.fields[speed]} tokens/s"), TimeRemainingColumn(compact=True)]
+    with Progress(*columns, console=console, disable=not console.is_terminal, expand=True) as progress:
+        tasks = [progress.add_task(half.name, total=options.steps, loss="  -  ", speed="    -") for half in halves]
+        for step in range(1, options.steps + 1):
+            if stop.asked:
+                return
+            for half, task in zip(halves, tasks):
+                half.step()
+                speed = tokens / statistics.median(half.timed()[-20:]) * 1e3
+                progress.update(task, advance=1, loss=f"{statistics.fmean(half.losses[-20:]):.3f}", speed=f"{speed:5,.0f}")
+            if step % every == 0 or step == options.steps:
+                if stop.asked:
+                    return
+                for half in halves:
+                    half.validate()
+                width = len(str(options.steps))
+                said = "   ".join(f"{h.name} {h.validation[-1][1]:.4f} at {tokens / statistics.median(h.timed()[-every:]) * 1e3:,.0f} tokens/s"
+                                  for h in halves)
+                console.print(f"step {step:{width}}/{options.steps}  validation loss  {said}", highlight=False)
+
+
+# --- the report -------------------------------------------------------------------------------------------
+def make_report(halves, options: Options, text: dict, interrupted: bool) -> dict:
+    """What demo.json holds."""
+    import gradmill
+    from gradmill.info import collect
+
+    info = collect()
+    results = {half.name: half.result(options) for half in halves}
+    ratios, goals = None, None
+    if "torch" in results:
+        torch_, ours = results["torch"], results["gradmill"]
+        keys = ("validation_loss", "ms_per_step_median", "ms_per_step_mean", "tokens_per_second", "weight_bytes", "gradient_bytes",
+                "optimizer_bytes", "peak_memory_bytes")
+        ratios = {k: ours[k] / torch_[k] if ours.get(k) and torch_.get(k) else None for k in keys}
+        # Steps are taken in turn: the median of the ratio of neighbours is freer of the machine's noise than the ratio of medians.
+        timed = {half.name: half.timed() for half in halves}
+        ratios["ms_per_step_paired"] = statistics.median(b / a for a, b in zip(timed["torch"], timed["gradmill"]))
+        if options.optimizer == "qgalore" and options.recipe == "int8_weights" and ratios["optimizer_bytes"] and ratios["validation_loss"]:
+            goals = {"optimizer state under 1/8": ratios["optimizer_bytes"] < 1 / 8,
+                     "validation loss within 2%": ratios["validation_loss"] <= 1.02,
+                     "a step no slower": ratios["ms_per_step_paired"] <= 1.0}
+    return {
+        "gradmill_demo": 1, "gradmill": gradmill.__version__, "interrupted": interrupted,
+        "options": {k: v for k, v in asdict(options).items() if k not in ("text", "out")},
+        "machine": {"processor": info["devices"][0]["name"], "cores": os.cpu_count(), "threads": options.threads or torch.get_num_threads(),
+                    "devices": [d["name"] for d in info["devices"][1:]], "isa": info["native"]["isa"], "torch": torch.__version__,
+                    "triton": info["triton"], "python": platform.python_version()},
+        "text": text, "halves": results, "ratios": ratios, "goals": goals, "peak_memory_is": memory_note(options.device)}
+
+
+def show(report: dict, console) -> None:
+    """The table side by side."""
+    from rich.table import Table
+
+    halves, ratios = report["halves"], report["ratios"] or {}
+    ours = halves["gradmill"]
+    rows = [("validation loss", "validation_loss", "{:.4f}"), ("ms per step, median", "ms_per_step_median", "{:,.1f}"),
+            ("ms per step, mean", "ms_per_step_mean", "{:,.1f}"), ("tokens/s", "tokens_per_second", "{:,.0f}"),
+            ("bytes of weights", "weight_bytes", "{:,}"), ("bytes of gradients", "gradient_bytes", "{:,}"),
+            ("bytes of optimizer state", "optimizer_bytes", "{:,}"), ("peak memory, bytes", "peak_memory_bytes", "{:,}")]
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("")
+    for name in halves:
+        table.add_column(name, justify="right")
+    if ratios:
+        table.add_column("gradmill / torch", justify="right")
+    table.add_row("matmuls, weights", *(h["recipe"] or "fp32" for h in halves.values()), *([""] if ratios else []))
+    table.add_row("optimizer", *(h["optimizer"] for h in halves.values()), *([""] if ratios else []))
+    table.add_row("peak learning rate", *(f"{h['lr']:g}" for h in halves.values()), *([""] if ratios else []))
+    for label, key, form in rows:
+        cells = ["-" if h.get(key) is None else form.format(h[key]) for h in halves.values()]
+        table.add_row(label, *cells, *([_ratio(ratios.get(key))] if ratios else []))
+    console.print()
+    console.print(table, highlight=False)
+    if ours.get("parameters"):
+        console.print(f"\n{ours['parameters']:,} parameters, {ours['steps']} steps of {report['options']['batch']} x {report['options']['seq']} bytes; "
+                      f"{ours['layers_replaced']} layers converted. Means include what happens only at some steps, such as refreshes.",
+                      highlight=False)
+    if ratios:
+        console.print(f"Steps were taken in turn; gradmill's took {ratios['ms_per_step_paired']:.3f} of its neighbour's time (median).",
+                      highlight=False)
+    console.print(f"Peak memory: {report['peak_memory_is']}.", highlight=False)
+    if report["goals"] and not report["interrupted"]:
+        console.print("Goals: " + "; ".join(f"{goal}: {'[green]met[/green]' if met else '[red]missed[/red]'}" for goal, met in report["goals"].items()),
+                      highlight=False)
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}" + (f" (1/{1 / value:.1f})" if value < 0.5 else "")
+
+
+def write(report: dict, out: Path) -> list[Path]:
+    """demo.json and demo.png: both made first, then each put in place whole."""
+    # JSON knows neither nan nor inf: a loss that diverged is null.
+    payload = json.dumps(_finite(report), indent=1, allow_nan=False).encode() + b"\n"
+    picture = plot(report)
+    paths = []
+    for name, data in (("demo.json", payload), ("demo.png", picture)):
+        write_whole(out / name, data)
+        paths.append(out / name)
+    return paths
+
+
+def _finite(value):
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    return [_finite(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes ``data`` to ``path``, whole or not at all."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def plot(report: dict) -> bytes:
+    """The loss curves as a PNG: every step thin, smoothed thick, validations as points."""
+    import io
+
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(9, 5.5), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    labels = {"torch": "torch: fp32, fused AdamW"}
+    for (name, half), color, marker in zip(report["halves"].items(), ("#d95f02", "#1b6ca8")[-len(report["halves"]):], "so"):
+        label = labels.get(name, f"gradmill: {half['recipe'] or 'fp32'}, {half['optimizer']}")
+        losses = half["training_losses"]
+        steps = range(1, len(losses) + 1)
+        axes.plot(steps, losses, color=color, alpha=0.22, linewidth=0.8)
+        axes.plot(steps, _smooth(losses), color=color, linewidth=2, label=label)
+        if half["validation"]:
+            final = half["validation_loss"]
+            axes.plot(*zip(*half["validation"]), marker, color=color, markersize=7, markeredgecolor="white",
+                      label=f"   held-out files, last {final:.3f}" if report["text"]["held_out_files"] else f"   held-out text, last {final:.3f}")
+    axes.set_xlabel(f"step ({report['options']['batch']} x {report['options']['seq']} bytes each)")
+    axes.set_ylabel("cross-entropy (nats per byte)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    some = next(iter(report["halves"].values()))
+    size = f"{some['parameters'] / 1e6:.1f}M parameters, " if some.get("parameters") else ""
+    axes.set_title(f"{size}{report['text']['source']}" + (" (interrupted)" if report["interrupted"] else ""))
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    FigureCanvasAgg(figure)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    return picture.getvalue()
+
+
+def _smooth(values: list[float], weight: float = 0.9) -> list[float]:
+    """Exponential average, corrected for its start."""
+    total, norm, smooth = 0.0, 0.0, []
+    for v in values:
+        total, norm = weight * total + (1 - weight) * v, weight * norm + 1 - weight
+        smooth.append(total / norm)
+    return smooth
