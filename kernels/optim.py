@@ -9,7 +9,8 @@ gradient: read 6, write 4 (+ 16/256 for scales). Limit on an H100 (3.0 TB/s copy
 stochastically rounded weight adds some 25 integer operations per element (one Philox call makes four words), at 300 G
 elements/s about half of the integer rate. Expected, never measured on a GPU yet.
 
-To add a rule: a @triton.jit function of (p, g, s0, s1, s2, h) that returns (p, s0, s1, s2), and one line in apply_rule.
+To add a rule: a @triton.jit function of (p, g, s0, s1, s2, h) that returns (p, s0, s1, s2), a branch
+in apply_rule and its name in RULES.
 """
 from __future__ import annotations
 
@@ -25,9 +26,9 @@ from gradmill.kernels._common import (BF16, DELTA, F16, F32, LAUNCH, NONE, UINT4
                                       warps_for)
 from gradmill.reference.philox import PURPOSES
 
-TILE = 4096         # elements a tile aims at
-LONGEST = 8192      # a longer unit is worked off in chunks, in two passes
-TILES = 4           # tiles a program works off: the search for its tensor is paid once
+TILE = 2048         # elements a tile aims at: 8 a thread, or the registers spill
+LONGEST = 4096      # a longer unit is worked off in chunks, in two passes
+TILES = 8           # tiles a program works off: the search for its tensor is paid once
 
 
 # --- rules ------------------------------------------------------------------------------------------------
@@ -48,6 +49,9 @@ def adamw_amsgrad(p, g, m, v, vmax, h):
     vmax = tl.where((v > vmax) | (v != v), v, vmax)
     p = p * tl.load(h + 1) - tl.load(h + 5) * tl.div_rn(m, tl.sqrt_rn(vmax) * tl.load(h + 6) + tl.load(h + 7))
     return p, m, v, vmax
+
+
+RULES = ("adamw", "adamw_amsgrad")  # the names apply_rule knows
 
 
 @triton.jit
@@ -388,6 +392,6 @@ def fused_step(rule, params, param_scales, param_zeros, grads, states, state_sca
         with ready(params[0]):
             step_kernel[(programs,)](table, table.shape[0], RULE=rule, P=CODES[param_code], G=CODES[float_code(grads[0].dtype)], S0=codes[0],
                                      S1=codes[1], S2=codes[2], P_SPLIT=cut.p_split, S_SPLIT=cut.s_split, LOOP=cut.loop, NB=cut.runs,
-                                     P2=cut.p2, TILES=TILES, num_warps=warps_for(cut.runs * cut.p2), **LAUNCH)
+                                     P2=cut.p2, TILES=TILES, num_warps=warps_for(2 * cut.runs * cut.p2), **LAUNCH)
     for original, copy in copy_back:
         original.copy_(copy)

@@ -31,8 +31,7 @@ class Report:
         from rich.console import Console
         from rich.table import Table
 
-        table = Table(title=f"gradmill.convert, recipe {self.recipe}: {len(self.replaced)} replaced, {len(self.skipped)} skipped, "
-                            f"weights {self.bytes_before:,} -> {self.bytes_after:,} bytes", title_justify="left")
+        table = Table()
         table.add_column("layer", overflow="fold")
         table.add_column("result", overflow="fold")
         for name in self.replaced:
@@ -41,7 +40,8 @@ class Report:
             table.add_row(name, f"skipped: {why}")
         text = io.StringIO()
         Console(file=text, width=100).print(table)
-        return text.getvalue().rstrip()
+        return (f"gradmill.convert, recipe {self.recipe}: {len(self.replaced)} replaced, {len(self.skipped)} skipped; replaced weights "
+                f"{self.bytes_before:,} -> {self.bytes_after:,} bytes\n{text.getvalue().rstrip()}")
 
 
 def convert(model: torch.nn.Module, recipe: str | recipes.Recipe = "int8",

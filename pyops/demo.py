@@ -7,6 +7,7 @@ its own, and the two take their steps in turn, so that whatever else the machine
 """
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -20,7 +21,7 @@ import threading
 import time
 import zlib
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -68,8 +69,6 @@ class Options:
 
     def checked(self) -> "Options":
         """The options with the device resolved. DemoError for values that make no sense."""
-        from gradmill import recipes
-
         for name in ("steps", "batch", "seq", "depth"):
             if getattr(self, name) < 1:
                 raise DemoError(f"--{name} is {getattr(self, name)}; it must be at least 1")
@@ -93,8 +92,7 @@ class Options:
             raise DemoError("--device cuda, but torch sees no CUDA device here"
                             + ("" if torch.version.cuda else f" (torch {torch.__version__} is a CPU build)"))
         device = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
-        return Options(**{**asdict(self), "device": device, "lr": self.lr or OPTIMIZERS[self.optimizer],
-                          "baseline_lr": self.baseline_lr or TORCH_LR})
+        return replace(self, device=device, lr=self.lr or OPTIMIZERS[self.optimizer], baseline_lr=self.baseline_lr or TORCH_LR)
 
 
 def recipe_names() -> list[str]:
@@ -212,17 +210,19 @@ class Half:
             torch.set_num_threads(options.threads)
         self.name, self.options, self.device = name, options, torch.device(options.device)
         self.train, self.held_out = (torch.frombuffer(bytearray(b), dtype=torch.uint8) for b in (train, held_out))
-        self.starts = torch.Generator().manual_seed(options.seed)  # the same batches in both halves
-        del train, held_out
-        if self.device.type == "cuda":
-            torch.zeros(1, device=self.device)  # the CUDA context is there with or without us
-            torch.cuda.reset_peak_memory_stats()
+        self._build(replace(options, width=32, depth=1))  # one throw-away step, so that what torch loads at the first
+        self.step()                                       # one (code, thread pools, 100 MB of it) is not counted as training's
+        self.optimizer = self.schedule = self.model = None
         self.memory_at_start = self._reset_memory()
+        self._build(options)
+
+    def _build(self, options: Options):
         torch.manual_seed(options.seed)
+        self.starts = torch.Generator().manual_seed(options.seed)  # the same batches in both halves
         self.model = LanguageModel(options.width, options.depth, options.seq).to(self.device)
         self.parameters = sum(p.numel() for p in self.model.parameters())
         self.replaced = 0
-        self.optimizer = self._torch() if name == "torch" else self._gradmill()
+        self.optimizer = self._torch(options) if self.name == "torch" else self._gradmill(options)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._lr_factor)
         self.gradient_bytes = 0
 
@@ -241,13 +241,12 @@ class Half:
         return [{"params": inner, "weight_decay": WEIGHT_DECAY, **projected}, {"params": outer, "weight_decay": WEIGHT_DECAY},
                 {"params": norms, "weight_decay": 0.0}]
 
-    def _torch(self):
-        return torch.optim.AdamW(self._groups(), lr=self.options.baseline_lr, betas=BETAS, fused=True)
+    def _torch(self, options: Options):
+        return torch.optim.AdamW(self._groups(), lr=options.baseline_lr, betas=BETAS, fused=True)
 
-    def _gradmill(self):
+    def _gradmill(self, options: Options):
         import gradmill
 
-        options = self.options
         if options.recipe != "none":
             self.replaced = len(gradmill.convert(self.model, recipe=options.recipe).replaced)
         if options.optimizer == "qgalore":
@@ -303,7 +302,11 @@ class Half:
 
     # --- memory -------------------------------------------------------------------------------------------
     def _reset_memory(self) -> int:
-        """Forgets the process's high-water mark where Linux allows it, and returns what is resident now."""
+        """Forgets the high-water mark so far (on CPU: where Linux allows it), and returns what is resident now."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
         try:
             with open("/proc/self/clear_refs", "w") as file:
                 file.write("5")
@@ -405,13 +408,17 @@ class Remote:
         """Steps' milliseconds without the warm-up (all of them in a run that is hardly longer)."""
         return self.ms[BATCHES_TO_WARM_UP:] if len(self.ms) > 2 * BATCHES_TO_WARM_UP else self.ms[1:] or self.ms
 
+    def speed(self, options: Options) -> float:
+        """Tokens per second of the last 20 steps."""
+        return options.batch * options.seq / statistics.fmean(self.timed()[-20:]) * 1e3
+
     def result(self, options: Options) -> dict:
         timed = self.timed()
         mean = statistics.fmean(timed)
         return {
             **self.measured, "lr": options.baseline_lr if self.name == "torch" else options.lr,
             "recipe": None if self.name == "torch" or options.recipe == "none" else options.recipe,
-            "optimizer": "adamw" if self.name == "torch" else options.optimizer, "steps": len(self.losses),
+            "optimizer": "torch fused adamw" if self.name == "torch" else options.optimizer, "steps": len(self.losses),
             "validation_loss": self.validation[-1][1] if self.validation else None,
             "ms_per_step_median": statistics.median(timed), "ms_per_step_mean": mean,
             "tokens_per_second": options.batch * options.seq / mean * 1e3,
@@ -478,22 +485,22 @@ def run(options: Options, console) -> int:
             for half in halves:
                 half.ready()
             _train(halves, options, stop, console)
-            if stop.asked:
-                console.print(f"[yellow]Stopped at step {len(halves[-1].losses)} of {options.steps}.[/yellow] One last validation; "
-                              "Ctrl-C again to leave it out.", highlight=False)
-            if not halves[-1].losses:
-                console.print("Nothing was measured yet, so nothing was written.")
-                return 130
-            try:
+            if halves[-1].losses:
+                if stop.asked:
+                    console.print(f"[yellow]Stopped at step {len(halves[-1].losses)} of {options.steps}.[/yellow] One last validation; "
+                                  "Ctrl-C again to leave it out.", highlight=False)
                 for half in halves:
                     if not half.validation or half.validation[-1][0] != len(half.losses):
                         half.validate()
                     half.measure()
-            except KeyboardInterrupt:
-                console.print("Left out. The table holds what there is.")
+        except KeyboardInterrupt:
+            console.print("[yellow]Stopped at once.[/yellow]")
         finally:
             for half in halves:
                 half.close()
+        if not all(half.losses for half in halves):
+            console.print("Stopped before the first step: nothing was measured, nothing written.")
+            return 130
         stop.asked = True  # from here Ctrl-C means: at once. The files are whole or absent.
         report = make_report(halves, options, text, interrupted=len(halves[-1].losses) < options.steps)
         show(report, console)
@@ -510,27 +517,31 @@ def _train(halves, options, stop, console):
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     every = max(1, math.ceil(options.steps / VALIDATIONS))
-    tokens = options.batch * options.seq
     columns = [TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}"),
                TextColumn("{task.fields[speed]} tokens/s"), TimeRemainingColumn(compact=True)]
     with Progress(*columns, console=console, disable=not console.is_terminal, expand=True) as progress:
+        _validate(halves, 0, options, console)
         tasks = [progress.add_task(half.name, total=options.steps, loss="  -  ", speed="    -") for half in halves]
         for step in range(1, options.steps + 1):
             if stop.asked:
                 return
             for half, task in zip(halves, tasks):
                 half.step()
-                speed = tokens / statistics.median(half.timed()[-20:]) * 1e3
-                progress.update(task, advance=1, loss=f"{statistics.fmean(half.losses[-20:]):.3f}", speed=f"{speed:5,.0f}")
+                progress.update(task, advance=1, loss=f"{statistics.fmean(half.losses[-20:]):.3f}", speed=f"{half.speed(options):5,.0f}")
             if step % every == 0 or step == options.steps:
                 if stop.asked:
                     return
-                for half in halves:
-                    half.validate()
-                width = len(str(options.steps))
-                said = "   ".join(f"{h.name} {h.validation[-1][1]:.4f} at {tokens / statistics.median(h.timed()[-every:]) * 1e3:,.0f} tokens/s"
-                                  for h in halves)
-                console.print(f"step {step:{width}}/{options.steps}  validation loss  {said}", highlight=False)
+                _validate(halves, step, options, console)
+
+
+def _validate(halves, step, options, console):
+    said = []
+    for half in halves:
+        half.validate()
+        said.append(f"{half.name} {half.validation[-1][1]:.4f}")
+        if step:
+            said[-1] += f" ({half.speed(options):,.0f} tokens/s)"
+    console.print(f"step {step:{len(str(options.steps))}}/{options.steps}  validation loss  {'  '.join(said)}", highlight=False)
 
 
 # --- the report -------------------------------------------------------------------------------------------

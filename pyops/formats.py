@@ -14,8 +14,8 @@ CODES = {
     "uint8": 4,      # zero point, scale = (max-min)/255 over a range that includes 0
     "int4": 5,       # symmetric, scale = absmax/7, two's-complement nibbles, low nibble first
     "uint4": 6,      # zero point, scale = (max-min)/15, low nibble first
-    "moment8": 7,    # signed 8-bit code of a first moment
-    "square8": 8,    # unsigned 8-bit code of a second moment, never 0 in a block that is not all zero
+    "moment8": 7,    # signed 8-bit float code of a first moment (sign, 3 exponent bits, 4 mantissa bits)
+    "square8": 8,    # 8-bit float code of sqrt(second moment) (3 exponent, 5 mantissa bits), never 0 in a nonzero block
     "delta": 9,      # fused_step's params only: read as 0, the update is left there in fp32
 }
 FLOAT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -69,7 +69,7 @@ class Format:
         """torch dtype of the stored codes."""
         if not self.blocked:
             return FLOAT_DTYPES.get(self.code, torch.float32)
-        return torch.int8 if self.code in ("int8", "moment8") else torch.uint8
+        return torch.int8 if self.code == "int8" else torch.uint8
 
     def blocks(self, columns: int) -> int:
         """How many blocks a row of ``columns`` elements has."""

@@ -129,8 +129,8 @@ def show(console) -> None:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("op", no_wrap=True)
     for device in DEVICES:
-        gets = "gets" if device == "cpu" or not info["cuda_problem"] else "would get"
-        table.add_column(f"a {device.upper()} tensor {gets}")
+        there = device == "cpu" or not info["cuda_problem"]
+        table.add_column(f"{device.upper()} tensor{'' if there else '*'}", no_wrap=True)
         table.add_column("also live", style="dim")
     reasons: dict[tuple[str, str, str], list[str]] = {}
     for name, places in info["ops"].items():
@@ -142,6 +142,8 @@ def show(console) -> None:
                 reasons.setdefault((device, backend, reason), []).append(name)
         table.add_row(*row)
     console.print(table)
+    if info["cuda_problem"]:
+        console.print(f"* would run there; {info['cuda_problem']}", highlight=False)
     if reasons:
         console.print()
         why = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")

@@ -11,8 +11,9 @@ namespace gradmill {
 namespace {
 
 struct Block {
-  float scale;  // nan: the block held a nan or an inf; 0: the block is all zero
-  int zero;     // zero point, 0 where the code has none
+  float scale;    // nan: the block held a nan or an inf; 0: the block is all zero
+  int zero;       // zero point, 0 where the code has none
+  float inverse;  // encoding kMoment8 and kSquare8 only: multiplies instead of a division per element
 };
 
 // Round half to even for |x| < 2^22: adding 1.5 * 2^23 leaves no fraction bits. Vectorises everywhere.
@@ -37,10 +38,14 @@ GM_HD int32_t ordered_bits(float x) {
 }
 GM_HD float from_ordered_bits(int32_t b) { return bits_float(static_cast<uint32_t>(b ^ ((b >> 31) & 0x7fffffff))); }
 
+// The largest values the two float codes stand for, in units of their scale (see encode).
+constexpr float kMomentTop = 247.0f;  // 1.9375 * 128 - 1
+constexpr float kSquareTop = 251.0f;  // 1.96875 * 128 - 1
+
 // absmax: largest magnitude_bits; lo, hi: smallest and largest ordered_bits, both started at 0 so that the
 // range always includes zero (without it the zero point's clamp would destroy a one-sided block).
 GM_HD Block block_of(int code, uint32_t absmax, int32_t lo, int32_t hi) {
-  Block b{0.0f, 0};
+  Block b{0.0f, 0, 0.0f};
   if (absmax >= 0x7f800000u) {
     b.scale = bits_float(0x7fc00000u);
     return b;
@@ -55,8 +60,10 @@ GM_HD Block block_of(int code, uint32_t absmax, int32_t lo, int32_t hi) {
     float min = from_ordered_bits(lo), max = from_ordered_bits(hi);
     b.scale = (max * 0.5f - min * 0.5f) / (top * 0.5f);  // halves: max - min may overflow
     if (b.scale > 0.0f) b.zero = static_cast<int>(clampf(-round_even(min / b.scale), 0.0f, top));
-  } else {
-    b.scale = amax;  // kMoment8, kSquare8
+  } else if (absmax >= 0x0d800000u) {  // 2^-100: below, the block counts as zero and its inverse stays finite
+    float root = code == kSquare8 ? sqrtf(amax) : amax, top = code == kSquare8 ? kSquareTop : kMomentTop;
+    b.scale = root / top;
+    b.inverse = top / root;
   }
   return b;
 }
@@ -75,13 +82,18 @@ GM_HD int encode(float x, Block b, uint32_t word) {
     y = STOCHASTIC ? round_stochastic(y, word) : round_even(y);
     return static_cast<int>(clampf(y + static_cast<float>(b.zero), 0.0f, top));
   } else if constexpr (CODE == kMoment8) {
-    float y = x / b.scale;
-    y = (y + y) / (1.0f + fabsf(y)) * 127.0f;
-    return static_cast<int>(STOCHASTIC ? round_stochastic(y, word) : round_even(y));
-  } else {  // kSquare8: never 0 in a block that is not all zero
-    float y = sqrtf(x / b.scale) * 255.0f;
-    y = STOCHASTIC ? round_stochastic(y, word) : round_even(y);
-    return static_cast<int>(clampf(y, 1.0f, 255.0f));
+    // Adding 1 turns the value into a float of exponent 0..7 whose top bits are the code ("offset float"): steps are
+    // fine near zero, 1/32 of the value from there on, and encoding costs no division, root or table. Chosen against
+    // linear, companded and bitsandbytes' dynamic codes on real Adam moments: docs/results/state_codes.md.
+    float y = fabsf(x) * b.inverse;
+    y = y + 1.0f;
+    uint32_t k = (float_bits(y) - 0x3f800000u + (STOCHASTIC ? word >> 13 : 0x40000u)) >> 19;
+    return static_cast<int>((k > 127u ? 127u : k) | ((float_bits(x) >> 24) & 0x80u));
+  } else {  // kSquare8: the same code for sqrt(x); never 0, so that no update divides by eps alone
+    float y = sqrtf(x) * b.inverse;
+    y = y + 1.0f;
+    int k = static_cast<int>((float_bits(y) - 0x3f800000u + (STOCHASTIC ? word >> 14 : 0x20000u)) >> 18);
+    return k < 1 ? 1 : k > 255 ? 255 : k;
   }
 }
 
@@ -90,15 +102,21 @@ GM_HD float decode(int q, Block b) {
   if constexpr (CODE == kUInt8 || CODE == kUInt4) {
     return static_cast<float>(q - b.zero) * b.scale;
   } else if constexpr (CODE == kMoment8) {
-    float y = static_cast<float>(q) / 127.0f;
-    return y / (2.0f - fabsf(y)) * b.scale;
+    float y = bits_float((static_cast<uint32_t>(q & 127) << 19) + 0x3f800000u) - 1.0f;
+    return bits_float(float_bits(y) | (static_cast<uint32_t>(q & 128) << 24)) * b.scale;
   } else if constexpr (CODE == kSquare8) {
-    float y = static_cast<float>(q) / 255.0f;
-    return y * y * b.scale;
+    float r = (bits_float((static_cast<uint32_t>(q) << 18) + 0x3f800000u) - 1.0f) * b.scale;
+    return r * r;
   } else {
     return static_cast<float>(q) * b.scale;
   }
 }
+
+// Dither words: word of element i of a block = offset + i * 2^32/golden ratio, the offset one Philox word per block.
+// Each element's word is uniform and new at every step, so rounding with it is unbiased, for an addition per element.
+// A second moment needs that: at beta2 = 0.999 it moves by less than half a code a step, and nearest rounding would
+// freeze it (docs/results/state_codes.md, column "freeze").
+constexpr uint32_t kDitherStep = 0x9E3779B1u;
 
 // --- plain 16-bit floats ----------------------------------------------------------------------------------
 GM_HD float bf16_to_float(uint16_t h) { return bits_float(static_cast<uint32_t>(h) << 16); }

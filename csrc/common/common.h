@@ -26,8 +26,8 @@ enum Code : int {
   kUInt8 = 4,    // zero point, scale = (max-min)/255, codes in [0, 255]
   kInt4 = 5,     // symmetric, scale = absmax/7, codes in [-7, 7] as two's-complement nibbles, low first
   kUInt4 = 6,    // zero point, scale = (max-min)/15, codes in [0, 15], low nibble first
-  kMoment8 = 7,  // signed 8-bit moment code (optimizer state exp_avg)
-  kSquare8 = 8,  // unsigned 8-bit code of a non-negative moment (exp_avg_sq)
+  kMoment8 = 7,  // signed 8-bit float code (state exp_avg): sign, 3 exponent bits, 4 mantissa bits
+  kSquare8 = 8,  // 8-bit float code of the square root (state exp_avg_sq): 3 exponent bits, 5 mantissa bits
   kDelta = 9,    // weights only: reads as 0 and stores fp32, so that a step leaves its update there
 };
 

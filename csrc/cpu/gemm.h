@@ -121,17 +121,25 @@ struct Columns {
   }
 };
 
-// decode_one_block with int4 by hand: gcc's version of interleaving nibbles is several times slower.
-inline void decode_run(int code, const char* codes, Block b, int64_t n, float* __restrict out) {
+// decode_one_block with the codes of weights by hand: gcc interleaves nibbles several times slower.
 #if GM_LEVEL >= 1
-  if (code == kInt4 || code == kUInt4) {
-    const NibbleDecoder decoder(code == kInt4, b.zero, b.scale);
-    int64_t i = 0;
-    for (; i + W <= n; i += W) store(out + i, decoder(codes + i / 2));
-    codes += i / 2, out += i, n -= i;
-  }
+template <class Decoder>
+inline int64_t decode_vectors(const char* codes, Block b, int64_t n, float* __restrict out) {
+  const Decoder decoder(b.zero, b.scale);
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store(out + i, decoder(codes + i * Decoder::bits / 8));
+  return i;
+}
 #endif
-  decode_one_block(code, codes, b, n, out);
+inline void decode_run(int code, const char* codes, Block b, int64_t n, float* __restrict out) {
+  int64_t done = 0;
+#if GM_LEVEL >= 1
+  if (code == kInt4) done = decode_vectors<NibbleDecoder<true>>(codes, b, n, out);
+  else if (code == kUInt4) done = decode_vectors<NibbleDecoder<false>>(codes, b, n, out);
+  else if (code == kInt8) done = decode_vectors<ByteDecoder<true>>(codes, b, n, out);
+  else if (code == kUInt8) done = decode_vectors<ByteDecoder<false>>(codes, b, n, out);
+#endif
+  decode_one_block(code, codes + done * code_bits(code) / 8, b, n - done, out + done);
 }
 
 // Reads any stored matrix as floats. `from` must be even where two codes share a byte.
@@ -148,11 +156,17 @@ struct FloatReader {
     for (int64_t at = from, end = from + n; at < end;) {
       const int64_t index = at / m.block, stop = min_of(end, (index + 1) * m.block);
       const int64_t scale = row * m.blocks_per_row() + index;
-      const Block b{m.scales[scale], has_zero_point(m.code) ? m.zeros[scale] : 0};
+      const Block b{m.scales[scale], has_zero_point(m.code) ? m.zeros[scale] : 0, 0.0f};
       decode_run(m.code, tile_address(m, row, at), b, stop - at, out + (at - from));
       at = stop;
     }
     return buffer;
+  }
+  // Brings the same run of another row closer, if there is such a row.
+  void prefetch(int64_t row, int64_t from, int64_t n) const {
+    if (row >= m.rows) return;
+    const char *at = tile_address(m, row, from), *end = at + n * code_bits(m.code) / 8;
+    for (; at < end; at += 64) __builtin_prefetch(at);
   }
 };
 
@@ -266,7 +280,10 @@ GM_HD void dot_rows(int64_t lanes, const lane* __restrict a, int64_t a_stride, c
     for (int r = 0; r < ROWS; ++r) {
       const typename Lanes::Vector av = Lanes::load_lanes(a + r * a_stride + k);
 #pragma GCC unroll 4
-      for (int c = 0; c < kDotColumns; ++c) acc[r][c] = Lanes::madd(acc[r][c], av, bv[c]);
+      for (int c = 0; c < kDotColumns; ++c) {
+        acc[r][c] = Lanes::madd(acc[r][c], av, bv[c]);
+        in_register(acc[r][c]);
+      }
     }
   }
 #pragma GCC unroll 4
@@ -350,6 +367,8 @@ void add_scaled_rows(const Extent& e, const Rows<FloatReader>& a, const Columns<
         const int live = static_cast<int>(min_of(group, e.k - k));
         for (int r = 0; r < group; ++r) {
           lane* buffer = buffers.data + r * stride;
+          // Runs of different rows lie far apart, where the hardware does not guess them.
+          b.reader.prefetch(k + r + 2 * group, col, n);
           const lane* row = r < live ? b.reader.read(k + r, col, n, buffer) : nullptr;
           if (!row) memset(buffer, 0, static_cast<size_t>(padded) * sizeof(lane));
           else if (row != buffer) memcpy(buffer, row, static_cast<size_t>(n) * sizeof(lane));

@@ -147,12 +147,85 @@ struct StoreFloats {
   }
 };
 
+#if GM_LEVEL >= 1
+// One to kGemvRows rows of x: bound by how fast codes come in, so they go from memory to register, are decoded there
+// and multiplied with every row of x on the spot. At least four sums at a time hide the latency of the fma.
+constexpr int kGemvRows = 4;
+
+template <class Decoder, int ROWS>
+void dot_packed_row(const PackedMatmulArgs& p, const float* x, int64_t j, float* sums, int64_t stride) {
+  constexpr int vectors = ROWS <= 2 ? 4 : 2, step = vectors * W;
+  const Matrix& w = p.w;
+  const char* codes = tile_address(w, j, 0);
+  vf acc[ROWS][vectors];
+  for (int r = 0; r < ROWS; ++r)
+    for (int v = 0; v < vectors; ++v) acc[r][v] = zero();
+  for (int64_t start = 0, index = j * w.blocks_per_row(); start < w.cols; start += w.block, ++index) {
+    const Block b{w.scales[index], has_zero_point(w.code) ? w.zeros[index] : 0, 0.0f};
+    const Decoder decoder(b.zero, b.scale);
+    const int64_t end = min_of(start + w.block, w.cols);
+    int64_t k = start;
+    for (; k + step <= end; k += step)
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) {
+        const vf value = decoder(codes + (k + v * W) * Decoder::bits / 8);
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; ++r) acc[r][v] = fma(load(x + r * w.cols + k + v * W), value, acc[r][v]);
+      }
+    for (; k < end; k += W) {
+      const int64_t n = min_of(W, end - k);
+      float values[W] = {}, xs[W] = {};
+      decode_one_block(w.code, codes + k * Decoder::bits / 8, b, n, values);
+      for (int r = 0; r < ROWS; ++r) {
+        memcpy(xs, x + r * w.cols + k, static_cast<size_t>(n) * sizeof(float));
+        acc[r][0] = fma(load(xs), load(values), acc[r][0]);
+      }
+    }
+  }
+  for (int r = 0; r < ROWS; ++r) {
+    for (int v = 1; v < vectors; ++v) acc[r][0] = add(acc[r][0], acc[r][v]);
+    sums[r * stride] = sum(acc[r][0]);
+  }
+}
+
+template <class Decoder>
+void gemv(const PackedMatmulArgs& p, const StoreFloats& epilogue) {
+  constexpr int64_t chunk = 32;
+  const int64_t k = p.w.cols, n = p.w.rows;
+  Scratch floats(p.m * k);
+  float* const x = reinterpret_cast<float*>(floats.data);
+  decode_floats(p.x_code, p.x, p.m * k, x);
+  const bool parallel = static_cast<double>(n) * static_cast<double>(k) > 3e4;
+#pragma omp parallel for schedule(static) if (parallel)
+  for (int64_t t = 0; t < divide_up(n, chunk); ++t) {
+    const int64_t col = t * chunk, live = min_of(chunk, n - col);
+    float sums[kGemvRows][chunk];
+    for (int64_t j = 0; j < live; ++j) {
+      if (p.m == 1) dot_packed_row<Decoder, 1>(p, x, col + j, &sums[0][j], chunk);
+      else if (p.m == 2) dot_packed_row<Decoder, 2>(p, x, col + j, &sums[0][j], chunk);
+      else if (p.m == 3) dot_packed_row<Decoder, 3>(p, x, col + j, &sums[0][j], chunk);
+      else dot_packed_row<Decoder, 4>(p, x, col + j, &sums[0][j], chunk);
+    }
+    for (int64_t i = 0; i < p.m; ++i) epilogue(i, col, live, sums[i], nullptr);
+  }
+}
+#endif
+
 void packed_matmul(const PackedMatmulArgs& p) {
   const int64_t n = p.transpose ? p.w.cols : p.w.rows, k = p.transpose ? p.w.rows : p.w.cols;
   const Extent extent{p.m, n, k};
   const Rows<FloatReader> x{{plain_matrix(p.x, p.x_code, p.m, k)}}, rows{{p.w}};
   const Columns<FloatReader> columns{{p.w}};
   const StoreFloats epilogue{p.out, p.out_code, n, p.bias};
+#if GM_LEVEL >= 1
+  if (!p.transpose && p.m <= kGemvRows && is_blocked(p.w.code)) {
+    if (p.w.code == kInt4) gemv<NibbleDecoder<true>>(p, epilogue);
+    else if (p.w.code == kUInt4) gemv<NibbleDecoder<false>>(p, epilogue);
+    else if (p.w.code == kInt8) gemv<ByteDecoder<true>>(p, epilogue);
+    else gemv<ByteDecoder<false>>(p, epilogue);
+    return;
+  }
+#endif
   if (p.transpose && p.m <= kFewRows) add_scaled_rows(extent, x, columns, epilogue);
   else if (p.transpose) gemm<FloatLanes>(extent, x, columns, epilogue);
   else if (p.m <= kFewRows) dot_products<FloatLanes>(extent, x, rows, epilogue);

@@ -80,7 +80,7 @@ void step_units(const StepTensor& t, const StepArgs& a, const float* h, Shape sh
     view.param = flattened(t.param);
     for (int s = 0; s < rule.states; ++s) view.states[s] = flattened(t.states[s]);
   }
-  const Key key{a.seed, a.step, t.id << 8 | kWeightRounding};
+  const Key key{a.seed, a.step, t.id << 8 | kWeightRounding}, dither{a.seed, a.step, t.id << 8 | kDither};
   float *p_buffer = scratch, *old_buffer = scratch + shape.unit, *g_buffer = scratch + 2 * shape.unit, *s_buffer = scratch + 3 * shape.unit;
   const bool p_plain = view.param.code == kF32, p_blocked = is_blocked(view.param.code);
   for (int64_t u = begin; u < end; ++u) {
@@ -105,7 +105,8 @@ void step_units(const StepTensor& t, const StepArgs& a, const float* h, Shape sh
     }
     rule.apply(p, g, states[0], states[1], states[2], n, h);
     for (int s = 0; s < rule.states; ++s)
-      if (view.states[s].code != kF32) encode_tile(view.states[s], row, col, n, states[s], nullptr);
+      if (view.states[s].code != kF32)
+        encode_tile(view.states[s], row, col, n, states[s], view.states[s].code == kSquare8 ? &dither : nullptr, true);
     if (!p_plain) {
       const bool rounds = p_blocked || view.param.code == kBF16;
       update_tile(view.param, row, col, n, p_blocked ? old_buffer : nullptr, p, rounds ? &key : nullptr);

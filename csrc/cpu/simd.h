@@ -5,7 +5,11 @@
 #include "../common/common.h"
 
 #if GM_LEVEL >= 1
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc 12's own AVX-512 header
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #endif
 
 namespace gradmill {
@@ -84,15 +88,30 @@ GM_HD void transpose(vf (&r)[W]) {
   for (int i = 0; i < W; ++i) r[i] = t[i];
 }
 
-// W int4 codes, low nibble first, to (code - zero) * scale. The sixteen possible values are a table in a register
-// and vpermps, which looks at four index bits only, picks them.
+// W codes of a block to (code - zero) * scale.
+template <bool SIGNED>
+struct ByteDecoder {
+  vi zero;
+  vf scale;
+  GM_HD ByteDecoder(int z, float x) : zero(_mm512_set1_epi32(z)), scale(_mm512_set1_ps(x)) {}
+  static constexpr int bits = 8;
+  GM_HD vf operator()(const void* p) const {
+    const __m128i codes = _mm_loadu_si128(static_cast<const __m128i*>(p));
+    const vi value = SIGNED ? _mm512_cvtepi8_epi32(codes) : _mm512_sub_epi32(_mm512_cvtepu8_epi32(codes), zero);
+    return _mm512_mul_ps(_mm512_cvtepi32_ps(value), scale);
+  }
+};
+// The sixteen values a nibble can stand for are a table in a register; vpermps, which looks at the low four bits of
+// its indices, picks them.
+template <bool SIGNED>
 struct NibbleDecoder {
   vf table;
-  NibbleDecoder(bool is_signed, int zero, float scale) {
-    const vi codes = is_signed ? _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1)
-                               : _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  GM_HD NibbleDecoder(int zero, float scale) {
+    const vi codes = SIGNED ? _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1)
+                            : _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     table = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(codes, _mm512_set1_epi32(zero))), _mm512_set1_ps(scale));
   }
+  static constexpr int bits = 4;
   GM_HD vf operator()(const void* p) const {
     const vi shifts = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
     int32_t low, high;
@@ -144,18 +163,32 @@ GM_HD void transpose(vf (&r)[W]) {
   for (int i = 0; i < W; ++i) r[i] = t[i];
 }
 
-// W int4 codes, low nibble first, to (code - zero) * scale: 32 bits in every lane, each shifted until its own nibble
-// is at the top, then down again with or without its sign.
+// W codes of a block to (code - zero) * scale.
+template <bool SIGNED>
+struct ByteDecoder {
+  vi zero;
+  vf scale;
+  GM_HD ByteDecoder(int z, float x) : zero(_mm256_set1_epi32(z)), scale(_mm256_set1_ps(x)) {}
+  static constexpr int bits = 8;
+  GM_HD vf operator()(const void* p) const {
+    const __m128i codes = _mm_loadl_epi64(static_cast<const __m128i*>(p));
+    const vi value = SIGNED ? _mm256_cvtepi8_epi32(codes) : _mm256_sub_epi32(_mm256_cvtepu8_epi32(codes), zero);
+    return _mm256_mul_ps(_mm256_cvtepi32_ps(value), scale);
+  }
+};
+// The same 32 bits in every lane, shifted until the lane's own nibble is at the top, then down again, with or without
+// its sign.
+template <bool SIGNED>
 struct NibbleDecoder {
   vi zero;
   vf scale;
-  bool is_signed;
-  NibbleDecoder(bool s, int z, float x) : zero(_mm256_set1_epi32(z)), scale(_mm256_set1_ps(x)), is_signed(s) {}
+  GM_HD NibbleDecoder(int z, float x) : zero(_mm256_set1_epi32(z)), scale(_mm256_set1_ps(x)) {}
+  static constexpr int bits = 4;
   GM_HD vf operator()(const void* p) const {
     int32_t codes;
     memcpy(&codes, p, 4);
     const vi top = _mm256_sllv_epi32(_mm256_set1_epi32(codes), _mm256_setr_epi32(28, 24, 20, 16, 12, 8, 4, 0));
-    const vi value = is_signed ? _mm256_srai_epi32(top, 28) : _mm256_sub_epi32(_mm256_srli_epi32(top, 28), zero);
+    const vi value = SIGNED ? _mm256_srai_epi32(top, 28) : _mm256_sub_epi32(_mm256_srli_epi32(top, 28), zero);
     return _mm256_mul_ps(_mm256_cvtepi32_ps(value), scale);
   }
 };

@@ -53,7 +53,7 @@ inline void decode_block(const char* codes, Block b, int64_t n, float* __restric
       int low = c[n / 2] & 15;
       out[n - 1] = decode<CODE>(CODE == kInt4 ? (low ^ 8) - 8 : low, b);
     }
-  } else if constexpr (CODE == kUInt8 || CODE == kSquare8) {
+  } else if constexpr (CODE != kInt8) {
     const uint8_t* c = reinterpret_cast<const uint8_t*>(codes);
     for (int64_t i = 0; i < n; ++i) out[i] = decode<CODE>(c[i], b);
   } else {
@@ -148,7 +148,7 @@ inline void decode_tile(const Matrix& m, int64_t row, int64_t col, int64_t n, fl
   if (!is_blocked(m.code)) return decode_floats(m.code, tile_address(m, row, col), n, out);
   for (int64_t i = 0; i < n; i += m.block) {
     int64_t at = row * m.blocks_per_row() + (col + i) / m.block;
-    Block b{m.scales[at], has_zero_point(m.code) ? m.zeros[at] : 0};
+    Block b{m.scales[at], has_zero_point(m.code) ? m.zeros[at] : 0, 0.0f};
     decode_one_block(m.code, tile_address(m, row, col + i), b, n - i < m.block ? n - i : m.block, out + i);
   }
 }
@@ -162,9 +162,16 @@ inline void encode_block_at(const Matrix& m, int64_t row, int64_t col, int64_t n
   if (has_zero_point(m.code)) m.zeros[at] = static_cast<uint8_t>(b.zero);
 }
 
+// The same words for a whole block from one Philox word: see kDitherStep.
+inline void dither_fill(const Key& key, uint64_t first, int64_t n, uint32_t* __restrict out) {
+  uint32_t offset = philox_word(key, first);
+  for (int64_t i = 0; i < n; ++i) out[i] = offset + static_cast<uint32_t>(i) * kDitherStep;
+}
+
 // Writes a tile. old_values non-null: a block none of whose values changed keeps its codes and its scale
-// (rounding it again would move codes although nothing was learnt). key null: round to nearest.
-inline void store_tile(const Matrix& m, int64_t row, int64_t col, int64_t n, const float* old_values, const float* in, const Key* key) {
+// (rounding it again would move codes although nothing was learnt). key null: round to nearest; dither: with dither
+// words instead of a Philox word per element.
+inline void store_tile(const Matrix& m, int64_t row, int64_t col, int64_t n, const float* old_values, const float* in, const Key* key, bool dither) {
   uint32_t stack_words[kWords];
   const uint64_t first = static_cast<uint64_t>(row * m.cols + col);
   if (!is_blocked(m.code)) {
@@ -181,17 +188,17 @@ inline void store_tile(const Matrix& m, int64_t row, int64_t col, int64_t n, con
   for (int64_t i = 0; i < n; i += m.block) {
     int64_t part = n - i < m.block ? n - i : m.block;
     if (old_values && memcmp(old_values + i, in + i, static_cast<size_t>(part) * 4) == 0) continue;
-    if (key) philox_fill(*key, first + static_cast<uint64_t>(i), part, words);
+    if (key) (dither ? dither_fill : philox_fill)(*key, first + static_cast<uint64_t>(i), part, words);
     encode_block_at(m, row, col + i, part, in + i, key ? words : nullptr);
   }
   if (words != stack_words) free(words);
 }
 
-inline void encode_tile(const Matrix& m, int64_t row, int64_t col, int64_t n, const float* in, const Key* key) {
-  store_tile(m, row, col, n, nullptr, in, key);
+inline void encode_tile(const Matrix& m, int64_t row, int64_t col, int64_t n, const float* in, const Key* key, bool dither = false) {
+  store_tile(m, row, col, n, nullptr, in, key, dither);
 }
 inline void update_tile(const Matrix& m, int64_t row, int64_t col, int64_t n, const float* old_values, const float* new_values, const Key* key) {
-  store_tile(m, row, col, n, old_values, new_values, key);
+  store_tile(m, row, col, n, old_values, new_values, key, false);
 }
 
 }  // namespace

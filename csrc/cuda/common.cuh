@@ -133,8 +133,8 @@ __device__ __forceinline__ void load_floats(int code, const char* p, int n, floa
   }
 }
 
-// key non-null: bf16 is rounded stochastically, `element` being the index of x[0]. kDelta stores fp32.
-__device__ __forceinline__ void store_floats(int code, char* p, int n, const float (&x)[kChunk], const Key* key, uint64_t element) {
+// stochastic: bf16 is rounded with the words of `key`, `element` being the index of x[0]. kDelta stores fp32.
+__device__ __forceinline__ void store_floats(int code, char* p, int n, const float (&x)[kChunk], bool stochastic, const Key& key, uint64_t element) {
   if (code == kF32 || code == kDelta) {
     if (n == kChunk && aligned(p, 16)) {
       *reinterpret_cast<float4*>(p) = make_float4(x[0], x[1], x[2], x[3]);
@@ -146,9 +146,9 @@ __device__ __forceinline__ void store_floats(int code, char* p, int n, const flo
     return;
   }
   uint32_t h[kChunk];
-  if (code == kBF16 && key) {
+  if (code == kBF16 && stochastic) {
     uint32_t w[kChunk];
-    words_of(*key, element, w);
+    words_of(key, element, w);
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) h[i] = float_to_bf16_stochastic(x[i], w[i]);
   } else {
@@ -188,11 +188,10 @@ __device__ __forceinline__ void encode_all(const float (&x)[kChunk], Block b, bo
   for (int i = 0; i < kChunk; ++i) q[i] = stochastic ? encode<CODE, true>(x[i], b, w[i]) : encode<CODE, false>(x[i], b, 0);
 }
 
-// The codes of n elements as integers; the rest 0. A 4-bit chunk starts at an even column.
-__device__ __forceinline__ void load_codes(const Matrix& m, int64_t row, int64_t col, int n, int (&q)[kChunk]) {
-  const uint8_t* p = reinterpret_cast<const uint8_t*>(address(m, row, col));
+// The codes of n elements at p as integers; the rest 0. A 4-bit chunk starts at an even column.
+__device__ __forceinline__ void load_codes(int code, const uint8_t* p, int n, int (&q)[kChunk]) {
   uint32_t raw = 0;
-  if (code_bits(m.code) == 4) {
+  if (code_bits(code) == 4) {
     if (n == kChunk && aligned(p, 2)) {
       raw = *reinterpret_cast<const uint16_t*>(p);
     } else {
@@ -202,7 +201,7 @@ __device__ __forceinline__ void load_codes(const Matrix& m, int64_t row, int64_t
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
       const int u = static_cast<int>(raw >> 4 * i & 15);
-      q[i] = m.code == kInt4 ? (u ^ 8) - 8 : u;
+      q[i] = code == kInt4 ? (u ^ 8) - 8 : u;
     }
   } else {
     if (n == kChunk && aligned(p, 4)) {
@@ -212,7 +211,7 @@ __device__ __forceinline__ void load_codes(const Matrix& m, int64_t row, int64_t
       for (int i = 0; i < kChunk; ++i)
         if (i < n) raw |= static_cast<uint32_t>(p[i]) << 8 * i;
     }
-    const bool is_unsigned = m.code == kUInt8 || m.code == kSquare8;
+    const bool is_unsigned = code == kUInt8 || code == kSquare8;
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
       const uint8_t u = static_cast<uint8_t>(raw >> 8 * i);
@@ -221,9 +220,8 @@ __device__ __forceinline__ void load_codes(const Matrix& m, int64_t row, int64_t
   }
 }
 
-__device__ __forceinline__ void store_codes(const Matrix& m, int64_t row, int64_t col, int n, const int (&q)[kChunk]) {
-  uint8_t* p = reinterpret_cast<uint8_t*>(address(m, row, col));
-  if (code_bits(m.code) == 4) {
+__device__ __forceinline__ void store_codes(int code, uint8_t* p, int n, const int (&q)[kChunk]) {
+  if (code_bits(code) == 4) {
     uint32_t raw = 0;
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) raw |= i < n ? (static_cast<uint32_t>(q[i]) & 15u) << 4 * i : 0u;
@@ -260,36 +258,59 @@ __device__ __forceinline__ void store_block(const Matrix& m, int64_t row, int64_
   if (has_zero_point(m.code)) m.zeros[at] = static_cast<uint8_t>(b.zero);
 }
 
-// Any stored matrix as fp32: elements [col, col + n) of a row, the rest of x is 0. The chunk starts a multiple of 4
-// after the start of a block, so with block % 4 == 0 it has one scale.
-__device__ __forceinline__ void read_chunk(const Matrix& m, int64_t row, int64_t col, int n, float (&x)[kChunk]) {
-  if (!is_blocked(m.code)) return load_floats(m.code, address(m, row, col), n, x);
-#pragma unroll
-  for (int i = 0; i < kChunk; ++i) x[i] = 0.0f;
-  if (n <= 0) return;
+// Functions that are called, not inlined: kernels read and write several operands in any of nine formats, and a copy
+// of the switch for each would cost registers and compile time; a call is some 30 instructions per four elements.
+// Arguments are scalars, so that they travel in registers.
+__device__ __noinline__ float4 decode_call(int code, const uint8_t* p, int n, float scale, int zero) {
   int q[kChunk];
-  load_codes(m, row, col, n, q);
-  if (m.block % kChunk == 0 || m.block >= m.cols) {
-    decode_chunk(m.code, q, block_at(m, row, col), x);
-  } else {
-#pragma unroll 1
-    for (int i = 0; i < n; ++i) {  // a scale each
-      float y[kChunk];
-      decode_chunk(m.code, q, block_at(m, row, col + i), y);
-#pragma unroll
-      for (int k = 0; k < kChunk; ++k) x[k] = k == i ? y[k] : x[k];
-    }
-  }
+  float x[kChunk];
+  load_codes(code, p, n, q);
+  decode_chunk(code, q, Block{scale, zero}, x);
+  return make_float4(x[0], x[1], x[2], x[3]);
 }
 
-// Encodes and writes a chunk that lies in one block, whose scale is b's. key null: round to nearest.
-__device__ __forceinline__ void write_codes(const Matrix& m, int64_t row, int64_t col, int n, Block b, const float (&x)[kChunk], const Key* key) {
+// The same where every element may have another scale: blocks whose length is no multiple of 4.
+__device__ __noinline__ float4 decode_mixed_call(int code, const uint8_t* p, int n, const float* scales, const uint8_t* zeros, int64_t col, int64_t block) {
+  int q[kChunk];
+  float x[kChunk] = {0.0f, 0.0f, 0.0f, 0.0f};
+  load_codes(code, p, n, q);
+#pragma unroll 1
+  for (int i = 0; i < n; ++i) {
+    const int64_t at = divide(col + i, block);
+    float y[kChunk];
+    decode_chunk(code, q, Block{scales[at], has_zero_point(code) ? static_cast<int>(zeros[at]) : 0}, y);
+#pragma unroll
+    for (int k = 0; k < kChunk; ++k) x[k] = k == i ? y[k] : x[k];
+  }
+  return make_float4(x[0], x[1], x[2], x[3]);
+}
+
+// Any stored matrix as fp32: elements [col, col + n) of a row, the rest of x is unspecified, but 0 for n = 0. The
+// chunk starts a multiple of 4 after the start of a block, so with block % 4 == 0 it has one scale.
+__device__ __forceinline__ void read_chunk(const Matrix& m, int64_t row, int64_t col, int n, float (&x)[kChunk]) {
+  const char* p = address(m, row, col);
+  if (!is_blocked(m.code)) return load_floats(m.code, p, n, x);
+  float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  if (n > 0) {
+    const uint8_t* codes = reinterpret_cast<const uint8_t*>(p);
+    const int64_t first = row * blocks_in_row(m);
+    if (m.block % kChunk == 0 || m.block >= m.cols) {
+      const int64_t at = first + divide(col, m.block);
+      v = decode_call(m.code, codes, n, m.scales[at], has_zero_point(m.code) ? static_cast<int>(m.zeros[at]) : 0);
+    } else {
+      v = decode_mixed_call(m.code, codes, n, m.scales + first, m.zeros + (has_zero_point(m.code) ? first : 0), col, m.block);
+    }
+  }
+  x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
+}
+
+// Encodes n elements of one block and writes them at p. With `stochastic`, `element` is the index of x[0].
+__device__ __forceinline__ void encode_chunk(int code, uint8_t* p, int n, Block b, const float (&x)[kChunk], bool stochastic, const Key& key, uint64_t element) {
   int q[kChunk] = {0, 0, 0, 0};
   if (b.scale > 0.0f) {  // else all zero, or a nan or inf inside: every code is 0
     uint32_t w[kChunk] = {0, 0, 0, 0};
-    if (key) words_of(*key, static_cast<uint64_t>(row * m.cols + col), w);
-    const bool stochastic = key != nullptr;
-    switch (m.code) {
+    if (stochastic) words_of(key, element, w);
+    switch (code) {
       case kInt8: encode_all<kInt8>(x, b, stochastic, w, q); break;
       case kUInt8: encode_all<kUInt8>(x, b, stochastic, w, q); break;
       case kInt4: encode_all<kInt4>(x, b, stochastic, w, q); break;
@@ -298,7 +319,19 @@ __device__ __forceinline__ void write_codes(const Matrix& m, int64_t row, int64_
       default: encode_all<kSquare8>(x, b, stochastic, w, q); break;
     }
   }
-  store_codes(m, row, col, n, q);
+  store_codes(code, p, n, q);
+}
+
+__device__ __noinline__ void encode_call(int code, uint8_t* p, int n, float scale, int zero, float4 v, bool stochastic, uint64_t seed, uint32_t step,
+                                         uint32_t stream, uint64_t element) {
+  const float x[kChunk] = {v.x, v.y, v.z, v.w};
+  encode_chunk(code, p, n, Block{scale, zero}, x, stochastic, Key{seed, step, stream}, element);
+}
+
+// A chunk of a matrix with blocks; b is its block's. stochastic: with the words of `key`, else to nearest.
+__device__ __forceinline__ void write_codes(const Matrix& m, int64_t row, int64_t col, int n, Block b, const float (&x)[kChunk], bool stochastic, const Key& key) {
+  encode_call(m.code, reinterpret_cast<uint8_t*>(address(m, row, col)), n, b.scale, b.zero, make_float4(x[0], x[1], x[2], x[3]), stochastic,
+              key.seed, key.step, key.stream, static_cast<uint64_t>(row * m.cols + col));
 }
 
 // --- block statistics -------------------------------------------------------------------------------------

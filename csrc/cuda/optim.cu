@@ -38,7 +38,7 @@ struct Entry {
   uint16_t tile;             // elements of a tile, a multiple of every short block
   uint8_t code[kOperands];
   // sets of operands, bit o for operand o: blocks of length `unit` when that is long, of length `inner`, and short ones
-  uint8_t outer_set, inner_set, short_set, scalar_row;
+  uint8_t outer_set, inner_set, short_set;
 };
 
 constexpr int kEntries = 18;
@@ -52,164 +52,131 @@ struct StepTable {
 };
 static_assert(sizeof(StepTable) <= 4096, "kernel parameters of every driver");
 
-// One tensor as the kernel works on it.
-template <class R>
-struct View {
-  static constexpr int operands = 1 + R::states;
-  Matrix m[operands];
-  const char* grad;
-  int grad_code;
-  float h[kMaxScalars];
-  Key key;
-
-  // The new values of a chunk, v[0] the weight's, and the weight before.
-  __device__ __forceinline__ void compute(int64_t row, int64_t col, int n, float (&v)[kOperands][kChunk], float (&before)[kChunk]) const {
-    float g[kChunk];
-    load_floats(grad_code, grad + (row * m[0].cols + col) * (code_bits(grad_code) / 8), n, g);
-#pragma unroll
-    for (int o = 0; o < operands; ++o) read_chunk(m[o], row, col, n, v[o]);
-#pragma unroll
-    for (int o = operands; o < kOperands; ++o)
-#pragma unroll
-      for (int i = 0; i < kChunk; ++i) v[o][i] = 0.0f;
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i) {
-      before[i] = v[0][i];
-      R::apply(v[0][i], g[i] * h[0], v[1][i], v[2][i], v[3][i], h);
+// Encodes the short blocks of operand o of a tile whose new values wait in `values`: a warp per block.
+__device__ __forceinline__ void encode_tile(const Matrix& m, bool is_weight, const Key& key, int64_t row, int64_t begin, int length, const float* values) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, block = static_cast<int>(m.block);
+  for (int start = warp * block; start < length; start += kThreads / 32 * block) {
+    const int part = static_cast<int>(min_of(block, length - start));
+    const int64_t col = begin + start;
+    Stats stats;
+    float v[kChunk], before[kChunk];
+    for (int i = lane * kChunk; i < part; i += 32 * kChunk) {
+      const int n = chunk_length(i, part);
+      load_floats(kF32, reinterpret_cast<const char*>(values + start + i), n, v);
+      stats.add(v, n);
+      if (is_weight) {
+        read_chunk(m, row, col + i, n, before);
+        stats.compare(before, v, n);
+      }
     }
-  }
-};
-
-// Statistics of the new values of the operands in `set` over [begin, end) of a row, one block long.
-template <class R>
-__device__ __forceinline__ void measure(const View<R>& t, int set, int64_t row, int64_t begin, int64_t end, Block (&blocks)[kOperands], bool& changed) {
-  Stats stats[kOperands];
-  for (int64_t col = begin + threadIdx.x * kChunk; col < end; col += kThreads * kChunk) {
-    const int n = chunk_length(col, end);
-    float v[kOperands][kChunk], before[kChunk];
-    t.compute(row, col, n, v, before);
-    stats[0].compare(before, v[0], n);
-#pragma unroll
-    for (int o = 0; o < View<R>::operands; ++o) stats[o].add(v[o], n);
-  }
-#pragma unroll
-  for (int o = 0; o < View<R>::operands; ++o)
-    if (set >> o & 1) {
-      const Stats all = reduce_block<kThreads>(stats[o]);
-      blocks[o] = all.block(t.m[o].code);
-      if (o == 0) changed = all.changed != 0;
+    stats = reduce_lanes<32>(stats);
+    __syncwarp();  // every lane has read the old scale
+    if (is_weight && !stats.changed) continue;
+    const Block b = stats.block(m.code);
+    for (int i = lane * kChunk; i < part; i += 32 * kChunk) {
+      const int n = chunk_length(i, part);
+      load_floats(kF32, reinterpret_cast<const char*>(values + start + i), n, v);
+      write_codes(m, row, col + i, n, b, v, is_weight, key);
     }
-}
-
-// Writes scales and zero points of one block of the operands in `set`, once every thread has read the old ones.
-template <class R>
-__device__ __forceinline__ void store_blocks(const View<R>& t, int set, int64_t row, int64_t col, const Block (&blocks)[kOperands], bool changed) {
-  __syncthreads();
-  if (threadIdx.x == 0) {
-#pragma unroll
-    for (int o = 0; o < View<R>::operands; ++o)
-      if ((set >> o & 1) && (o > 0 || changed)) store_block(t.m[o], row, col, blocks[o]);
+    if (lane == 0) store_block(m, row, col, b);
   }
 }
 
-// Steps one tile. `long_set`: operands whose blocks were measured already (`blocks`); `short_set`: operands encoded here.
-template <class R>
-__device__ __forceinline__ void step_tile(const View<R>& t, int long_set, int short_set, int64_t row, int64_t begin, int length,
-                                          const Block (&blocks)[kOperands], bool changed, float (*values)[kTile]) {
-  for (int at = threadIdx.x * kChunk; at < length; at += kThreads * kChunk) {
-    const int n = chunk_length(at, length);
-    const int64_t col = begin + at;
-    float v[kOperands][kChunk], before[kChunk];
-    t.compute(row, col, n, v, before);
-#pragma unroll
-    for (int o = 0; o < View<R>::operands; ++o) {
-      const Matrix& m = t.m[o];
-      const Key* key = o == 0 ? &t.key : nullptr;
-      if (short_set >> o & 1) {
-        *reinterpret_cast<float4*>(&values[o][at]) = make_float4(v[o][0], v[o][1], v[o][2], v[o][3]);
-      } else if (!(long_set >> o & 1)) {
-        store_floats(m.code, address(m, row, col), n, v[o], key, static_cast<uint64_t>(row * m.cols + col));
-      } else if (o > 0 || changed) {
-        write_codes(m, row, col, n, blocks[o], v[o], key);
-      }
-    }
-  }
-  if (short_set == 0) return;
-  __syncthreads();
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-#pragma unroll 1
-  for (int o = 0; o < View<R>::operands; ++o) {
-    if (!(short_set >> o & 1)) continue;
-    Matrix m = t.m[0];  // selected, not indexed: an indexed array would live in local memory
-    if (o == 1) m = t.m[View<R>::operands > 1 ? 1 : 0];
-    if (o == 2) m = t.m[View<R>::operands > 2 ? 2 : 0];
-    if (o == 3) m = t.m[View<R>::operands > 3 ? 3 : 0];
-    const int block = static_cast<int>(m.block);
-    for (int start = warp * block; start < length; start += kThreads / 32 * block) {
-      const int part = static_cast<int>(min_of(block, length - start));
-      const int64_t col = begin + start;
-      Stats stats;
-      float v[kChunk], before[kChunk];
-      for (int i = lane * kChunk; i < part; i += 32 * kChunk) {
-        const int n = chunk_length(i, part);
-#pragma unroll
-        for (int k = 0; k < kChunk; ++k) v[k] = k < n ? values[o][start + i + k] : 0.0f;
-        stats.add(v, n);
-        if (o == 0) {
-          read_chunk(m, row, col + i, n, before);
-          stats.compare(before, v, n);
-        }
-      }
-      stats = reduce_lanes<32>(stats);
-      __syncwarp();  // the old scale has been read
-      if (o == 0 && !stats.changed) continue;
-      const Block b = stats.block(m.code);
-      for (int i = lane * kChunk; i < part; i += 32 * kChunk) {
-        const int n = chunk_length(i, part);
-#pragma unroll
-        for (int k = 0; k < kChunk; ++k) v[k] = k < n ? values[o][start + i + k] : 0.0f;
-        write_codes(m, row, col + i, n, b, v, o == 0 ? &t.key : nullptr);
-      }
-      if (lane == 0) store_block(m, row, col, b);
-    }
-  }
-  __syncthreads();  // the tile may be overwritten
-}
+// What a pass over some elements of a row does with their new values: measure long blocks, or write.
+enum Pass { kMeasureOuter, kMeasureInner, kWrite };
 
 template <class R>
-__global__ void __launch_bounds__(kThreads) step_kernel(const __grid_constant__ StepTable a) {
-  __shared__ alignas(16) float values[View<R>::operands][kTile];
+__global__ void __launch_bounds__(kThreads, 2) step_kernel(const __grid_constant__ StepTable a) {
+  constexpr int operands = 1 + R::states;
+  __shared__ alignas(16) float values[operands][kTile];
   for (int64_t unit = blockIdx.x; unit < a.units; unit += gridDim.x) {
     int number = 0;
     int64_t first = 0;
     while (unit >= a.entries[number].end) first = a.entries[number++].end;
     const Entry& e = a.entries[number];
-    View<R> t;
-    t.grad = static_cast<const char*>(e.grad);
-    t.grad_code = a.grad_code;
-    t.key = Key{a.seed, a.step, e.id << 8 | kWeightRounding};
-#pragma unroll
-    for (int i = 0; i < kMaxScalars; ++i) t.h[i] = a.scalars[e.scalar_row][i];
-#pragma unroll
-    for (int o = 0; o < View<R>::operands; ++o) t.m[o] = Matrix{e.codes[o], e.scales[o], o == 0 ? e.zeros : nullptr, e.code[o], 0, e.cols, e.block[o]};
-    const int64_t per_row = divide(e.cols + e.unit - 1, e.unit), row = divide(unit - first, per_row);
+    const float* scalars = a.scalars[number];
+    const Key key{a.seed, a.step, e.id << 8 | kWeightRounding};
+    auto matrix = [&](int o) { return Matrix{e.codes[o], e.scales[o], e.zeros, e.code[o], 0, e.cols, e.block[o]}; };
+    const int64_t per_row = divide_up(e.cols, e.unit), row = divide(unit - first, per_row);
     const int64_t begin = (unit - first - row * per_row) * e.unit, end = min_of(e.cols, begin + e.unit);
-    Block blocks[kOperands];
-    bool changed = true;
-    if (e.outer_set != 0) measure(t, e.outer_set, row, begin, end, blocks, changed);
-    for (int64_t inner = begin; inner < end; inner += e.inner) {
+    const int long_set = e.outer_set | e.inner_set;
+
+    Block blocks[operands] = {};  // new scales of the long blocks
+    bool changed = true;          // whether the weight's long block is written at all
+    const Pass inner_start = e.inner_set != 0 ? kMeasureInner : kWrite;
+    Pass pass = e.outer_set != 0 ? kMeasureOuter : inner_start;
+    int64_t inner = begin, at = begin;
+    while (inner < end) {
       const int64_t inner_end = min_of(end, inner + e.inner);
-      if (e.inner_set != 0) measure(t, e.inner_set, row, inner, inner_end, blocks, changed);
-      for (int64_t at = inner; at < inner_end; at += e.tile)
-        step_tile(t, e.outer_set | e.inner_set, e.short_set, row, at, static_cast<int>(min_of(e.tile, inner_end - at)), blocks, changed, values);
-      if (e.inner_set != 0) store_blocks(t, e.inner_set, row, inner, blocks, changed);
+      const int64_t from = pass == kMeasureOuter ? begin : pass == kMeasureInner ? inner : at;
+      const int64_t to = pass == kMeasureOuter ? end : pass == kMeasureInner ? inner_end : min_of(inner_end, at + e.tile);
+      Stats stats[operands];
+      for (int64_t col = from + threadIdx.x * kChunk; col < to; col += kThreads * kChunk) {
+        const int n = chunk_length(col, to);
+        float v[kOperands][kChunk] = {}, g[kChunk], before[kChunk];
+        load_floats(a.grad_code, static_cast<const char*>(e.grad) + (row * e.cols + col) * (code_bits(a.grad_code) / 8), n, g);
+#pragma unroll
+        for (int o = 0; o < operands; ++o) read_chunk(matrix(o), row, col, n, v[o]);
+#pragma unroll
+        for (int i = 0; i < kChunk; ++i) {
+          before[i] = v[0][i];
+          R::apply(v[0][i], g[i] * scalars[0], v[1][i], v[2][i], v[3][i], scalars);
+        }
+        if (pass != kWrite) {
+          stats[0].compare(before, v[0], n);
+#pragma unroll
+          for (int o = 0; o < operands; ++o) stats[o].add(v[o], n);
+          continue;
+        }
+#pragma unroll
+        for (int o = 0; o < operands; ++o) {
+          const Matrix m = matrix(o);
+          if (e.short_set >> o & 1)
+            *reinterpret_cast<float4*>(&values[o][col - at]) = make_float4(v[o][0], v[o][1], v[o][2], v[o][3]);
+          else if (!(long_set >> o & 1))
+            store_floats(m.code, address(m, row, col), n, v[o], o == 0, key, static_cast<uint64_t>(row * e.cols + col));
+          else if (o > 0 || changed)
+            write_codes(m, row, col, n, blocks[o], v[o], o == 0, key);
+        }
+      }
+      if (pass != kWrite) {
+        const int set = pass == kMeasureOuter ? e.outer_set : e.inner_set;
+#pragma unroll
+        for (int o = 0; o < operands; ++o)
+          if (set >> o & 1) {
+            const Stats all = reduce_block<kThreads>(stats[o]);
+            blocks[o] = all.block(e.code[o]);
+            if (o == 0) changed = all.changed != 0;
+          }
+        pass = pass == kMeasureOuter ? inner_start : kWrite;
+        continue;
+      }
+      if (e.short_set != 0) {
+        __syncthreads();  // the tile is complete, and every old scale has been read
+#pragma unroll 1
+        for (int o = 0; o < operands; ++o)
+          if (e.short_set >> o & 1) encode_tile(matrix(o), o == 0, key, row, at, static_cast<int>(to - at), values[o]);
+        __syncthreads();  // the tile may be overwritten
+      }
+      at = to;
+      if (at < inner_end) continue;
+      // The end of a block of the inner set, perhaps of the outer one too: now the old scales may go.
+      const int done = e.inner_set | (inner_end == end ? e.outer_set : 0);
+      if (done != 0) {
+        __syncthreads();
+#pragma unroll
+        for (int o = 0; o < operands; ++o)
+          if (threadIdx.x == 0 && (done >> o & 1) && (o > 0 || changed))
+            store_block(matrix(o), row, e.outer_set >> o & 1 ? begin : inner, blocks[o]);
+      }
+      inner = inner_end;
+      pass = inner_start;
     }
-    if (e.outer_set != 0) store_blocks(t, e.outer_set, row, begin, blocks, changed);
   }
 }
 
 // --- host -------------------------------------------------------------------------------------------------
-// Fills all but `end` and `scalar_row`; returns how many units the tensor has.
+// Fills all but `end`; returns how many units the tensor has.
 int64_t plan(const StepTensor& t, int states, Entry& e) {
   const int operands = 1 + states;
   const Matrix* m[kOperands] = {&t.param, &t.states[0], &t.states[1], &t.states[2]};
@@ -258,7 +225,7 @@ int64_t plan(const StepTensor& t, int states, Entry& e) {
 
 template <class R>
 void step_all(const StepArgs& a, const Launch& where) {
-  StepTable table;
+  StepTable table = {};
   int count = 0;
   auto flush = [&] {
     if (count > 0) launch("fused_step", step_kernel<R>, table.units, dim3(kThreads), where, table);
@@ -273,7 +240,6 @@ void step_all(const StepArgs& a, const Launch& where) {
     Entry& e = table.entries[count];
     table.units += plan(a.tensors[i], R::states, e);
     e.end = table.units;
-    e.scalar_row = static_cast<uint8_t>(count);
     const float* h = a.scalars + (a.scalar_rows > 1 ? i * kMaxScalars : 0);
     for (int k = 0; k < kMaxScalars; ++k) table.scalars[count][k] = h[k];
     if (++count == kEntries) flush();

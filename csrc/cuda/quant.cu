@@ -46,7 +46,8 @@ __global__ void __launch_bounds__(kThreads) quantize_kernel(Input x, Matrix out,
     for (int64_t col = begin + member * kChunk; col < end; col += TEAM * kChunk) {
       const int n = chunk_length(col, end);
       load_floats(x.code, x.at(row, col), n, v);
-      write_codes(out, row, col, n, b, v, stochastic ? &key : nullptr);
+      encode_chunk(out.code, reinterpret_cast<uint8_t*>(address(out, row, col)), n, b, v, stochastic, key,
+                   static_cast<uint64_t>(row * out.cols + col));
     }
     if (live && member == 0) store_block(out, row, begin, b);
   }
@@ -101,7 +102,8 @@ __global__ void __launch_bounds__(1024) quantize_transposed_kernel(Input x, Matr
           const int n = chunk_length(c, cols);
 #pragma unroll
           for (int i = 0; i < kChunk; ++i) v[i] = i < n ? tile[r][c + i] : 0.0f;
-          write_codes(out, row0 + r, col0 + c, n, b, v, stochastic ? &key : nullptr);
+          encode_chunk(out.code, reinterpret_cast<uint8_t*>(address(out, row0 + r, col0 + c)), n, b, v, stochastic, key,
+                       static_cast<uint64_t>((row0 + r) * out.cols + col0 + c));
         }
       }
     }
@@ -126,9 +128,9 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(Matrix in, char* o
       const int n = chunk_length(col, end);
       int q[kChunk];
       float v[kChunk];
-      load_codes(in, row, col, n, q);
+      load_codes(in.code, reinterpret_cast<const uint8_t*>(address(in, row, col)), n, q);
       decode_chunk(in.code, q, b, v);
-      store_floats(out_code, out + (row * in.cols + col) * (code_bits(out_code) / 8), n, v, nullptr, 0);
+      store_floats(out_code, out + (row * in.cols + col) * (code_bits(out_code) / 8), n, v, false, Key{0, 0, 0}, 0);
     }
   }
 }

@@ -54,7 +54,7 @@ def _check_back(weight, weight_scales, weight_zeros, weight_code, weight_block, 
     require_matrix(op, "update", update, (torch.float32,), device=weight.device, contiguous=True)
     d = rows if left else columns
     check_packed(op, "basis ", codes, scales, zeros, code, block, d, update.shape[0 if left else 1])
-    if update.shape[1 if left else 0] != columns if left else rows:
+    if update.shape[1 if left else 0] != (columns if left else rows):
         reject(op, "update", update, f"({codes.shape[0]}, {columns})" if left else f"({rows}, {codes.shape[0]})")
     if not (weight.is_contiguous()):
         reject(op, "weight", weight, "contiguous")

@@ -56,9 +56,9 @@ def changed_blocks(old, new, block):
     return quant._blocks(differ.to(torch.int32), block).bool().any(-1)
 
 
-def write(codes, scales, zeros, format, values, key=None, stream_word=0, old=None):
+def write(codes, scales, zeros, format, values, key=None, stream_word=0, old=None, dither=False):
     """Stores fp32 ``values`` in place. ``old``: blocks without any change keep codes and scale."""
-    new_codes, new_scales, new_zeros = quant.store(values, format, key, stream_word)
+    new_codes, new_scales, new_zeros = quant.store(values, format, key, stream_word, dither)
     if format.blocked:
         if old is not None and values.numel():
             changed = changed_blocks(old, values, format.block)
@@ -93,6 +93,8 @@ def fused_step(rule, params, param_scales, param_zeros, grads, states, state_sca
                       for s, f in enumerate(state_formats)]
         new_p, new_states = RULES[rule](p, g, old_states, h)
         for s, f in enumerate(state_formats):
-            write(as_matrix(states[i * count + s]), state_scales[i * count + s] if f.blocked else None, None, f, new_states[s])
+            dither = f.code == "square8"  # a second moment rounded to nearest would freeze
+            write(as_matrix(states[i * count + s]), state_scales[i * count + s] if f.blocked else None, None, f, new_states[s],
+                  key if dither else None, stream(ids[i], "dither"), dither=dither)
         rounding = key if param_code not in ("fp32", "fp16", "delta") else None
         write(as_matrix(param), scales, zeros, param_format, new_p, rounding, stream(ids[i], "weight"), old=p)

@@ -28,18 +28,35 @@ def _top(code: str) -> float:
     return {"int8": 127.0, "uint8": 255.0, "int4": 7.0, "uint4": 15.0}[code]
 
 
+#: The largest values the two float codes stand for, in units of their scale.
+MOMENT_TOP, SQUARE_TOP = 1.9375 * 128 - 1, 1.96875 * 128 - 1
+
+
+def divide(a, b):
+    """a / b elementwise. A Python number on either side becomes a tensor first: torch multiplies by a rounded
+    reciprocal for ``number / tensor`` on CPU and for ``tensor / number`` on CUDA."""
+    like = a if isinstance(a, torch.Tensor) else b
+    return torch.as_tensor(a, dtype=like.dtype, device=like.device).expand_as(like) / torch.as_tensor(b, dtype=like.dtype, device=like.device).expand_as(like)
+
+
+def float_code_root(absmax, code):
+    """What the float codes scale by: the largest magnitude, or its root; below 2^-100 a block counts as zero."""
+    absmax = torch.where(absmax >= 2.0 ** -100, absmax, 0)
+    return sqrt(absmax) if code == "square8" else absmax
+
+
 def block_parameters(x, code):
     """Scale and zero point of each block: x (..., block) fp32 -> (...), (...)."""
     absmax = x.abs().amax(-1)
     if code in ("int8", "int4"):
-        scale = absmax / _top(code)
+        scale = divide(absmax, _top(code))
     elif code in ("uint8", "uint4"):
         # The range includes zero: otherwise the zero point's clamp destroys a one-sided block. Halves: the
         # difference of two large values may overflow.
         low, high = x.amin(-1).clamp(max=0), x.amax(-1).clamp(min=0)
-        scale = (high * 0.5 - low * 0.5) / (_top(code) * 0.5)
+        scale = divide(high * 0.5 - low * 0.5, _top(code) * 0.5)
     else:
-        scale = absmax
+        scale = divide(float_code_root(absmax, code), SQUARE_TOP if code == "square8" else MOMENT_TOP)
     bad = ~torch.isfinite(absmax)
     scale = torch.where(bad, torch.nan, scale)
     zero = torch.zeros_like(scale)
@@ -48,8 +65,16 @@ def block_parameters(x, code):
     return scale, zero
 
 
+def _bits(x):
+    return x.contiguous().view(torch.int32).to(torch.int64) & philox.MASK
+
+
+def _from_bits(bits):
+    return torch.where(bits >= 1 << 31, bits - (1 << 32), bits).to(torch.int32).view(torch.float32)
+
+
 def encode(x, scale, zero, code, words=None):
-    """Codes (int64) of x, given its blocks' scale and zero (broadcastable)."""
+    """Codes (int64) of blocks x (..., block), given their scale and zero (..., 1)."""
     def rounded(y):
         return round_even(y) if words is None else round_stochastic(y, words)
 
@@ -57,27 +82,42 @@ def encode(x, scale, zero, code, words=None):
         q = rounded((x / scale).clamp(-_top(code), _top(code)))
     elif code in ("uint8", "uint4"):
         q = (rounded((x / scale).clamp(-_top(code), _top(code))) + zero).clamp(0, _top(code))
-    elif code == "moment8":
-        y = x / scale
-        q = rounded((y + y) / (1 + y.abs()) * 127)
-    elif code == "square8":
-        q = rounded(sqrt(x / scale) * 255).clamp(1, 255)
+    else:
+        # Adding 1 turns the value into a float of exponent 0..7 whose top bits are the code ("offset float").
+        root = float_code_root(x.abs().amax(-1, keepdim=True), code)
+        if code == "moment8":
+            y = x.abs() * divide(MOMENT_TOP, root) + 1
+            q = (_bits(y) - 0x3F800000 + (0x40000 if words is None else words >> 13)) >> 19
+            q = q.clamp(max=127) | (_bits(x) >> 24) & 0x80
+        else:
+            y = sqrt(x) * divide(SQUARE_TOP, root) + 1
+            q = (_bits(y) - 0x3F800000 + (0x20000 if words is None else words >> 14)) >> 18
+            q = q.clamp(1, 255)  # never 0 in a block that is not all zero: no update divides by eps alone
     q = torch.where(scale > 0, q, 0)  # an all-zero block, or one with a nan or an inf
     return q.to(torch.int64)
 
 
 def decode(q, scale, zero, code):
     """fp32 values of integer codes q."""
+    if code == "moment8":
+        y = _from_bits(((q & 127) << 19) + 0x3F800000) - 1
+        return _from_bits(_bits(y) | (q & 128) << 24) * scale
+    if code == "square8":
+        r = (_from_bits((q << 18) + 0x3F800000) - 1) * scale
+        return r * r
     q = q.to(torch.float32)
     if code in ("uint8", "uint4"):
         return (q - zero) * scale
-    if code == "moment8":
-        y = q / 127
-        return y / (2 - y.abs()) * scale
-    if code == "square8":
-        y = q / 255
-        return y * y * scale
     return q * scale
+
+
+def dither_words(key, stream, rows, columns, block, device):
+    """(rows, blocks, block) words: one Philox word per block, plus i * 0x9E3779B1 for its i-th element."""
+    seed, step = key.tolist()
+    block = block or columns
+    blocks = -(-columns // block)
+    first = philox.words(seed, step, stream, 0, rows * columns, device).view(rows, columns)[:, ::block]
+    return (first.reshape(rows, blocks, 1) + torch.arange(block, device=device) * 0x9E3779B1) & philox.MASK
 
 
 def _blocks(x, block):
@@ -100,8 +140,8 @@ def unpack_nibbles(packed, columns, signed):
     return (q ^ 8) - 8 if signed else q
 
 
-def quantize(x, code, block=0, transpose=False, key=None, stream=0):
-    """See gradmill.ops.quant.quantize."""
+def quantize(x, code, block=0, transpose=False, key=None, stream=0, dither=False):
+    """See gradmill.ops.quant.quantize; ``dither`` is how fused_step rounds second moments."""
     format = Format(code, block)
     x = (x.t() if transpose else x).to(torch.float32).contiguous()
     rows, columns = x.shape
@@ -111,7 +151,9 @@ def quantize(x, code, block=0, transpose=False, key=None, stream=0):
                 x.new_empty((rows, format.blocks(columns))), x.new_empty(zeros_shape, dtype=torch.uint8))
     blocks = _blocks(x, block)
     words = None
-    if key is not None:
+    if dither:
+        words = dither_words(key, stream, rows, columns, block, x.device)
+    elif key is not None:
         seed, step = key.tolist()
         words = _blocks(philox.words(seed, step, stream, 0, x.numel(), x.device).view(rows, columns), block)
     scale, zero = block_parameters(blocks, code)
@@ -142,12 +184,12 @@ def round_bf16_stochastic(x, words):
     return torch.where(out >= 0x8000, out - 0x10000, out).to(torch.int16).view(torch.bfloat16)
 
 
-def store(values, format, key=None, stream=0):
+def store(values, format, key=None, stream=0, dither=False):
     """values (rows, columns) fp32 in ``format`` as (codes, scales, zeros); the last two are None for plain floats.
 
     With a key, rounding is stochastic for bf16 and the blocked codes."""
     if format.blocked:
-        codes, scales, zeros = quantize(values, format.code, format.block, key=key, stream=stream)
+        codes, scales, zeros = quantize(values, format.code, format.block, key=key, stream=stream, dither=dither)
         return codes, scales, zeros
     if format.code == "bf16" and key is not None:
         seed, step = key.tolist()

@@ -1,0 +1,301 @@
+// Matrix products on low-precision operands: int8 x int8 (exact) and float x packed weight.
+//
+// matmul_int8: mma.sync m16n8k32 on 128 x 128 x 64 tiles, int32 sums. 2 m n k operations; an H100 does 1980 TOP/s in
+// int8 with wgmma, mma.sync reaches about 60 % of that at best, and this kernel, which neither pipelines nor swizzles, well
+// below. It is the fallback: Triton and torch._int_mm come first.
+//
+// matmul_packed, up to 16 rows of x: memory-bound, the packed weight is read once in 16-byte pieces: n k / 2 bytes for
+// 4-bit codes (4096 x 4096: 8.4 MB, 2.8 us at 3.0 TB/s; unpacking costs 4 instructions per weight, so expect 4-bit at
+// half of that limit). More rows: tiles of the weight are decoded in shared memory; bf16 and fp16 x use tensor cores in
+// tf32 (which holds both exactly), each weight as the sum of two tf32 numbers, so 21 bits of it count; fp32 x uses fmaf.
+// Never run on a GPU yet.
+#include <mma.h>
+
+#include "gemm.cuh"
+
+namespace gradmill::cuda {
+namespace {
+
+// --- int8 -------------------------------------------------------------------------------------------------
+constexpr int kInt8Tile = 128, kInt8Depth = 64;
+constexpr int kInt8Pitch = kInt8Depth + 16;  // bytes: 20 words a row, so that 8 rows x 4 words fall into 32 banks
+constexpr int64_t kInt32Products = 65536;    // so many products of at most 128 * 128 fit an int32; longer sums go to int64
+
+// sums += a b^T: a 16 x 32 (row-major), b 8 x 32 (row-major), in the fragment layout of the PTX manual:
+// with g = lane / 4, t = lane % 4: a = rows g, g+8, g, g+8 at bytes 4t (first two) and 4t + 16; b = row g at bytes 4t and
+// 4t + 16; sums = (g, 2t), (g, 2t+1), (g+8, 2t), (g+8, 2t+1).
+__device__ __forceinline__ void mma_int8(int (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#if defined(__CUDACC__)
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+  emulated_mma_int8(sums, a, b);
+#endif
+}
+
+// Copies rows row0 .. + 128, bytes k0 .. + 64 to shared memory, zeros outside the matrix.
+__device__ __forceinline__ void stage_int8(const int8_t* x, int64_t rows, int64_t k, int64_t row0, int64_t k0, uint32_t* s) {
+  constexpr int pieces = kInt8Depth / 16;
+  for (int c = threadIdx.x; c < kInt8Tile * pieces; c += kGemmThreads) {
+    const int line = c / pieces;
+    const int64_t row = row0 + line, at = k0 + c % pieces * 16;
+    uint4 v = make_uint4(0, 0, 0, 0);
+    if (row < rows && at < k) {
+      const int8_t* p = x + row * k + at;
+      if (k - at >= 16 && aligned(p, 16)) {
+        v = *reinterpret_cast<const uint4*>(p);
+      } else {
+        uint32_t word[4] = {0, 0, 0, 0};
+#pragma unroll
+        for (int i = 0; i < 16; ++i)
+          if (at + i < k) word[i / 4] |= static_cast<uint32_t>(static_cast<uint8_t>(p[i])) << 8 * (i % 4);
+        v = make_uint4(word[0], word[1], word[2], word[3]);
+      }
+    }
+    *reinterpret_cast<uint4*>(s + line * (kInt8Pitch / 4) + c % pieces * 4) = v;
+  }
+}
+
+// WIDE: k > kInt32Products; int32 sums are added to int64 totals every so often.
+template <bool WIDE>
+__global__ void __launch_bounds__(kGemmThreads) int8_kernel(const __grid_constant__ Int8MatmulArgs p) {
+  __shared__ alignas(16) uint32_t sa[kInt8Tile * kInt8Pitch / 4], sb[kInt8Tile * kInt8Pitch / 4];
+  constexpr int pitch = kInt8Pitch / 4;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  const int warp_row = warp / 4 * 64, warp_col = warp % 4 * 32;  // 8 warps: 2 x 4, each 64 x 32 = 4 x 4 mma tiles
+  const int64_t across = divide_up(p.n, kInt8Tile), tiles = across * divide_up(p.m, kInt8Tile);
+  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    const int64_t down = divide(tile, across), row0 = down * kInt8Tile, col0 = (tile - down * across) * kInt8Tile;
+    int sums[4][4][4] = {};
+    long long totals[WIDE ? 4 : 1][WIDE ? 4 : 1][WIDE ? 4 : 1] = {};
+    for (int64_t k0 = 0; k0 < p.k; k0 += kInt8Depth) {
+      if constexpr (WIDE) {
+        if (k0 % kInt32Products == 0) {
+#pragma unroll
+          for (int i = 0; i < 64; ++i) totals[i / 16][i / 4 % 4][i % 4] += sums[i / 16][i / 4 % 4][i % 4], sums[i / 16][i / 4 % 4][i % 4] = 0;
+        }
+      }
+      __syncthreads();  // the last tile has been used
+      stage_int8(p.a, p.m, p.k, row0, k0, sa);
+      stage_int8(p.b, p.n, p.k, col0, k0, sb);
+      __syncthreads();
+#pragma unroll
+      for (int step = 0; step < kInt8Depth / 32; ++step) {
+        uint32_t b[4][2];
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+#pragma unroll
+          for (int h = 0; h < 2; ++h) b[j][h] = sb[(warp_col + j * 8 + g) * pitch + step * 8 + h * 4 + t];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          uint32_t a[4];
+#pragma unroll
+          for (int h = 0; h < 4; ++h) a[h] = sa[(warp_row + i * 16 + h % 2 * 8 + g) * pitch + step * 8 + h / 2 * 4 + t];
+#pragma unroll
+          for (int j = 0; j < 4; ++j) mma_int8(sums[i][j], a, b[j]);
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int64_t row = row0 + warp_row + i * 16 + h * 8 + g, col = col0 + warp_col + j * 8 + 2 * t;
+          if (row >= p.m || col >= p.n) continue;
+          float v[kChunk] = {0.0f, 0.0f, 0.0f, 0.0f};
+          const int n = col + 1 < p.n ? 2 : 1;
+#pragma unroll
+          for (int c = 0; c < 2; ++c) {
+            if (c >= n) continue;
+            float sum;
+            if constexpr (WIDE) sum = static_cast<float>(totals[i][j][2 * h + c] + sums[i][j][2 * h + c]);
+            else sum = static_cast<float>(sums[i][j][2 * h + c]);
+            v[c] = (sum * p.a_scales[row]) * p.b_scales[col + c];
+            if (p.bias) v[c] += p.bias[col + c];
+          }
+          store_floats(p.out_code, static_cast<char*>(p.out) + (row * p.n + col) * (code_bits(p.out_code) / 8), n, v, false, Key{0, 0, 0}, 0);
+        }
+  }
+}
+
+// --- float x packed weight, few rows ----------------------------------------------------------------------
+// Only int8, uint8, int4 and uint4, whose value is (u - offset) * scale with u the stored bits as an unsigned number
+// (the sign bit flipped for the signed codes). A thread takes pieces of 16 bytes, each within one block, of NROWS
+// neighbouring weight rows, sums (u - offset) * x over a piece and multiplies by the scale once.
+constexpr int kFewRows = 16, kFewThreads = 128;
+
+struct FewRows {
+  PackedMatmulArgs p;
+  int64_t k;
+};
+
+template <int M, int NROWS, int BITS>
+__global__ void __launch_bounds__(kFewThreads) few_rows_kernel(const __grid_constant__ FewRows a) {
+  constexpr int warps = kFewThreads / 32, per_piece = 128 / BITS;
+  __shared__ float partial[warps][NROWS][M];
+  const Matrix& w = a.p.w;
+  const int m = static_cast<int>(a.p.m);
+  const int64_t k = a.k, groups = divide_up(w.rows, NROWS), per_row = blocks_in_row(w), x_bytes = code_bits(a.p.x_code) / 8;
+  const uint32_t flip = w.code == kInt8 ? 0x80808080u : w.code == kInt4 ? 0x88888888u : 0u;
+  const bool whole = w.block >= w.cols;
+  for (int64_t group = blockIdx.x; group < groups; group += gridDim.x) {
+    const int64_t row0 = group * NROWS;
+    float sums[NROWS][M] = {};
+    for (int64_t piece = threadIdx.x; piece < k / per_piece; piece += kFewThreads) {
+      const int64_t at = piece * per_piece;
+      uint4 packed[NROWS];
+      float scale[NROWS], offset[NROWS], part[NROWS][M] = {};
+#pragma unroll
+      for (int r = 0; r < NROWS; ++r) {
+        const int64_t row = min_of(row0 + r, w.rows - 1);  // rows past the end repeat the last one and are not stored
+        packed[r] = *reinterpret_cast<const uint4*>(address(w, row, at));
+        const int64_t block = row * per_row + (whole ? 0 : divide(at, w.block));
+        scale[r] = w.scales[block];
+        offset[r] = has_zero_point(w.code) ? static_cast<float>(w.zeros[block]) : w.code == kInt8 ? 128.0f : 8.0f;
+      }
+#pragma unroll
+      for (int i = 0; i < per_piece; i += kChunk) {
+        float v[NROWS][kChunk];
+#pragma unroll
+        for (int r = 0; r < NROWS; ++r) {
+          const int place = i * BITS / 32;
+          const uint32_t word = (place == 0 ? packed[r].x : place == 1 ? packed[r].y : place == 2 ? packed[r].z : packed[r].w) ^ flip;
+#pragma unroll
+          for (int c = 0; c < kChunk; ++c) {
+            const uint32_t u = word >> (i + c) * BITS % 32 & ((1u << BITS) - 1u);
+            v[r][c] = (bits_float(0x4b000000u | u) - 8388608.0f) - offset[r];  // 2^23 + u, exactly
+          }
+        }
+#pragma unroll
+        for (int j = 0; j < M; ++j) {
+          if (j >= m) break;
+          float x[kChunk];
+          load_floats(a.p.x_code, static_cast<const char*>(a.p.x) + (j * k + at + i) * x_bytes, kChunk, x);
+#pragma unroll
+          for (int r = 0; r < NROWS; ++r)
+#pragma unroll
+            for (int c = 0; c < kChunk; ++c) part[r][j] = fmaf(v[r][c], x[c], part[r][j]);
+        }
+      }
+#pragma unroll
+      for (int r = 0; r < NROWS; ++r)
+#pragma unroll
+        for (int j = 0; j < M; ++j) sums[r][j] = fmaf(scale[r], part[r][j], sums[r][j]);
+    }
+#pragma unroll
+    for (int r = 0; r < NROWS; ++r)
+#pragma unroll
+      for (int j = 0; j < M; ++j) {
+#pragma unroll
+        for (int offset = 16; offset > 0; offset /= 2) sums[r][j] += __shfl_xor_sync(kAllLanes, sums[r][j], offset);
+        if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32][r][j] = sums[r][j];
+      }
+    __syncthreads();
+    for (int i = threadIdx.x; i < NROWS * M; i += kFewThreads) {
+      const int r = i / M, j = i % M;
+      const int64_t row = row0 + r;
+      if (row >= w.rows || j >= m) continue;
+      float v[kChunk] = {0.0f, 0.0f, 0.0f, 0.0f};
+      for (int s = 0; s < warps; ++s) v[0] += partial[s][r][j];
+      if (a.p.bias) v[0] += a.p.bias[row];
+      store_floats(a.p.out_code, static_cast<char*>(a.p.out) + (j * w.rows + row) * (code_bits(a.p.out_code) / 8), 1, v, false, Key{0, 0, 0}, 0);
+    }
+    __syncthreads();  // partial may be overwritten
+  }
+}
+
+template <int BITS>
+void few_rows(const PackedMatmulArgs& p, const Launch& where) {
+  const FewRows a{p, p.w.cols};
+  const auto name = "matmul_packed (few rows)";
+  if (p.m == 1) launch(name, few_rows_kernel<1, 4, BITS>, divide_up(p.w.rows, 4), dim3(kFewThreads), where, a);
+  else if (p.m <= 4) launch(name, few_rows_kernel<4, 4, BITS>, divide_up(p.w.rows, 4), dim3(kFewThreads), where, a);
+  else launch(name, few_rows_kernel<kFewRows, 2, BITS>, divide_up(p.w.rows, 2), dim3(kFewThreads), where, a);
+}
+
+bool fits_few_rows(const PackedMatmulArgs& p) {
+  if (p.transpose || p.m > kFewRows || p.w.code < kInt8 || p.w.code > kUInt4) return false;
+  const int64_t per_piece = 128 / code_bits(p.w.code);
+  return p.w.cols > 0 && p.w.cols % per_piece == 0 && (p.w.block >= p.w.cols || p.w.block % per_piece == 0) &&
+         reinterpret_cast<uintptr_t>(p.w.codes) % 16 == 0;
+}
+
+// --- float x packed weight, tensor cores ------------------------------------------------------------------
+// For bf16 and fp16 x: both are tf32 numbers already, and a weight is split into two, so the products lose nothing but
+// the last bits of the weight.
+namespace wmma = nvcuda::wmma;
+constexpr int kTfTile = 64, kTfDepth = 32, kTfPitch = kTfDepth + 4, kTfOutPitch = kTfTile + 4;
+
+__global__ void __launch_bounds__(kGemmThreads) tf32_kernel(const __grid_constant__ Product p) {
+  constexpr int inputs = 2 * kTfTile * kTfPitch, outputs = kTfTile * kTfOutPitch;
+  __shared__ alignas(32) float shared[inputs > outputs ? inputs : outputs];
+  float *sa = shared, *sb = shared + kTfTile * kTfPitch;
+  const int warp = threadIdx.x / 32, warp_row = warp / 2 * 16, warp_col = warp % 2 * 32;  // 8 warps: 4 x 2, each 16 x 32
+  const int64_t across = divide_up(p.n, kTfTile), tiles = across * divide_up(p.m, kTfTile);
+  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    const int64_t down = divide(tile, across), row0 = down * kTfTile, col0 = (tile - down * across) * kTfTile;
+    wmma::fragment<wmma::accumulator, 16, 16, 8, float> sums[2];
+    wmma::fill_fragment(sums[0], 0.0f);
+    wmma::fill_fragment(sums[1], 0.0f);
+    for (int64_t k0 = 0; k0 < p.k; k0 += kTfDepth) {
+      __syncthreads();  // the last tile has been used
+      stage<kTfTile, kTfDepth, kTfPitch, false>(p.a, row0, k0, sa);
+      stage<kTfTile, kTfDepth, kTfPitch, false>(p.b, col0, k0, sb);
+      __syncthreads();
+#pragma unroll
+      for (int k = 0; k < kTfDepth; k += 8) {
+        wmma::fragment<wmma::matrix_a, 16, 16, 8, wmma::precision::tf32, wmma::row_major> a;
+        wmma::load_matrix_sync(a, sa + warp_row * kTfPitch + k, kTfPitch);
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          wmma::fragment<wmma::matrix_b, 16, 16, 8, wmma::precision::tf32, wmma::col_major> high, low;
+          wmma::load_matrix_sync(high, sb + (warp_col + j * 16) * kTfPitch + k, kTfPitch);
+#pragma unroll
+          for (int i = 0; i < high.num_elements; ++i) {
+            const float v = high.x[i];
+            // Cut, not rounded, to 11 significant bits: the rest is then exact, and finite where v is.
+            const float top = bits_float(float_bits(v) & 0xffffe000u), rest = v - top;
+            const bool special = (float_bits(v) & 0x7f800000u) == 0x7f800000u;  // nan and inf go whole into `high`
+            high.x[i] = special ? v : top;
+            low.x[i] = special ? 0.0f : bits_float(float_bits(rest) & 0xffffe000u);
+          }
+          wmma::mma_sync(sums[j], a, low, sums[j]);
+          wmma::mma_sync(sums[j], a, high, sums[j]);
+        }
+      }
+    }
+    __syncthreads();
+#pragma unroll
+    for (int j = 0; j < 2; ++j) wmma::store_matrix_sync(shared + warp_row * kTfOutPitch + warp_col + j * 16, sums[j], kTfOutPitch, wmma::mem_row_major);
+    __syncthreads();
+    for (int c = threadIdx.x; c < kTfTile * kTfTile / kChunk; c += kGemmThreads) {
+      const int row = c / (kTfTile / kChunk), col = c % (kTfTile / kChunk) * kChunk;
+      float v[kChunk];
+      load_floats(kF32, reinterpret_cast<const char*>(shared + row * kTfOutPitch + col), kChunk, v);
+      store_product(p, row0 + row, col0 + col, v);
+    }
+    __syncthreads();  // shared memory is free again
+  }
+}
+
+}  // namespace
+
+void matmul_int8(const Int8MatmulArgs& p, const Launch& where) {
+  const int64_t tiles = divide_up(p.m, kInt8Tile) * divide_up(p.n, kInt8Tile);
+  if (p.k <= kInt32Products) launch("matmul_int8", int8_kernel<false>, tiles, dim3(kGemmThreads), where, p);
+  else launch("matmul_int8 (long k)", int8_kernel<true>, tiles, dim3(kGemmThreads), where, p);
+}
+
+void matmul_packed(const PackedMatmulArgs& p, const Launch& where) {
+  if (fits_few_rows(p)) return code_bits(p.w.code) == 8 ? few_rows<8>(p, where) : few_rows<4>(p, where);
+  const int64_t n = p.transpose ? p.w.cols : p.w.rows, k = p.transpose ? p.w.rows : p.w.cols;
+  const Product product_args{{plain_matrix(p.x, p.x_code, p.m, k), true}, {p.w, !p.transpose}, p.m, n, k, p.bias, static_cast<char*>(p.out), p.out_code};
+  if (p.x_code == kF32) return product("matmul_packed", product_args, where);
+  launch("matmul_packed (tensor cores)", tf32_kernel, divide_up(p.m, kTfTile) * divide_up(n, kTfTile), dim3(kGemmThreads), where, product_args);
+}
+
+}  // namespace gradmill::cuda
