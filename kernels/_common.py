@@ -367,3 +367,113 @@ def measure(x, valid):
 def differs(a, b, valid):
     """int32 (NB): 1 where any valid bit of the run differs."""
     return tl.max(tl.where(valid & (bits(a) != bits(b)), 1, 0), axis=1)
+
+
+# --- one operand of a tile --------------------------------------------------------------------------------
+# An operand's block is the whole run of the tile (SPLIT False: one scale per run) or shorter (SPLIT True: scales are
+# gathered per element, statistics taken block by block).
+@triton.jit
+def block_scales(scales, zeros, row, col, limit, columns, block, CODE: tl.constexpr, SPLIT: tl.constexpr, P2: tl.constexpr):
+    """Scale and zero point, (NB, 1) or (NB, P2)."""
+    per_row = tl.cdiv(columns, block)
+    if SPLIT:
+        k = tl.arange(0, P2)[None, :]
+        at = (row * per_row)[:, None] + (col[:, None] + k) // block
+        mask = k < limit[:, None]
+    else:
+        at = (row * per_row + col // block)[:, None]
+        mask = limit[:, None] > 0
+    scale = tl.load(scales.to(tl.pointer_type(tl.float32)) + at, mask=mask, other=0.0)
+    zero = tl.zeros_like(scale)
+    if CODE == UINT8 or CODE == UINT4:
+        zero = tl.load(zeros.to(tl.pointer_type(tl.uint8)) + at, mask=mask, other=0).to(tl.float32)
+    return scale, zero
+
+
+@triton.jit
+def run_scales(scales, zeros, row, col, limit, columns, block, CODE: tl.constexpr, SPLIT: tl.constexpr, P2: tl.constexpr):
+    """The scales a whole run shares, read before anything of the tile is written; zeros where there are none."""
+    if CODE >= 3 and CODE != DELTA and not SPLIT:
+        return block_scales(scales, zeros, row, col, limit, columns, block, CODE, False, P2)
+    else:
+        nothing = tl.zeros((row.shape[0], 1), tl.float32)
+        return nothing, nothing
+
+
+@triton.jit
+def load_operand(codes, scale, zero, row, col, limit, columns, CODE: tl.constexpr, P2: tl.constexpr):
+    """fp32 (NB, P2) of an operand stored in CODE, plain or blocked."""
+    if CODE <= F16 or CODE == DELTA:  # includes NONE: load_floats returns zeros
+        return load_floats(codes, row, col, limit, columns, CODE, P2)
+    else:
+        return decode(load_codes(codes, row, col, limit, columns, CODE, P2), scale, zero, CODE)
+
+
+@triton.jit
+def store_scales(scales, zeros, at, scale, zero, mask, CODE: tl.constexpr):
+    tl.store(scales.to(tl.pointer_type(tl.float32)) + at, scale, mask=mask)
+    if CODE == UINT8 or CODE == UINT4:
+        tl.store(zeros.to(tl.pointer_type(tl.uint8)) + at, zero.to(tl.int32).to(tl.uint8), mask=mask)
+
+
+@triton.jit
+def store_blocks(codes, scales, zeros, values, old, words, row, col, limit, columns, block, CODE: tl.constexpr, SPLIT: tl.constexpr,
+                 STOCHASTIC: tl.constexpr, KEEP: tl.constexpr, P2: tl.constexpr):
+    """Encodes a tile whose blocks lie inside it. KEEP: a block none of whose bits changed keeps codes and scale."""
+    k = tl.arange(0, P2)[None, :]
+    valid = k < limit[:, None]
+    at = row * tl.cdiv(columns, block) + col // block
+    if SPLIT:
+        scale = tl.zeros_like(values)
+        zero = tl.zeros_like(values)
+        keep = tl.zeros_like(values)
+        for b in range(0, tl.cdiv(tl.max(limit, axis=0), block)):
+            inside = valid & (k // block == b)
+            absmax, low, high = measure(values, inside)
+            scale_b, zero_b = block_parameters(absmax, low, high, CODE)
+            write = limit > b * block
+            if KEEP:
+                changed = differs(values, old, inside) != 0
+                write = write & changed
+                keep = tl.where(inside & (changed == 0)[:, None], 1.0, keep)
+            store_scales(scales, zeros, at + b, scale_b, zero_b, write, CODE)
+            scale = tl.where(inside, scale_b[:, None], scale)
+            zero = tl.where(inside, zero_b[:, None], zero)
+        q = encode(values, scale, zero, words, CODE, STOCHASTIC)
+        if KEEP:  # rewrite what was there: a byte may hold the nibbles of one block only, as blocks are even
+            q = tl.where(keep > 0.0, load_codes(codes, row, col, limit, columns, CODE, P2), q)
+        store_codes(codes, q, row, col, limit, columns, CODE, P2)
+    else:
+        absmax, low, high = measure(values, valid)
+        scale, zero = block_parameters(absmax, low, high, CODE)
+        if KEEP:
+            limit = tl.where(differs(values, old, valid) != 0, limit, 0)
+        tl.debug_barrier()  # every thread has read the old scales
+        store_scales(scales, zeros, at, scale, zero, limit > 0, CODE)
+        q = encode(values, scale[:, None], zero[:, None], words, CODE, STOCHASTIC)
+        store_codes(codes, q, row, col, limit, columns, CODE, P2)
+
+
+@triton.jit
+def joined(a, b):
+    """Statistics of two pieces of one block."""
+    absmax, low, high = a
+    absmax_b, low_b, high_b = b
+    return tl.maximum(absmax, absmax_b), tl.minimum(low, low_b), tl.maximum(high, high_b)
+
+
+@triton.jit
+def store_piece(codes, values, scale, zero, words, row, col, limit, columns, CODE: tl.constexpr, STOCHASTIC: tl.constexpr, P2: tl.constexpr):
+    """Encodes a piece of a block whose parameters are known."""
+    q = encode(values, scale[:, None], zero[:, None], words, CODE, STOCHASTIC)
+    store_codes(codes, q, row, col, limit, columns, CODE, P2)
+
+
+@triton.jit
+def operand_words(seed, step, stream, row, col, columns, aligned, P2: tl.constexpr):
+    first = row * columns + col
+    if aligned != 0:
+        words = tile_words(seed, step, stream, first, True, P2)
+    else:
+        words = tile_words(seed, step, stream, first, False, P2)
+    return words

@@ -127,7 +127,7 @@ template <class Decoder>
 inline int64_t decode_vectors(const char* codes, Block b, int64_t n, float* __restrict out) {
   const Decoder decoder(b.zero, b.scale);
   int64_t i = 0;
-  for (; i + W <= n; i += W) store(out + i, decoder(codes + i * Decoder::bits / 8));
+  for (; i + W <= n; i += W, codes += W * Decoder::bits / 8) store(out + i, decoder(codes));
   return i;
 }
 #endif
@@ -260,9 +260,10 @@ void gemm(const Extent& e, const A& a, const B& b, const Epilogue& epilogue) {
 
 // --- few rows ---------------------------------------------------------------------------------------------
 // The same product for small m, where packing b would cost more than multiplying: dot products along k. b's rows
-// are read once, four at a time, KD lanes of each decoded to L1 and multiplied with every row of a.
+// are read once, kDotColumns at a time, KD lanes of each decoded to L1 and multiplied with every row of a.
 constexpr int KD = 1024;
-constexpr int kDotColumns = 4;
+constexpr int kDotRows = GM_LEVEL >= 2 ? 4 : GM_LEVEL == 1 ? 6 : 2;
+constexpr int kDotColumns = GM_LEVEL == 1 ? 2 : 4;  // sums of one step: enough to hide an fma's latency, and no spill
 
 template <class Lanes, int ROWS>
 GM_HD void dot_rows(int64_t lanes, const lane* __restrict a, int64_t a_stride, const lane* const* b,
@@ -272,11 +273,11 @@ GM_HD void dot_rows(int64_t lanes, const lane* __restrict a, int64_t a_stride, c
   for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
     for (int c = 0; c < kDotColumns; ++c) acc[r][c] = Lanes::none();
-  const lane *b0 = b[0], *b1 = b[1], *b2 = b[2], *b3 = b[3];
   for (int64_t k = 0; k < lanes; k += W) {
-    const typename Lanes::Vector bv[kDotColumns] = {Lanes::load_lanes(b0 + k), Lanes::load_lanes(b1 + k),
-                                                    Lanes::load_lanes(b2 + k), Lanes::load_lanes(b3 + k)};
+    typename Lanes::Vector bv[kDotColumns];
 #pragma GCC unroll 4
+    for (int c = 0; c < kDotColumns; ++c) bv[c] = Lanes::load_lanes(b[c] + k);
+#pragma GCC unroll 6
     for (int r = 0; r < ROWS; ++r) {
       const typename Lanes::Vector av = Lanes::load_lanes(a + r * a_stride + k);
 #pragma GCC unroll 4
@@ -296,7 +297,6 @@ template <class Lanes, class A, class B, class Epilogue>
 void dot_products(const Extent& e, const Rows<A>& a, const Rows<B>& b, const Epilogue& epilogue) {
   if (e.m <= 0 || e.n <= 0) return;
   typedef typename Lanes::Sum Sum;
-  constexpr int rows_at_once = GM_LEVEL >= 2 ? 4 : 2;
   constexpr int64_t chunk = 32;  // columns of one epilogue call
   // a whole, as lanes, each row padded to whole vectors.
   const int64_t stride = round_up(e.k, W);
@@ -330,10 +330,13 @@ void dot_products(const Extent& e, const Rows<A>& a, const Rows<B>& b, const Epi
             for (int64_t i = kd; i < padded; ++i) buffer[i] = 0;
             rows[r] = buffer;
           }
-          int64_t i = 0;
-          for (; i + rows_at_once <= e.m; i += rows_at_once)
-            dot_rows<Lanes, rows_at_once>(padded, all_a.data + i * stride + k, stride, rows, sums + i * chunk + c, chunk);
-          for (; i < e.m; ++i) dot_rows<Lanes, 1>(padded, all_a.data + i * stride + k, stride, rows, sums + i * chunk + c, chunk);
+          for (int64_t i = 0; i < e.m;) {
+            const lane* in = all_a.data + i * stride + k;
+            Sum* const out = sums + i * chunk + c;
+            if (e.m - i >= kDotRows) dot_rows<Lanes, kDotRows>(padded, in, stride, rows, out, chunk), i += kDotRows;
+            else if (e.m - i >= 2) dot_rows<Lanes, 2>(padded, in, stride, rows, out, chunk), i += 2;
+            else dot_rows<Lanes, 1>(padded, in, stride, rows, out, chunk), i += 1;
+          }
         }
       for (int64_t i = 0; i < e.m; ++i) epilogue(i, col, n, sums + i * chunk, sums + e.m * chunk);
     }

@@ -155,27 +155,28 @@ constexpr int kGemvRows = 4;
 template <class Decoder, int ROWS>
 void dot_packed_row(const PackedMatmulArgs& p, const float* x, int64_t j, float* sums, int64_t stride) {
   constexpr int vectors = ROWS <= 2 ? 4 : 2, step = vectors * W;
+  constexpr int bytes = W * Decoder::bits / 8;  // of one vector's codes
   const Matrix& w = p.w;
-  const char* codes = tile_address(w, j, 0);
   vf acc[ROWS][vectors];
   for (int r = 0; r < ROWS; ++r)
     for (int v = 0; v < vectors; ++v) acc[r][v] = zero();
   for (int64_t start = 0, index = j * w.blocks_per_row(); start < w.cols; start += w.block, ++index) {
     const Block b{w.scales[index], has_zero_point(w.code) ? w.zeros[index] : 0, 0.0f};
     const Decoder decoder(b.zero, b.scale);
+    const char* codes = tile_address(w, j, start);
     const int64_t end = min_of(start + w.block, w.cols);
     int64_t k = start;
-    for (; k + step <= end; k += step)
+    for (; k + step <= end; k += step, codes += vectors * bytes)
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; ++v) {
-        const vf value = decoder(codes + (k + v * W) * Decoder::bits / 8);
+        const vf value = decoder(codes + v * bytes);
 #pragma GCC unroll 4
         for (int r = 0; r < ROWS; ++r) acc[r][v] = fma(load(x + r * w.cols + k + v * W), value, acc[r][v]);
       }
-    for (; k < end; k += W) {
+    for (; k < end; k += W, codes += bytes) {
       const int64_t n = min_of(W, end - k);
       float values[W] = {}, xs[W] = {};
-      decode_one_block(w.code, codes + k * Decoder::bits / 8, b, n, values);
+      decode_one_block(w.code, codes, b, n, values);
       for (int r = 0; r < ROWS; ++r) {
         memcpy(xs, x + r * w.cols + k, static_cast<size_t>(n) * sizeof(float));
         acc[r][0] = fma(load(xs), load(values), acc[r][0]);

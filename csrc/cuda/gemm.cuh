@@ -104,7 +104,7 @@ constexpr int kProductTile = 64;
 
 __global__ void __launch_bounds__(kGemmThreads) product_kernel(const __grid_constant__ Product p) {
   using Tile = FmaTile<kProductTile, kProductTile, 32, 4, 4>;
-  __shared__ alignas(16) float shared[Tile::kFloats];
+  alignas(16) __shared__ float shared[Tile::kFloats];
   const int64_t across = divide_up(p.n, kProductTile), tiles = across * divide_up(p.m, kProductTile);
   for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     const int64_t down = divide(tile, across), row0 = down * kProductTile, col0 = (tile - down * across) * kProductTile;

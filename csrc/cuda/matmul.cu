@@ -61,7 +61,7 @@ __device__ __forceinline__ void stage_int8(const int8_t* x, int64_t rows, int64_
 // WIDE: k > kInt32Products; int32 sums are added to int64 totals every so often.
 template <bool WIDE>
 __global__ void __launch_bounds__(kGemmThreads) int8_kernel(const __grid_constant__ Int8MatmulArgs p) {
-  __shared__ alignas(16) uint32_t sa[kInt8Tile * kInt8Pitch / 4], sb[kInt8Tile * kInt8Pitch / 4];
+  alignas(16) __shared__ uint32_t sa[kInt8Tile * kInt8Pitch / 4], sb[kInt8Tile * kInt8Pitch / 4];
   constexpr int pitch = kInt8Pitch / 4;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int warp_row = warp / 4 * 64, warp_col = warp % 4 * 32;  // 8 warps: 2 x 4, each 64 x 32 = 4 x 4 mma tiles
@@ -232,7 +232,7 @@ constexpr int kTfTile = 64, kTfDepth = 32, kTfPitch = kTfDepth + 4, kTfOutPitch 
 
 __global__ void __launch_bounds__(kGemmThreads) tf32_kernel(const __grid_constant__ Product p) {
   constexpr int inputs = 2 * kTfTile * kTfPitch, outputs = kTfTile * kTfOutPitch;
-  __shared__ alignas(32) float shared[inputs > outputs ? inputs : outputs];
+  alignas(32) __shared__ float shared[inputs > outputs ? inputs : outputs];
   float *sa = shared, *sb = shared + kTfTile * kTfPitch;
   const int warp = threadIdx.x / 32, warp_row = warp / 2 * 16, warp_col = warp % 2 * 32;  // 8 warps: 4 x 2, each 16 x 32
   const int64_t across = divide_up(p.n, kTfTile), tiles = across * divide_up(p.m, kTfTile);

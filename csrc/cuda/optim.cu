@@ -88,7 +88,7 @@ enum Pass { kMeasureOuter, kMeasureInner, kWrite };
 template <class R>
 __global__ void __launch_bounds__(kThreads, 2) step_kernel(const __grid_constant__ StepTable a) {
   constexpr int operands = 1 + R::states;
-  __shared__ alignas(16) float values[operands][kTile];
+  alignas(16) __shared__ float values[operands][kTile];
   for (int64_t unit = blockIdx.x; unit < a.units; unit += gridDim.x) {
     int number = 0;
     int64_t first = 0;

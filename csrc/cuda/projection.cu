@@ -29,7 +29,7 @@ struct Back {
 
 __global__ void __launch_bounds__(kGemmThreads) back_kernel(const __grid_constant__ Back p) {
   constexpr int floats = BackTile::kFloats > kBandRows * kBandCols ? BackTile::kFloats : kBandRows * kBandCols;
-  __shared__ alignas(16) float shared[floats];  // tiles of a and b, then the new values of short blocks
+  alignas(16) __shared__ float shared[floats];  // tiles of a and b, then the new values of short blocks
   __shared__ uint32_t absmax[kBandRows], changed[kBandRows];
   __shared__ int32_t lo[kBandRows], hi[kBandRows];
   const Matrix& w = p.weight;

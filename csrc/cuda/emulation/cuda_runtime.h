@@ -7,6 +7,7 @@
 #pragma once
 #include <math.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <ucontext.h>
@@ -57,13 +58,14 @@ struct cudaLaunchConfig_t {
 };
 
 // --- fibers -----------------------------------------------------------------------------------------------
+inline dim3 threadIdx, blockIdx, blockDim, gridDim;
+
 namespace gm_emulation {
 struct Barrier {
   int waiting = 0;
   unsigned generation = 0;
 };
 struct State {
-  dim3 thread, block, block_dim, grid_dim;
   ucontext_t scheduler;
   std::vector<ucontext_t> fibers;
   std::vector<std::vector<char>> stacks;
@@ -78,7 +80,7 @@ inline State state;
 
 inline void select(int fiber) {
   state.current = fiber;
-  state.thread = dim3(fiber % state.block_dim.x, fiber / state.block_dim.x % state.block_dim.y, fiber / state.block_dim.x / state.block_dim.y);
+  threadIdx = dim3(fiber % blockDim.x, fiber / blockDim.x % blockDim.y, fiber / blockDim.x / blockDim.y);
 }
 inline void yield() {
   const int me = state.current;
@@ -139,23 +141,16 @@ inline void run_block() {
 }
 }  // namespace gm_emulation
 
-#define threadIdx gm_emulation::state.thread
-#define blockIdx gm_emulation::state.block
-#define blockDim gm_emulation::state.block_dim
-#define gridDim gm_emulation::state.grid_dim
-
 template <class... P, class... A>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* c, void (*kernel)(P...), A&&... arguments) {
   using namespace gm_emulation;
   state.threads = static_cast<int>(c->blockDim.x * c->blockDim.y * c->blockDim.z);
   state.body = [&] { kernel(arguments...); };
   const char* cap = getenv("GM_EMULATION_GRID");  // a smaller grid, to test that kernels loop
-  unsigned blocks = (c->gridDim).x;
+  unsigned blocks = c->gridDim.x;
   if (cap && static_cast<unsigned>(atoi(cap)) < blocks) blocks = static_cast<unsigned>(atoi(cap));
   for (unsigned b = 0; b < blocks; ++b) {
-    state.block_dim = (c->blockDim);
-    state.grid_dim = dim3(blocks);
-    state.block = dim3(b, 0, 0);
+    blockDim = c->blockDim, gridDim = dim3(blocks), blockIdx = dim3(b, 0, 0);
     run_block();
   }
   return cudaSuccess;

@@ -1,0 +1,262 @@
+"""matmul: INT8 x INT8 with scales in the epilogue, and float x packed weight decoded on the way to the tensor cores.
+
+matmul_int8: 2 m n k operations on m k + n k bytes; limit on an H100: the int8 tensor cores, nominally twice bf16, of which
+798 TFLOP/s were reached there: some 1.5 POP/s at best for large square shapes; memory (3.0 TB/s) below about m = 256.
+matmul_packed: 2 m n k operations; reads the weight at 4 or 8 bits, the point of it: at m = 1 a 4096 x 4096 uint4
+weight with block 256 is 8.7 MB = 2.9 us, against 11 us in bf16; for large m the limit is the bf16 matmul's 798 TFLOP/s,
+less the decoding (some 5 integer operations per weight element and row tile). Expected, never measured on a GPU yet.
+
+Tiles come from the plain tables below, chosen by architecture and m, never by autotuning: the same shapes give the same
+bits and start at once.
+"""
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from gradmill.formats import CODES, Format, float_code
+from gradmill.kernels._common import (BF16, F16, INT4, INT8, INTERPRETED, INTERPRETING, LAUNCH, UINT4, UINT8, as_bits, bf16_bits, centred, decode,
+                                      f16_bits, from_bf16_bits, load_codes, ready, round_to_bf16)
+
+#: architecture -> ((largest m, BM, BN, BK, GROUP, warps, stages), ...): the first row whose m fits. Chosen from the tile
+#: sizes of the matrix instructions and the shared memory (164, 228, 228, 64 KiB), not tuned on the hardware yet.
+INT8_TILES = {
+    "sm_80": ((64, 64, 128, 128, 8, 4, 4), (1 << 62, 128, 128, 128, 8, 8, 3)),
+    "sm_90": ((64, 64, 128, 128, 8, 4, 4), (1 << 62, 128, 256, 128, 8, 8, 3)),
+    "sm_100": ((64, 64, 128, 128, 8, 4, 4), (1 << 62, 128, 256, 128, 8, 4, 3)),
+    "gfx942": ((64, 64, 128, 128, 8, 4, 2), (1 << 62, 128, 128, 128, 8, 4, 2)),
+    "interpreter": ((1 << 62, 32, 32, 64, 2, 4, 1),),
+}
+#: the same for 16-bit inputs of matmul_packed: the weight's BN rows are the M side of the instruction
+PACKED_TILES = {
+    "sm_80": ((16, 16, 64, 128, 8, 4, 4), (64, 64, 64, 64, 8, 4, 4), (1 << 62, 128, 128, 64, 8, 8, 3)),
+    "sm_90": ((16, 16, 64, 128, 8, 4, 4), (64, 64, 64, 128, 8, 4, 4), (1 << 62, 128, 128, 64, 8, 8, 4)),
+    "sm_100": ((16, 16, 128, 128, 8, 4, 4), (64, 64, 128, 128, 8, 4, 4), (1 << 62, 128, 128, 64, 8, 8, 4)),
+    "gfx942": ((16, 16, 64, 128, 8, 4, 2), (64, 64, 64, 64, 8, 4, 2), (1 << 62, 128, 128, 64, 8, 8, 2)),
+    "interpreter": ((1 << 62, 32, 32, 32, 2, 4, 1),),
+}
+#: fp32 inputs run on the ordinary cores (full fp32 precision): small tiles
+FP32_TILES = {"interpreter": ((1 << 62, 32, 32, 32, 2, 4, 1),), "": ((16, 16, 64, 64, 8, 4, 3), (1 << 62, 64, 64, 32, 8, 4, 3))}
+EXACT_K = 1 << 16  # products in one int32 sum: 2^16 * 128 * 128 = 2^30, whatever the codes
+
+
+def architecture(device: torch.device) -> str:
+    """Row of the tables: the nearest known architecture below the device's."""
+    if INTERPRETING:
+        return "interpreter"
+    if torch.version.hip:
+        return "gfx942"
+    major, _ = torch.cuda.get_device_capability(device)
+    return "sm_100" if major == 10 else "sm_90" if major == 9 else "sm_80"  # sm_120 has mma.sync, as sm_80
+
+
+def choose(tables: dict, arch: str, m: int) -> tuple:
+    return next(row[1:] for row in tables.get(arch, tables.get("", ())) if m <= row[0])
+
+
+# --- shared -----------------------------------------------------------------------------------------------
+@triton.jit
+def grouped_tile(m, n, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
+    """Tile of this program: GROUP rows of tiles are walked column by column, so that their operands stay in L2."""
+    pid = tl.program_id(0)
+    tiles_m, tiles_n = tl.cdiv(m, BM), tl.cdiv(n, BN)
+    group = pid // (GROUP * tiles_n)
+    first = group * GROUP
+    rows = tl.minimum(tiles_m - first, GROUP)
+    inside = pid % (GROUP * tiles_n)
+    return first + inside % rows, inside // rows
+
+
+@triton.jit
+def store_out(out, values, at, mask, OUT: tl.constexpr):
+    if OUT == BF16:
+        tl.store(out.to(tl.pointer_type(tl.int16)) + at, bf16_bits(values), mask=mask)
+    elif OUT == F16:
+        tl.store(out.to(tl.pointer_type(tl.int16)) + at, f16_bits(values), mask=mask)
+    else:
+        tl.store(out + at, values, mask=mask)
+
+
+# --- int8 -------------------------------------------------------------------------------------------------
+@triton.jit
+def int8_kernel(a, b, a_scales, b_scales, bias, out, m, n, k, OUT: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr,
+                LONG: tl.constexpr, EXACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr):
+    """out = (a b^T * a_scales) * b_scales + bias. LONG: k exceeds EXACT, partial sums are added in int64."""
+    tile_m, tile_n = grouped_tile(m, n, BM, BN, GROUP)
+    rm, rn, rk = tile_m * BM + tl.arange(0, BM), tile_n * BN + tl.arange(0, BN), tl.arange(0, BK)
+    # Rows beyond the end read row 0's neighbours again (no mask in the loop) and are not stored.
+    a_rows = a + (rm % m).to(tl.int64)[:, None] * k + rk[None, :]
+    b_rows = b + (rn % n).to(tl.int64)[:, None] * k + rk[None, :]
+    if LONG:
+        total = tl.zeros((BM, BN), tl.int64)
+        for start in range(0, k, EXACT):
+            acc = tl.zeros((BM, BN), tl.int32)
+            for at in range(start, tl.minimum(start + EXACT, k), BK):
+                mask = rk[None, :] < k - at
+                acc = tl.dot(tl.load(a_rows + at, mask=mask, other=0), tl.trans(tl.load(b_rows + at, mask=mask, other=0)), acc,
+                             out_dtype=tl.int32)
+            total += acc.to(tl.int64)
+        sums = total.to(tl.float32)
+    else:
+        acc = tl.zeros((BM, BN), tl.int32)
+        for at in range(0, k, BK):
+            if EVEN_K:
+                a_tile, b_tile = tl.load(a_rows + at), tl.load(b_rows + at)
+            else:
+                mask = rk[None, :] < k - at
+                a_tile, b_tile = tl.load(a_rows + at, mask=mask, other=0), tl.load(b_rows + at, mask=mask, other=0)
+            acc = tl.dot(a_tile, tl.trans(b_tile), acc, out_dtype=tl.int32)
+        sums = acc.to(tl.float32)
+    values = sums * tl.load(a_scales + rm, mask=rm < m, other=0.0)[:, None] * tl.load(b_scales + rn, mask=rn < n, other=0.0)[None, :]
+    if HAS_BIAS:
+        values = values + load_bias(bias, rn, n)[None, :]
+    store_out(out, values, rm.to(tl.int64)[:, None] * n + rn[None, :], (rm < m)[:, None] & (rn < n)[None, :], OUT)
+
+
+@triton.jit
+def load_bias(bias, rn, n):
+    if bias.dtype.element_ty == tl.int16:
+        return from_bf16_bits(tl.load(bias + rn, mask=rn < n, other=0))
+    else:
+        return tl.load(bias + rn, mask=rn < n, other=0.0).to(tl.float32)
+
+
+def matmul_int8(a, b, a_scales, b_scales, bias, dtype):
+    """See gradmill.ops.matmul.matmul_int8."""
+    (m, k), n = a.shape, b.shape[0]
+    out = a.new_empty((m, n), dtype=dtype)
+    if not out.numel():
+        return out
+    bm, bn, bk, group, warps, stages = choose(INT8_TILES, architecture(a.device), m)
+    if k > EXACT_K:
+        bm, bn, warps = min(bm, 64), min(bn, 64), 4  # two sums of 12 bytes together in registers
+    with ready(a):
+        int8_kernel[(triton.cdiv(m, bm) * triton.cdiv(n, bn),)](
+            a, b, a_scales, b_scales, a if bias is None else as_bits(bias.contiguous()), out, m, n, k, OUT=CODES[float_code(dtype)],
+            HAS_BIAS=bias is not None, EVEN_K=k % bk == 0, LONG=k > EXACT_K, EXACT=EXACT_K, BM=bm, BN=bn, BK=bk, GROUP=group,
+            num_warps=warps, num_stages=stages, **LAUNCH)
+    return out
+
+
+# --- packed weight ----------------------------------------------------------------------------------------
+@triton.jit
+def weight_scales(scales, zeros, rows, first_column, limit, block, blocks, CODE: tl.constexpr, PER_ROW: tl.constexpr, P2: tl.constexpr):
+    """Scale and zero of a weight tile (rows, P2): one per row where the tile lies in one block, else gathered."""
+    if PER_ROW:
+        at = (rows * blocks + first_column // block)[:, None]
+        mask = limit[:, None] > 0
+    else:
+        k = tl.arange(0, P2)[None, :]
+        at = (rows * blocks)[:, None] + (first_column + k) // block
+        mask = k < limit[:, None]
+    scale = tl.load(scales + at, mask=mask, other=0.0)
+    zero = tl.zeros_like(scale)
+    if CODE == UINT8 or CODE == UINT4:
+        zero = tl.load(zeros + at, mask=mask, other=0).to(tl.float32)
+    return scale, zero
+
+
+@triton.jit
+def weight_tile(codes, scales, zeros, rows, first_column, count, rows_total, columns, block, blocks, CODE: tl.constexpr, PER_ROW: tl.constexpr,
+                FACTOR: tl.constexpr, P2: tl.constexpr):
+    """A (rows, P2) tile of a packed weight as fp32, and the scale it still has to be multiplied by (FACTOR: then the
+    tile holds the exact integers code - zero)."""
+    limit = tl.where(rows < rows_total, count, 0)
+    q = load_codes(codes, rows, tl.zeros_like(rows) + first_column, limit, columns, CODE, P2)
+    scale, zero = weight_scales(scales, zeros, rows, first_column, limit, block, blocks, CODE, PER_ROW, P2)
+    if FACTOR:
+        return centred(q, zero, CODE), scale
+    else:
+        return decode(q, scale, zero, CODE), scale
+
+
+@triton.jit
+def packed_kernel(x, codes, scales, zeros, bias, out, m, n, k, columns, block, blocks, stride_xm, stride_xk, stride_om, stride_on,
+                  CODE: tl.constexpr, X: tl.constexpr, OUT: tl.constexpr, HAS_BIAS: tl.constexpr, TRANSPOSE: tl.constexpr,
+                  PER_ROW: tl.constexpr, FACTOR: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr):
+    """out (m, n) = x (m, k) w^T for w (n, k), or x w for w (k, n) with TRANSPOSE.
+
+    The tile is computed transposed, (BN, BK) weight times (BK, BM) input: the decoded weight is the instruction's first
+    operand, which may come from registers, and a small m is its narrow side. FACTOR (w^T, block a multiple of BK): the
+    dot runs on the integers code - zero, exact in 16 bits, and each partial sum is multiplied by the block's scale in fp32.
+    """
+    tile_m, tile_n = grouped_tile(m, n, BM, BN, GROUP)
+    rm, rn, rk = tile_m * BM + tl.arange(0, BM), tile_n * BN + tl.arange(0, BN), tl.arange(0, BK)
+    acc = tl.zeros((BN, BM), tl.float32)
+    for at in range(0, k, BK):
+        mask = (rm < m)[:, None] & (rk < k - at)[None, :]
+        source = x + rm.to(tl.int64)[:, None] * stride_xm + (at + rk).to(tl.int64)[None, :] * stride_xk
+        if x.dtype.element_ty == tl.int16:  # bf16 bits, in the interpreter only
+            xt = tl.trans(from_bf16_bits(tl.load(source, mask=mask, other=0)))
+        else:
+            xt = tl.trans(tl.load(source, mask=mask, other=0.0))
+        if TRANSPOSE:
+            w, scale = weight_tile(codes, scales, zeros, (at + rk).to(tl.int64), tile_n * BN, tl.minimum(BN, n - tile_n * BN), k, columns,
+                                   block, blocks, CODE, PER_ROW, FACTOR, BN)
+            w = tl.trans(w)
+        else:
+            w, scale = weight_tile(codes, scales, zeros, rn.to(tl.int64), at, tl.minimum(BK, k - at), n, columns, block, blocks, CODE,
+                                   PER_ROW, FACTOR, BK)
+        # fp32: full precision. bf16: the weight in bf16. fp16: exact integers in fp16; a weight already scaled might
+        # leave fp16's range, so tf32, which holds every fp16 exactly.
+        if X == BF16:
+            if INTERPRETED:
+                part = tl.dot(round_to_bf16(w), xt.to(tl.float32), input_precision="ieee")
+            else:
+                part = tl.dot(w.to(tl.bfloat16), xt)
+        elif X == F16 and FACTOR:
+            part = tl.dot(w.to(tl.float16), xt)
+        elif X == F16:
+            part = tl.dot(w, xt.to(tl.float32), input_precision="tf32")
+        else:
+            part = tl.dot(w, xt, input_precision="ieee")
+        if FACTOR:
+            acc += part * scale
+        else:
+            acc += part
+    values = tl.trans(acc)
+    if HAS_BIAS:
+        values = values + load_bias(bias, rn, n)[None, :]
+    store_out(out, values, rm.to(tl.int64)[:, None] * stride_om + rn.to(tl.int64)[None, :] * stride_on, (rm < m)[:, None] & (rn < n)[None, :], OUT)
+
+
+def fitting(tile: int, block: int, columns: int, least: int) -> tuple[int, bool]:
+    """(tile, True) where a tile of that width, or of a smaller power of two, lies inside one block; else (tile, False)."""
+    if block >= columns:
+        return tile, True
+    width = min(tile, block & -block)
+    return (width, True) if width >= least else (tile, False)
+
+
+def launch_packed(x, codes, scales, zeros, code, block, columns, transpose, bias, out):
+    """x and out may have any strides."""
+    m, k = x.shape
+    n = out.shape[1]
+    if not out.numel():
+        return
+    if not k:
+        out.copy_(torch.zeros_like(out) if bias is None else bias.expand_as(out))
+        return
+    block = min(block or columns, columns)
+    arch = architecture(x.device)
+    bm, bn, bk, group, warps, stages = choose(FP32_TILES if x.dtype == torch.float32 else PACKED_TILES, arch, m)
+    if transpose:
+        bn, per_row = fitting(bn, block, columns, 32)
+        factor = False  # the scale belongs to the summed index
+    else:
+        bk, per_row = fitting(bk, block, columns, 16)
+        factor = per_row and CODES[code] in (INT8.value, UINT8.value, INT4.value, UINT4.value)
+    with ready(x):
+        packed_kernel[(triton.cdiv(m, bm) * triton.cdiv(n, bn),)](
+            as_bits(x) if INTERPRETING else x, codes, scales, zeros, x if bias is None else as_bits(bias.contiguous()), out, m, n, k, columns,
+            block, triton.cdiv(columns, block), *x.stride(), *out.stride(), CODE=CODES[code], X=CODES[float_code(x.dtype)],
+            OUT=CODES[float_code(out.dtype)], HAS_BIAS=bias is not None, TRANSPOSE=transpose, PER_ROW=per_row, FACTOR=factor, BM=bm, BN=bn,
+            BK=bk, GROUP=group, num_warps=warps, num_stages=stages, **LAUNCH)
+
+
+def matmul_packed(x, codes, scales, zeros, code, block, columns, transpose, bias, dtype):
+    """See gradmill.ops.matmul.matmul_packed."""
+    out = x.new_empty((x.shape[0], columns if transpose else codes.shape[0]), dtype=dtype)
+    launch_packed(x, codes, scales, zeros, code, block, columns, transpose, bias, out)
+    return out
