@@ -43,7 +43,8 @@ $(PY):
 	@if [ -z "$(PYTHON)" ]; then echo "gradmill needs Python 3.10 or newer, and none was found: install it, or name it with PYTHON=..." >&2; exit 1; fi
 	@command -v "$(PYTHON)" >/dev/null 2>&1 || { echo "PYTHON=$(PYTHON): there is no such command" >&2; exit 1; }
 	@"$(PYTHON)" -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 10) else f"gradmill needs Python 3.10 or newer; $(PYTHON) is {v[0]}.{v[1]}. Name another with PYTHON=...")'
-	"$(PYTHON)" -m venv $(VENV) || { echo "python -m venv failed (on Debian and Ubuntu the package python3-venv has it)" >&2; rm -rf $(VENV); exit 1; }
+	@echo "making $(VENV) with $(PYTHON)"
+	@"$(PYTHON)" -m venv $(VENV) || { echo "python -m venv failed (on Debian and Ubuntu the package python3-venv has it)" >&2; rm -rf $(VENV); exit 1; }
 
 # torch comes first and by itself: it is the large one, and what follows must not choose another.
 $(VENV)/.torch: requirements-dev.txt | $(PY)

@@ -6,6 +6,7 @@ recompiles only what changed. Neither torch nor any of its headers is needed.
 Environment:
   GRADMILL_CUDA=auto|0|1        compile csrc/cuda (auto: when nvcc is found; 1: fail without it)
   GRADMILL_CUDA_ARCHS="80 90a"  CUDA architectures (default "80 90a 100a 120"); PTX of compute_80 is always added
+  GRADMILL_CXXFLAGS             more flags for the C++ files (continuous integration: -Werror)
   GRADMILL_CXX, GRADMILL_NVCC   compilers (defaults: $CXX or g++ or c++; nvcc on PATH or in /usr/local/cuda)
 """
 import os
@@ -32,7 +33,7 @@ FAMILIES = {"quant": 3, "matmul": 4, "optim": 3, "projection": 3}
 # No -ffast-math: it links start-up code that changes denormal handling for the whole process, and results
 # must be bit-equal between instruction sets (hence no contraction into fused multiply-adds either).
 CXXFLAGS = ("-std=c++17 -O3 -fPIC -fopenmp -ffp-contract=off -fno-math-errno -fno-trapping-math "
-            "-fvisibility=hidden -Wall -Wextra")
+            "-fvisibility=hidden -Wall -Wextra " + os.environ.get("GRADMILL_CXXFLAGS", "")).strip()
 NVCCFLAGS = "-std=c++17 -O3 -fmad=false -Xcompiler -fPIC,-fvisibility=hidden --threads 2 -Wno-deprecated-gpu-targets"
 
 
@@ -100,11 +101,12 @@ class NinjaBuild(build_ext):
             "rule link\n  command = $cxx -shared -o $out $in $flags\n  description = link $out",
         ]
         # pybind11 and Python headers only for bindings.cpp: in an isolated build their path changes every time.
-        includes = f"-I{folder} -isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')}"
+        includes = f"-I. -isystem '{pybind11.get_include()}' -isystem '{sysconfig.get_path('include')}'"
         edges, objects = [], []
 
         def compile(rule, source, name, flags):
-            edges.append(f"build {name}.o: {rule} {source}\n  flags = {flags}")
+            path = str(source).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+            edges.append(f"build {name}.o: {rule} {path}\n  flags = {flags}")
             objects.append(f"{name}.o")
 
         cuda_flag = "-DGRADMILL_WITH_CUDA" if nvcc else ""
@@ -119,7 +121,7 @@ class NinjaBuild(build_ext):
             gencode += " -gencode arch=compute_80,code=compute_80"
             for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
                 compile("nvcc", source, f"cuda-{source.stem}", f"{NVCCFLAGS} {gencode} -ccbin {cxx}")
-            link += f" -L{cuda_lib_dir(nvcc)} -lcudart_static -ldl -lrt -lpthread"
+            link += f" -L'{cuda_lib_dir(nvcc)}' -lcudart_static -ldl -lrt -lpthread"
         # Not linked with libgomp: torch, imported first, brings the one OpenMP runtime of the process.
         edges.append(f"build _C.so: link {' '.join(objects)}\n  flags = {link}")
         text = "\n\n".join([f"cxx = {cxx}", f"nvcc = {nvcc or ''}", *rules, *edges, "default _C.so"]) + "\n"

@@ -27,6 +27,7 @@ F32, BF16, F16 = (tl.constexpr(CODES[c]) for c in ("fp32", "bf16", "fp16"))
 INT8, UINT8, INT4, UINT4 = (tl.constexpr(CODES[c]) for c in ("int8", "uint8", "int4", "uint4"))
 MOMENT8, SQUARE8, DELTA = (tl.constexpr(CODES[c]) for c in ("moment8", "square8", "delta"))
 NONE = tl.constexpr(-1)  # no such operand
+NEAREST, STOCHASTIC, DITHER = (tl.constexpr(i) for i in range(3))  # how a blocked operand is rounded
 
 #: Every launch: multiply and add must not fuse (Triton 3.9 warns that the default will change, so it is explicit).
 LAUNCH = {"enable_fp_fusion": False}
@@ -98,11 +99,22 @@ def tile_words(seed, step, stream, first, ALIGNED: tl.constexpr, P2: tl.constexp
         w0, w1, w2, w3 = philox_groups(seed, step, stream, group)
         words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (first.shape[0], P2))
     else:
-        element = first[:, None] + tl.arange(0, P2)[None, :]
-        w0, w1, w2, w3 = philox_groups(seed, step, stream, element >> 2)
-        i = (element & 3).to(tl.int32)
-        words = tl.where(i == 0, w0, tl.where(i == 1, w1, tl.where(i == 2, w2, w3)))
+        words = element_words(seed, step, stream, first[:, None] + tl.arange(0, P2)[None, :])
     return words
+
+
+@triton.jit
+def element_words(seed, step, stream, element):
+    """One word per element: its group's Philox call, word element % 4."""
+    w0, w1, w2, w3 = philox_groups(seed, step, stream, element >> 2)
+    i = (element & 3).to(tl.int32)
+    return tl.where(i == 0, w0, tl.where(i == 1, w1, tl.where(i == 2, w2, w3)))
+
+
+@triton.jit
+def dither_words(seed, step, stream, first, i):
+    """Word of each block's i-th element: one Philox word a block (of its first element), plus i * 2^32 / golden ratio."""
+    return element_words(seed, step, stream, first)[:, None] + i.to(tl.uint32) * 0x9E3779B1
 
 
 # --- rounding ---------------------------------------------------------------------------------------------
@@ -193,33 +205,60 @@ def round_to_bf16(x):
 
 
 # --- codes: how one number becomes a code and back --------------------------------------------------------
-@triton.jit
-def encode_moment8(y):
-    """y = x / scale in [-1, 1] -> the code before rounding."""
-    return tl.div_rn(y + y, 1.0 + tl.abs(y)) * 127.0
+# The two 8-bit float codes of optimizer moments ("offset floats"): adding 1 to |x| * inverse makes a float of exponent
+# 0..7 whose top bits are the code, so that neither way needs a division. ``inverse`` is top / root, made once a block.
+MOMENT_TOP = tl.constexpr(1.9375 * 128 - 1)
+SQUARE_TOP = tl.constexpr(1.96875 * 128 - 1)
 
 
 @triton.jit
-def decode_moment8(q):
-    y = tl.div_rn(q, 127.0)
-    return tl.div_rn(y, 2.0 - tl.abs(y))
+def float_code_parameters(amax, CODE: tl.constexpr):
+    """scale and inverse; a block below 2^-100 counts as zero, so that the inverse stays finite."""
+    if CODE == SQUARE8:
+        top: tl.constexpr = SQUARE_TOP
+        root = tl.sqrt_rn(amax)
+    else:
+        top: tl.constexpr = MOMENT_TOP
+        root = amax
+    enough = amax >= 7.888609052210118e-31  # 2^-100
+    return tl.where(enough, tl.div_rn(root, top), 0.0), tl.where(enough, tl.div_rn(top, root), 0.0)
 
 
 @triton.jit
-def encode_square8(y):
-    """y = x / scale in [0, 1] -> the code before rounding; the caller keeps it in [1, 255]."""
-    return tl.sqrt_rn(y) * 255.0
+def encode_moment8(x, inverse, word, STOCHASTIC: tl.constexpr):
+    y = tl.abs(x) * inverse
+    y = y + 1.0
+    half: tl.constexpr = 0x40000
+    k = (bits(y) - 0x3F800000 + ((word >> 13).to(tl.int32) if STOCHASTIC else half)).to(tl.uint32, bitcast=True) >> 19
+    return tl.minimum(k, 127).to(tl.int32) | ((bits(x) >> 24) & 0x80)
 
 
 @triton.jit
-def decode_square8(q):
-    y = tl.div_rn(q, 255.0)
-    return y * y
+def decode_moment8(q, scale):
+    y = (((q & 127) << 19) + 0x3F800000).to(tl.float32, bitcast=True) - 1.0
+    return (bits(y) | ((q & 128) << 24)).to(tl.float32, bitcast=True) * scale
+
+
+@triton.jit
+def encode_square8(x, inverse, word, STOCHASTIC: tl.constexpr):
+    """Never 0, so that no update divides by eps alone."""
+    y = tl.sqrt_rn(x) * inverse
+    y = y + 1.0
+    half: tl.constexpr = 0x20000
+    k = (bits(y) - 0x3F800000 + ((word >> 14).to(tl.int32) if STOCHASTIC else half)).to(tl.uint32, bitcast=True) >> 18
+    return tl.maximum(tl.minimum(k, 255), 1).to(tl.int32)
+
+
+@triton.jit
+def decode_square8(q, scale):
+    r = (((q << 18) + 0x3F800000).to(tl.float32, bitcast=True) - 1.0) * scale
+    return r * r
 
 
 @triton.jit
 def block_parameters(absmax, low, high, CODE: tl.constexpr):
-    """scale and zero point (both fp32) of blocks from their statistics: see measure()."""
+    """Each block's scale and, both fp32, its zero point (for the float codes: the inverse that encode multiplies by),
+    from its statistics: see measure()."""
     amax = absmax.to(tl.float32, bitcast=True)
     zero = tl.zeros_like(amax)
     if CODE == INT8:
@@ -231,8 +270,10 @@ def block_parameters(absmax, low, high, CODE: tl.constexpr):
         least, most = from_ordered(low), from_ordered(high)
         scale = tl.div_rn(most * 0.5 - least * 0.5, top * 0.5)  # halves: most - least may overflow
         zero = tl.where(scale > 0.0, clamp(-round_even(tl.div_rn(least, scale)), 0.0, top), 0.0)
+    elif CODE == MOMENT8 or CODE == SQUARE8:
+        scale, zero = float_code_parameters(amax, CODE)
     else:
-        scale = amax
+        scale = zero  # a plain code, asked in passing: no parameters
     bad = absmax >= 0x7F800000  # a nan or an inf inside
     return tl.where(bad, float("nan"), scale), tl.where(bad, 0.0, zero)
 
@@ -240,23 +281,21 @@ def block_parameters(absmax, low, high, CODE: tl.constexpr):
 @triton.jit
 def encode(x, scale, zero, word, CODE: tl.constexpr, STOCHASTIC: tl.constexpr):
     """int32 codes. scale and zero broadcast; word is not read unless STOCHASTIC."""
-    y = tl.div_rn(x, scale + tl.zeros_like(x))
     if CODE == MOMENT8:
-        y = encode_moment8(y)
+        q = encode_moment8(x, zero, word, STOCHASTIC)
     elif CODE == SQUARE8:
-        y = encode_square8(y)
+        q = encode_square8(x, zero, word, STOCHASTIC)
     else:
         top: tl.constexpr = 127.0 if CODE == INT8 else 255.0 if CODE == UINT8 else 7.0 if CODE == INT4 else 15.0
-        y = clamp(y, -top, top)
-    if STOCHASTIC:
-        y = round_stochastic(y, word)
-    else:
-        y = round_even(y)
-    if CODE == UINT8 or CODE == UINT4:
-        y = clamp(y + zero, 0.0, top)
-    elif CODE == SQUARE8:
-        y = clamp(y, 1.0, 255.0)
-    return tl.where(scale > 0.0, y, 0.0).to(tl.int32)  # an all-zero block, or one with a nan or an inf: codes 0
+        y = clamp(tl.div_rn(x, scale + tl.zeros_like(x)), -top, top)
+        if STOCHASTIC:
+            y = round_stochastic(y, word)
+        else:
+            y = round_even(y)
+        if CODE == UINT8 or CODE == UINT4:
+            y = clamp(y + zero, 0.0, top)
+        q = tl.where(scale > 0.0, y, 0.0).to(tl.int32)
+    return tl.where(scale > 0.0, q, 0)  # an all-zero block, or one with a nan or an inf: codes 0
 
 
 @triton.jit
@@ -272,9 +311,9 @@ def centred(q, zero, CODE: tl.constexpr):
 def decode(q, scale, zero, CODE: tl.constexpr):
     """fp32 values of int32 codes; scale and zero broadcast."""
     if CODE == MOMENT8:
-        return decode_moment8(q.to(tl.float32)) * scale
+        return decode_moment8(q, scale)
     elif CODE == SQUARE8:
-        return decode_square8(q.to(tl.float32)) * scale
+        return decode_square8(q, scale)
     else:
         return centred(q, zero, CODE) * scale
 
@@ -300,7 +339,7 @@ def load_codes(pointer, row, col, limit, columns, CODE: tl.constexpr, P2: tl.con
     else:
         k = tl.arange(0, P2)[None, :]
         first = (row * columns + col)[:, None]
-        if CODE == UINT8 or CODE == SQUARE8:
+        if CODE != INT8:
             return tl.load(pointer.to(tl.pointer_type(tl.uint8)) + (first + k), mask=k < limit[:, None], other=0).to(tl.int32)
         else:
             return tl.load(pointer.to(tl.pointer_type(tl.int8)) + (first + k), mask=k < limit[:, None], other=0).to(tl.int32)
@@ -417,13 +456,16 @@ def store_scales(scales, zeros, at, scale, zero, mask, CODE: tl.constexpr):
 
 
 @triton.jit
-def store_blocks(codes, scales, zeros, values, old, words, row, col, limit, columns, block, CODE: tl.constexpr, SPLIT: tl.constexpr,
-                 STOCHASTIC: tl.constexpr, KEEP: tl.constexpr, P2: tl.constexpr):
-    """Encodes a tile whose blocks lie inside it. KEEP: a block none of whose bits changed keeps codes and scale."""
+def store_blocks(codes, scales, zeros, values, old, key, row, col, limit, columns, block, CODE: tl.constexpr, SPLIT: tl.constexpr,
+                 ROUND: tl.constexpr, KEEP: tl.constexpr, P2: tl.constexpr):
+    """Encodes a tile whose blocks lie inside it. KEEP: a block none of whose bits changed keeps codes and scale.
+    key = (seed, step, stream, aligned)."""
     k = tl.arange(0, P2)[None, :]
     valid = k < limit[:, None]
     at = row * tl.cdiv(columns, block) + col // block
+    words = rounding_words(key, row, col, 0, columns, ROUND, P2)
     if SPLIT:
+        tl.debug_barrier()  # every thread has read the old scales
         scale = tl.zeros_like(values)
         zero = tl.zeros_like(values)
         keep = tl.zeros_like(values)
@@ -433,14 +475,16 @@ def store_blocks(codes, scales, zeros, values, old, words, row, col, limit, colu
             scale_b, zero_b = block_parameters(absmax, low, high, CODE)
             write = limit > b * block
             if KEEP:
-                changed = differs(values, old, inside) != 0
-                write = write & changed
+                changed = differs(values, old, inside)
+                write = write & (changed != 0)
                 keep = tl.where(inside & (changed == 0)[:, None], 1.0, keep)
+            if ROUND == DITHER:
+                words = tl.where(inside, dither_words(key[0], key[1], key[2], row * columns + col + b * block, k - b * block), words)
             store_scales(scales, zeros, at + b, scale_b, zero_b, write, CODE)
             scale = tl.where(inside, scale_b[:, None], scale)
             zero = tl.where(inside, zero_b[:, None], zero)
-        q = encode(values, scale, zero, words, CODE, STOCHASTIC)
-        if KEEP:  # rewrite what was there: a byte may hold the nibbles of one block only, as blocks are even
+        q = encode(values, scale, zero, words, CODE, ROUND != NEAREST)
+        if KEEP:  # rewrite what was there
             q = tl.where(keep > 0.0, load_codes(codes, row, col, limit, columns, CODE, P2), q)
         store_codes(codes, q, row, col, limit, columns, CODE, P2)
     else:
@@ -450,8 +494,19 @@ def store_blocks(codes, scales, zeros, values, old, words, row, col, limit, colu
             limit = tl.where(differs(values, old, valid) != 0, limit, 0)
         tl.debug_barrier()  # every thread has read the old scales
         store_scales(scales, zeros, at, scale, zero, limit > 0, CODE)
-        q = encode(values, scale[:, None], zero[:, None], words, CODE, STOCHASTIC)
+        q = encode(values, scale[:, None], zero[:, None], words, CODE, ROUND != NEAREST)
         store_codes(codes, q, row, col, limit, columns, CODE, P2)
+
+
+@triton.jit
+def rounding_words(key, row, col, done, columns, ROUND: tl.constexpr, P2: tl.constexpr):
+    """Words of the tile that starts ``done`` elements into the blocks at (row, col)."""
+    if ROUND == STOCHASTIC:
+        return operand_words(key[0], key[1], key[2], row, col + done, columns, key[3], P2)
+    elif ROUND == DITHER:
+        return dither_words(key[0], key[1], key[2], row * columns + col, done + tl.arange(0, P2)[None, :])
+    else:
+        return 0
 
 
 @triton.jit
@@ -463,10 +518,10 @@ def joined(a, b):
 
 
 @triton.jit
-def store_piece(codes, values, scale, zero, words, row, col, limit, columns, CODE: tl.constexpr, STOCHASTIC: tl.constexpr, P2: tl.constexpr):
-    """Encodes a piece of a block whose parameters are known."""
-    q = encode(values, scale[:, None], zero[:, None], words, CODE, STOCHASTIC)
-    store_codes(codes, q, row, col, limit, columns, CODE, P2)
+def store_piece(codes, values, scale, zero, key, row, col, done, limit, columns, CODE: tl.constexpr, ROUND: tl.constexpr, P2: tl.constexpr):
+    """Encodes the piece ``done`` elements into a block whose parameters are known."""
+    q = encode(values, scale[:, None], zero[:, None], rounding_words(key, row, col, done, columns, ROUND, P2), CODE, ROUND != NEAREST)
+    store_codes(codes, q, row, col + done, limit, columns, CODE, P2)
 
 
 @triton.jit

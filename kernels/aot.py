@@ -83,12 +83,12 @@ def _quant():
                                                       ("square8", "fp32", True, False, False, 256)):
         runs = quant.ACROSS if across else max(1, quant.TILE // p2)
         yield Variant(f"quantize {dtype} to {code}{' stochastic' * stochastic}{' transposed' * across}{' long' * loop}", quant.quantize_kernel,
-                      {**key, **packed, "codes": "*i8" if code in ("int8", "moment8") else "*u8", "x": "*i16" if dtype == "bf16" else f"*{dtype}"},
+                      {**key, **packed, "codes": "*i8" if code == "int8" else "*u8", "x": "*i16" if dtype == "bf16" else f"*{dtype}"},
                       {"CODE": CODES[code], "STOCHASTIC": stochastic, "ALIGNED": code != "uint4", "ACROSS_ROWS": across, "LOOP": loop,
                        "NB": runs, "P2": p2, ("stride_row" if across else "stride_column"): 1}, warps=warps_for(runs * p2))
     for code, out in (("int8", "bf16"), ("uint4", "fp32"), ("int4", "fp16"), ("moment8", "fp32"), ("square8", "bf16")):
         yield Variant(f"dequantize {code} to {out}", quant.dequantize_kernel,
-                      {**packed, "codes": "*i8" if code in ("int8", "moment8") else "*u8", "out": f"*{out}"},
+                      {**packed, "codes": "*i8" if code == "int8" else "*u8", "out": f"*{out}"},
                       {"CODE": CODES[code], "OUT": CODES[out], "NB": 16, "P2": 256, "pieces": 1}, warps=8)
 
 

@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 
 from gradmill.formats import CODES, Format
-from gradmill.kernels._common import (BF16, DELTA, F16, INTERPRETING, KEY_ARGUMENTS, LAUNCH, block_parameters, differs, joined, key_words, load_operand,
-                                      measure, operand_words, power_of_two, ready, run_scales, seed_of, store_blocks, store_floats,
-                                      store_piece, store_scales)
+from gradmill.kernels._common import (INTERPRETING, KEY_ARGUMENTS, LAUNCH, STOCHASTIC, block_parameters, differs, joined, key_words, load_operand,
+                                      measure, power_of_two, ready, run_scales, seed_of, store_piece, store_scales)
 from gradmill.kernels.matmul import fitting, launch_packed, weight_tile
+from gradmill.kernels.optim import store_param
 
 WIDEST = 256     # columns of a tile; a longer block is worked off in chunks, in two passes
 ROWS = 16        # weight rows of a tile
@@ -60,9 +60,7 @@ def back_kernel(weight, weight_scales, weight_zeros, update, codes, scales, zero
                 PER_ROW: tl.constexpr, LOOP: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, KB: tl.constexpr, P2: tl.constexpr,
                 BK: tl.constexpr):
     """BM rows x one unit of columns: KB whole blocks of P2, one block of up to P2, or (LOOP) one longer block in chunks."""
-    BLOCKED: tl.constexpr = W > F16
-    STOCHASTIC: tl.constexpr = BLOCKED or W == BF16
-    seed = seed_of(seed_low, seed_high)
+    key = (seed_of(seed_low, seed_high), step, stream, aligned)
     units = tl.cdiv(columns, unit)
     first_row, first_column = (tl.program_id(0) // units) * BM, (tl.program_id(0) % units) * unit
     # As a tile of runs: run i is block i % KB of row i // KB.
@@ -76,13 +74,7 @@ def back_kernel(weight, weight_scales, weight_zeros, update, codes, scales, zero
                       blocks, CODE, PER_ROW, LEFT, PRECISION, BM, KB * P2, BK)
         old = load_operand(weight, old_scale, old_zero, row, col, size, columns, W, P2)
         new = old * decay + alpha * tl.reshape(acc, (BM * KB, P2))
-        words = 0
-        if STOCHASTIC:
-            words = operand_words(seed, step, stream, row, col, columns, aligned, P2)
-        if BLOCKED:
-            store_blocks(weight, weight_scales, weight_zeros, new, old, words, row, col, size, columns, weight_block, W, False, True, True, P2)
-        else:
-            store_floats(weight, new, words, row, col, size, columns, W, STOCHASTIC, P2)
+        store_param(weight, weight_scales, weight_zeros, new, old, key, row, col, size, columns, weight_block, W, False, P2)
     else:
         # Computing the product twice costs less than storing it: the first pass finds the block's parameters.
         none = tl.zeros((BM,), tl.int32)
@@ -103,9 +95,8 @@ def back_kernel(weight, weight_scales, weight_zeros, update, codes, scales, zero
                           tl.minimum(P2, tl.minimum(unit - done, columns - first_column - done)), rank, block, blocks, CODE, PER_ROW, LEFT,
                           PRECISION, BM, P2, BK)
             old = load_operand(weight, old_scale, old_zero, row, col + done, limit, columns, W, P2)
-            words = operand_words(seed, step, stream, row, col + done, columns, aligned, P2)
             tl.debug_barrier()  # the loads above before the stores below, whichever thread does which
-            store_piece(weight, old * decay + alpha * acc, scale, zero, words, row, col + done, limit, columns, W, True, P2)
+            store_piece(weight, old * decay + alpha * acc, scale, zero, key, row, col, done, limit, columns, W, STOCHASTIC, P2)
         tl.debug_barrier()
         store_scales(weight_scales, weight_zeros, row * tl.cdiv(columns, weight_block) + col // weight_block, scale, zero,
                      (size > 0) & (changed != 0), W)

@@ -540,8 +540,8 @@ def _validate(halves, step, options, console):
         half.validate()
         said.append(f"{half.name} {half.validation[-1][1]:.4f}")
         if step:
-            said[-1] += f" ({half.speed(options):,.0f} tokens/s)"
-    console.print(f"step {step:{len(str(options.steps))}}/{options.steps}  validation loss  {'  '.join(said)}", highlight=False)
+            said[-1] += f" ({half.speed(options):,.0f} tok/s)"
+    console.print(f"step {step:{len(str(options.steps))}}/{options.steps}  val loss: {'  '.join(said)}", highlight=False)
 
 
 # --- the report -------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """gradmill info: what was compiled, what this machine has, and where each op would run. Never raises for a missing part."""
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -10,7 +11,7 @@ import sys
 import torch
 
 import gradmill
-from gradmill.ops._registry import OPS, BackendError, native_module
+from gradmill.ops import OPS
 
 DEVICES = ("cpu", "cuda")
 
@@ -38,9 +39,10 @@ def collect() -> dict:
 def _native() -> dict:
     cap = os.environ.get("GRADMILL_ISA") or None
     try:
-        native = native_module()
-    except BackendError as error:
-        return {"available": False, "problem": str(error), "compiler": None, "nvcc": None, "cuda_archs": None, "cuda_problem": str(error),
+        native = importlib.import_module("gradmill._C")
+    except ImportError as error:
+        problem = f"gradmill's native module could not be imported ({error}); reinstall gradmill"
+        return {"available": False, "problem": problem, "compiler": None, "nvcc": None, "cuda_archs": None, "cuda_problem": problem,
                 "isa": None, "detected_isa": None, "isa_cap": cap}
     return {"available": True, "problem": "", "compiler": native.compiler, "nvcc": native.nvcc or None, "cuda_archs": native.cuda_archs or None,
             "cuda_problem": native.cuda_problem(), "isa": native.isa(), "detected_isa": native.detected_isa(), "isa_cap": cap}

@@ -1,12 +1,16 @@
 // Quantise and dequantise, every blocked code, row-wise or transposed, nearest or stochastic.
 //
 // Memory-bound: fp32 -> int8 moves 5 bytes per element (4 read, 1 written). A block is read into L1 once,
-// measured there and encoded from there. `transpose` gathers 16 columns at a time into row buffers, so each
-// cache line of x is read once although the result runs the other way.
+// measured there and encoded from there. `transpose` reads 16 columns at a time, a cache line of fp32 from each row,
+// and turns them round in registers into row buffers, so each line of x is read once although the result runs the
+// other way.
+#include "simd.h"
 #include "tile.h"
 
 namespace gradmill {
 namespace {
+
+constexpr int64_t kSerial = 65536;  // elements below which a parallel region costs more than it saves
 
 void load_row(const QuantizeArgs& a, int64_t row, int64_t col, int64_t n, float* out) {
   const char* base = static_cast<const char*>(a.x) + (row * a.stride + col) * code_bits(a.x_code) / 8;
@@ -24,7 +28,7 @@ void quantize(const QuantizeArgs& a) {
   const Matrix& m = a.out;
   if (m.rows == 0 || m.cols == 0) return;
   if (!a.transpose) {
-#pragma omp parallel if (m.rows * m.cols > 16384)
+#pragma omp parallel if (m.rows * m.cols > kSerial)
     {
       float* buffer = static_cast<float*>(malloc(static_cast<size_t>(m.block) * 4));
       const int64_t per_row = m.blocks_per_row();
@@ -42,21 +46,30 @@ void quantize(const QuantizeArgs& a) {
     return;
   }
   constexpr int64_t width = 16;  // columns of x taken together: one cache line of fp32
-#pragma omp parallel if (m.rows * m.cols > 16384)
+  const int64_t pitch = m.cols + 16;  // of the row buffers: not a power of two, or all rows share a few cache sets
+#pragma omp parallel if (m.rows * m.cols > kSerial)
   {
-    float* buffer = static_cast<float*>(malloc(static_cast<size_t>(m.cols) * 4 * width));
+    float* buffer = static_cast<float*>(malloc(static_cast<size_t>(pitch) * 4 * width));
 #pragma omp for schedule(static)
     for (int64_t row0 = 0; row0 < m.rows; row0 += width) {
       int64_t w = m.rows - row0 < width ? m.rows - row0 : width;
       if (a.x_code == kF32 && w == width) {
         const float* x = static_cast<const float*>(a.x) + row0;
-        for (int64_t c = 0; c < m.cols; ++c)
-          for (int64_t r = 0; r < width; ++r) buffer[r * m.cols + c] = x[c * a.stride + r];
+        int64_t c = 0;
+        for (; c + W <= m.cols; c += W)
+          for (int64_t r = 0; r < width; r += W) {
+            vf square[W];
+            for (int i = 0; i < W; ++i) square[i] = load(x + (c + i) * a.stride + r);
+            transpose(square);
+            for (int i = 0; i < W; ++i) store(buffer + (r + i) * pitch + c, square[i]);
+          }
+        for (; c < m.cols; ++c)
+          for (int64_t r = 0; r < width; ++r) buffer[r * pitch + c] = x[c * a.stride + r];
       } else {
         for (int64_t c = 0; c < m.cols; ++c)
-          for (int64_t r = 0; r < w; ++r) buffer[r * m.cols + c] = load_one(a, c, row0 + r);
+          for (int64_t r = 0; r < w; ++r) buffer[r * pitch + c] = load_one(a, c, row0 + r);
       }
-      for (int64_t r = 0; r < w; ++r) encode_tile(m, row0 + r, 0, m.cols, buffer + r * m.cols, a.key);
+      for (int64_t r = 0; r < w; ++r) encode_tile(m, row0 + r, 0, m.cols, buffer + r * pitch, a.key);
     }
     free(buffer);
   }
@@ -65,7 +78,7 @@ void quantize(const QuantizeArgs& a) {
 void dequantize(const DequantizeArgs& a) {
   const Matrix& m = a.in;
   const int64_t per_row = m.blocks_per_row(), out_bytes = code_bits(a.out_code) / 8;
-#pragma omp parallel if (m.rows * m.cols > 16384)
+#pragma omp parallel if (m.rows * m.cols > kSerial)
   {
     float* buffer = static_cast<float*>(malloc(static_cast<size_t>(m.block) * 4));
 #pragma omp for schedule(static)

@@ -211,7 +211,7 @@ __device__ __forceinline__ void load_codes(int code, const uint8_t* p, int n, in
       for (int i = 0; i < kChunk; ++i)
         if (i < n) raw |= static_cast<uint32_t>(p[i]) << 8 * i;
     }
-    const bool is_unsigned = code == kUInt8 || code == kSquare8;
+    const bool is_unsigned = code != kInt8;
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
       const uint8_t u = static_cast<uint8_t>(raw >> 8 * i);
@@ -249,7 +249,7 @@ GM_HD int64_t blocks_in_row(const Matrix& m) { return divide_up(m.cols, m.block)
 
 __device__ __forceinline__ Block block_at(const Matrix& m, int64_t row, int64_t col) {
   const int64_t at = row * divide(m.cols + m.block - 1, m.block) + divide(col, m.block);
-  return {m.scales[at], has_zero_point(m.code) ? static_cast<int>(m.zeros[at]) : 0};
+  return {m.scales[at], has_zero_point(m.code) ? static_cast<int>(m.zeros[at]) : 0, 0.0f};
 }
 
 __device__ __forceinline__ void store_block(const Matrix& m, int64_t row, int64_t col, Block b) {
@@ -265,7 +265,7 @@ __device__ __noinline__ float4 decode_call(int code, const uint8_t* p, int n, fl
   int q[kChunk];
   float x[kChunk];
   load_codes(code, p, n, q);
-  decode_chunk(code, q, Block{scale, zero}, x);
+  decode_chunk(code, q, Block{scale, zero, 0.0f}, x);
   return make_float4(x[0], x[1], x[2], x[3]);
 }
 
@@ -278,7 +278,7 @@ __device__ __noinline__ float4 decode_mixed_call(int code, const uint8_t* p, int
   for (int i = 0; i < n; ++i) {
     const int64_t at = divide(col + i, block);
     float y[kChunk];
-    decode_chunk(code, q, Block{scales[at], has_zero_point(code) ? static_cast<int>(zeros[at]) : 0}, y);
+    decode_chunk(code, q, Block{scales[at], has_zero_point(code) ? static_cast<int>(zeros[at]) : 0, 0.0f}, y);
 #pragma unroll
     for (int k = 0; k < kChunk; ++k) x[k] = k == i ? y[k] : x[k];
   }
@@ -304,12 +304,23 @@ __device__ __forceinline__ void read_chunk(const Matrix& m, int64_t row, int64_t
   x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
 }
 
-// Encodes n elements of one block and writes them at p. With `stochastic`, `element` is the index of x[0].
-__device__ __forceinline__ void encode_chunk(int code, uint8_t* p, int n, Block b, const float (&x)[kChunk], bool stochastic, const Key& key, uint64_t element) {
+// How codes are rounded: kStochastic with a Philox word per element, kDithered with words that differ by kDitherStep
+// from element to element, `word` being the first one's.
+enum Rounding { kNearest, kStochastic, kDithered };
+
+// Encodes n elements of one block, the first of them number `element` of the matrix, and writes them at p.
+__device__ __forceinline__ void encode_chunk(int code, uint8_t* p, int n, Block b, const float (&x)[kChunk], Rounding rounding, const Key& key,
+                                             uint64_t element, uint32_t word) {
   int q[kChunk] = {0, 0, 0, 0};
   if (b.scale > 0.0f) {  // else all zero, or a nan or inf inside: every code is 0
-    uint32_t w[kChunk] = {0, 0, 0, 0};
-    if (stochastic) words_of(key, element, w);
+    uint32_t w[kChunk];
+    if (rounding == kStochastic) {
+      words_of(key, element, w);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) w[i] = word + static_cast<uint32_t>(i) * kDitherStep;
+    }
+    const bool stochastic = rounding != kNearest;
     switch (code) {
       case kInt8: encode_all<kInt8>(x, b, stochastic, w, q); break;
       case kUInt8: encode_all<kUInt8>(x, b, stochastic, w, q); break;
@@ -322,16 +333,17 @@ __device__ __forceinline__ void encode_chunk(int code, uint8_t* p, int n, Block 
   store_codes(code, p, n, q);
 }
 
-__device__ __noinline__ void encode_call(int code, uint8_t* p, int n, float scale, int zero, float4 v, bool stochastic, uint64_t seed, uint32_t step,
-                                         uint32_t stream, uint64_t element) {
+__device__ __noinline__ void encode_call(int code, uint8_t* p, int n, float scale, int zero, float inverse, float4 v, Rounding rounding, uint64_t seed,
+                                         uint32_t step, uint32_t stream, uint64_t element, uint32_t word) {
   const float x[kChunk] = {v.x, v.y, v.z, v.w};
-  encode_chunk(code, p, n, Block{scale, zero}, x, stochastic, Key{seed, step, stream}, element);
+  encode_chunk(code, p, n, Block{scale, zero, inverse}, x, rounding, Key{seed, step, stream}, element, word);
 }
 
-// A chunk of a matrix with blocks; b is its block's. stochastic: with the words of `key`, else to nearest.
-__device__ __forceinline__ void write_codes(const Matrix& m, int64_t row, int64_t col, int n, Block b, const float (&x)[kChunk], bool stochastic, const Key& key) {
-  encode_call(m.code, reinterpret_cast<uint8_t*>(address(m, row, col)), n, b.scale, b.zero, make_float4(x[0], x[1], x[2], x[3]), stochastic,
-              key.seed, key.step, key.stream, static_cast<uint64_t>(row * m.cols + col));
+// A chunk of a matrix with blocks; b is its block's, fresh from block_of.
+__device__ __forceinline__ void write_codes(const Matrix& m, int64_t row, int64_t col, int n, Block b, const float (&x)[kChunk], Rounding rounding,
+                                            const Key& key, uint32_t word) {
+  encode_call(m.code, reinterpret_cast<uint8_t*>(address(m, row, col)), n, b.scale, b.zero, b.inverse, make_float4(x[0], x[1], x[2], x[3]), rounding,
+              key.seed, key.step, key.stream, static_cast<uint64_t>(row * m.cols + col), word);
 }
 
 // --- block statistics -------------------------------------------------------------------------------------

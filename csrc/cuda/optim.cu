@@ -50,10 +50,22 @@ struct StepTable {
   uint32_t step;
   int grad_code;
 };
+static_assert(kWeightRounding == 0, "first_dither");
 static_assert(sizeof(StepTable) <= 4096, "kernel parameters of every driver");
 
-// Encodes the short blocks of operand o of a tile whose new values wait in `values`: a warp per block.
-__device__ __forceinline__ void encode_tile(const Matrix& m, bool is_weight, const Key& key, int64_t row, int64_t begin, int length, const float* values) {
+// Weights are rounded stochastically, second moments with dither words (see kDitherStep), other states to nearest.
+__device__ __forceinline__ Rounding rounding_of(int operand, int code) { return operand == 0 ? kStochastic : code == kSquare8 ? kDithered : kNearest; }
+
+// The dither word of the first element of a block.
+__device__ __forceinline__ uint32_t first_dither(Key key, int64_t row, int64_t cols, int64_t col) {
+  key.stream |= kDither;  // the weight's purpose is 0
+  return philox_word(key, static_cast<uint64_t>(row * cols + col));
+}
+
+// Encodes the short blocks of an operand of a tile whose new values wait in `values`: a warp per block.
+__device__ __forceinline__ void encode_tile(const Matrix& m, int operand, const Key& key, int64_t row, int64_t begin, int length, const float* values) {
+  const bool is_weight = operand == 0;
+  const Rounding rounding = rounding_of(operand, m.code);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, block = static_cast<int>(m.block);
   for (int start = warp * block; start < length; start += kThreads / 32 * block) {
     const int part = static_cast<int>(min_of(block, length - start));
@@ -73,10 +85,11 @@ __device__ __forceinline__ void encode_tile(const Matrix& m, bool is_weight, con
     __syncwarp();  // every lane has read the old scale
     if (is_weight && !stats.changed) continue;
     const Block b = stats.block(m.code);
+    const uint32_t dither = rounding == kDithered ? first_dither(key, row, m.cols, col) : 0;
     for (int i = lane * kChunk; i < part; i += 32 * kChunk) {
       const int n = chunk_length(i, part);
       load_floats(kF32, reinterpret_cast<const char*>(values + start + i), n, v);
-      write_codes(m, row, col + i, n, b, v, is_weight, key);
+      write_codes(m, row, col + i, n, b, v, rounding, key, dither + static_cast<uint32_t>(i) * kDitherStep);
     }
     if (lane == 0) store_block(m, row, col, b);
   }
@@ -102,6 +115,7 @@ __global__ void __launch_bounds__(kThreads, 2) step_kernel(const __grid_constant
     const int long_set = e.outer_set | e.inner_set;
 
     Block blocks[operands] = {};  // new scales of the long blocks
+    uint32_t dither[operands] = {};
     bool changed = true;          // whether the weight's long block is written at all
     const Pass inner_start = e.inner_set != 0 ? kMeasureInner : kWrite;
     Pass pass = e.outer_set != 0 ? kMeasureOuter : inner_start;
@@ -136,7 +150,8 @@ __global__ void __launch_bounds__(kThreads, 2) step_kernel(const __grid_constant
           else if (!(long_set >> o & 1))
             store_floats(m.code, address(m, row, col), n, v[o], o == 0, key, static_cast<uint64_t>(row * e.cols + col));
           else if (o > 0 || changed)
-            write_codes(m, row, col, n, blocks[o], v[o], o == 0, key);
+            write_codes(m, row, col, n, blocks[o], v[o], rounding_of(o, m.code), key,
+                        dither[o] + static_cast<uint32_t>(col - (e.outer_set >> o & 1 ? begin : inner)) * kDitherStep);
         }
       }
       if (pass != kWrite) {
@@ -146,6 +161,7 @@ __global__ void __launch_bounds__(kThreads, 2) step_kernel(const __grid_constant
           if (set >> o & 1) {
             const Stats all = reduce_block<kThreads>(stats[o]);
             blocks[o] = all.block(e.code[o]);
+            if (rounding_of(o, e.code[o]) == kDithered) dither[o] = first_dither(key, row, e.cols, from);
             if (o == 0) changed = all.changed != 0;
           }
         pass = pass == kMeasureOuter ? inner_start : kWrite;
@@ -155,7 +171,7 @@ __global__ void __launch_bounds__(kThreads, 2) step_kernel(const __grid_constant
         __syncthreads();  // the tile is complete, and every old scale has been read
 #pragma unroll 1
         for (int o = 0; o < operands; ++o)
-          if (e.short_set >> o & 1) encode_tile(matrix(o), o == 0, key, row, at, static_cast<int>(to - at), values[o]);
+          if (e.short_set >> o & 1) encode_tile(matrix(o), o, key, row, at, static_cast<int>(to - at), values[o]);
         __syncthreads();  // the tile may be overwritten
       }
       at = to;

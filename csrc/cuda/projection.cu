@@ -27,7 +27,7 @@ struct Back {
   Key key;
 };
 
-__global__ void __launch_bounds__(kGemmThreads) back_kernel(const __grid_constant__ Back p) {
+__global__ void __launch_bounds__(kGemmThreads, 2) back_kernel(const __grid_constant__ Back p) {
   constexpr int floats = BackTile::kFloats > kBandRows * kBandCols ? BackTile::kFloats : kBandRows * kBandCols;
   alignas(16) __shared__ float shared[floats];  // tiles of a and b, then the new values of short blocks
   __shared__ uint32_t absmax[kBandRows], changed[kBandRows];
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kGemmThreads) back_kernel(const __grid_constan
               atomicMax(&changed[at], stats.changed);
             }
           } else if (changed[at] && n > 0) {
-            write_codes(w, row, col, n, block_of(w.code, absmax[at], lo[at], hi[at]), v, true, p.key);
+            write_codes(w, row, col, n, block_of(w.code, absmax[at], lo[at], hi[at]), v, kStochastic, p.key, 0);
           }
         }
         __syncthreads();  // short: the values are complete and every old scale was read; long: statistics are complete
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kGemmThreads) back_kernel(const __grid_constan
             for (int i = lane * kChunk; i < part; i += 32 * kChunk) {
               const int m = chunk_length(i, part);
               load_floats(kF32, reinterpret_cast<const char*>(values + i), m, v);
-              write_codes(w, row, col0 + start + i, m, b, v, true, p.key);
+              write_codes(w, row, col0 + start + i, m, b, v, kStochastic, p.key, 0);
             }
             if (lane == 0) store_block(w, row, col0 + start, b);
           }

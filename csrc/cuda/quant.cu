@@ -46,8 +46,8 @@ __global__ void __launch_bounds__(kThreads) quantize_kernel(Input x, Matrix out,
     for (int64_t col = begin + member * kChunk; col < end; col += TEAM * kChunk) {
       const int n = chunk_length(col, end);
       load_floats(x.code, x.at(row, col), n, v);
-      encode_chunk(out.code, reinterpret_cast<uint8_t*>(address(out, row, col)), n, b, v, stochastic, key,
-                   static_cast<uint64_t>(row * out.cols + col));
+      encode_chunk(out.code, reinterpret_cast<uint8_t*>(address(out, row, col)), n, b, v, stochastic ? kStochastic : kNearest, key,
+                   static_cast<uint64_t>(row * out.cols + col), 0);
     }
     if (live && member == 0) store_block(out, row, begin, b);
   }
@@ -102,8 +102,8 @@ __global__ void __launch_bounds__(1024) quantize_transposed_kernel(Input x, Matr
           const int n = chunk_length(c, cols);
 #pragma unroll
           for (int i = 0; i < kChunk; ++i) v[i] = i < n ? tile[r][c + i] : 0.0f;
-          encode_chunk(out.code, reinterpret_cast<uint8_t*>(address(out, row0 + r, col0 + c)), n, b, v, stochastic, key,
-                       static_cast<uint64_t>((row0 + r) * out.cols + col0 + c));
+          encode_chunk(out.code, reinterpret_cast<uint8_t*>(address(out, row0 + r, col0 + c)), n, b, v, stochastic ? kStochastic : kNearest, key,
+                       static_cast<uint64_t>((row0 + r) * out.cols + col0 + c), 0);
         }
       }
     }

@@ -1,0 +1,79 @@
+// What the arithmetic units of this processor can do, with everything in registers: the limits that bench/limits.py
+// prints beside the results. Compiled when a benchmark starts, if there is a C compiler. Each function makes n rounds
+// of 12 independent multiply-accumulates and returns how many operations (a multiply and an add count as two) it did.
+#include <immintrin.h>
+
+#define CHAINS 12                               // covers the latency of two units of 4 to 6 cycles each
+#define KEEP(x) __asm__ volatile("" : "+v"(x))  // the compiler may neither hoist nor merge what depends on x
+#define EACH for (int i = 0; i < CHAINS; ++i)
+#define UNROLL _Pragma("GCC unroll 12")
+
+__attribute__((target("sse2"))) double fp32_portable(long n) {
+  __m128 x = _mm_set1_ps(0.999f), a[CHAINS];
+  UNROLL EACH a[i] = _mm_set1_ps(i);
+  for (long k = 0; k < n; ++k) {
+    UNROLL EACH { a[i] = _mm_add_ps(_mm_mul_ps(a[i], x), x); }
+  }
+  UNROLL EACH __asm__ volatile("" : "+x"(a[i]));
+  return 2.0 * 4 * CHAINS * n;
+}
+
+__attribute__((target("avx2,fma"))) double fp32_avx2(long n) {
+  __m256 x = _mm256_set1_ps(0.999f), a[CHAINS];
+  UNROLL EACH a[i] = _mm256_set1_ps(i);
+  for (long k = 0; k < n; ++k) {
+    UNROLL EACH a[i] = _mm256_fmadd_ps(a[i], x, x);
+  }
+  UNROLL EACH __asm__ volatile("" : "+x"(a[i]));
+  return 2.0 * 8 * CHAINS * n;
+}
+
+__attribute__((target("avx512f"))) double fp32_avx512(long n) {
+  __m512 x = _mm512_set1_ps(0.999f), a[CHAINS];
+  UNROLL EACH a[i] = _mm512_set1_ps(i);
+  for (long k = 0; k < n; ++k) {
+    UNROLL EACH a[i] = _mm512_fmadd_ps(a[i], x, x);
+  }
+  UNROLL EACH KEEP(a[i]);
+  return 2.0 * 16 * CHAINS * n;
+}
+
+// Without VNNI an exact int8 product-sum is three instructions: u8 x s8 pairs to 16 bits, pairs to 32 bits, add.
+__attribute__((target("avx2"))) double int8_avx2(long n) {
+  __m256i x = _mm256_set1_epi8(3), one = _mm256_set1_epi16(1), a[CHAINS];
+  UNROLL EACH a[i] = _mm256_set1_epi32(i);
+  for (long k = 0; k < n; ++k) {
+    UNROLL EACH {
+      __asm__ volatile("" : "+x"(x));
+      a[i] = _mm256_add_epi32(a[i], _mm256_madd_epi16(_mm256_maddubs_epi16(x, x), one));
+    }
+  }
+  UNROLL EACH __asm__ volatile("" : "+x"(a[i]));
+  return 2.0 * 32 * CHAINS * n;
+}
+
+__attribute__((target("avx512bw"))) double int8_avx512(long n) {
+  __m512i x = _mm512_set1_epi8(3), one = _mm512_set1_epi16(1), a[CHAINS];
+  UNROLL EACH a[i] = _mm512_set1_epi32(i);
+  for (long k = 0; k < n; ++k) {
+    UNROLL EACH {
+      KEEP(x);
+      a[i] = _mm512_add_epi32(a[i], _mm512_madd_epi16(_mm512_maddubs_epi16(x, x), one));
+    }
+  }
+  UNROLL EACH KEEP(a[i]);
+  return 2.0 * 64 * CHAINS * n;
+}
+
+__attribute__((target("avx512bw,avx512vnni"))) double int8_avx512_vnni(long n) {
+  __m512i x = _mm512_set1_epi8(3), a[CHAINS];
+  UNROLL EACH a[i] = _mm512_set1_epi32(i);
+  for (long k = 0; k < n; ++k) {
+    UNROLL EACH {
+      KEEP(x);
+      a[i] = _mm512_dpbusd_epi32(a[i], x, x);
+    }
+  }
+  UNROLL EACH KEEP(a[i]);
+  return 2.0 * 64 * CHAINS * n;
+}

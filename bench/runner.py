@@ -1,0 +1,373 @@
+"""The one runner: a case says what is to be timed, the runner times all of it in turns and compares.
+
+A family file defines cases::
+
+    @case("quant", goal=("torch", 1.0))
+    def quantize_rows(ctx):
+        x = ctx.rotate(lambda: ctx.randn(4096, 1024))
+        return Bench("quantize ...", Work(bytes=..., ops=..., bound="copy"), [
+            ours(lambda: lambda i: gradmill.ops.quantize(x(i), "int8")),
+            baseline("torch expression", lambda: lambda i: ...),
+            peer("bitsandbytes", "quantize_blockwise", lambda bnb: lambda i: ...)])
+
+Calling a case allocates nothing: an entry's ``make`` does, once, and returns what is timed, ``run(i)``, where i counts
+calls so that inputs can rotate. An operation whose cost is a mixture returns {name: (weight, run)}: its time is the
+weighted sum.
+"""
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import importlib
+import io
+import logging
+import math
+import os
+import statistics
+import time
+import warnings
+from dataclasses import dataclass, field
+from typing import Callable
+
+import torch
+
+from . import limits as machine
+
+FAMILIES = ("quant", "matmul", "optim", "projection")
+SAMPLE = 0.002  # seconds: a shorter call is timed several times in a row
+
+
+# --- what a case is made of -------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Work:
+    """What gradmill's way of doing the job costs at the least. bound names the limit (limits.MEANING) that it can reach
+    at best: with a bandwidth, bytes / limit is the shortest possible time; with an arithmetic peak, ops / limit."""
+
+    bytes: float
+    ops: float
+    bound: str
+
+    @property
+    def amount(self) -> float:
+        return self.bytes if machine.MEANING[self.bound][0] == "B/s" else self.ops
+
+
+@dataclass(frozen=True)
+class Entry:
+    kind: str               # "ours", "torch" (the baseline ratios are taken to) or "peer"
+    label: str
+    make: Callable          # () -> run(i) or {name: (weight, run)}; a peer's is called with its module
+    module: str | None = None
+    warm_only: bool = False
+
+
+def ours(make, label="gradmill") -> Entry:
+    return Entry("ours", label, make)
+
+
+def baseline(label, make) -> Entry:
+    return Entry("torch", label, make)
+
+
+def rival(label, make) -> Entry:
+    """Another way to do it in torch, shown beside the baseline."""
+    return Entry("peer", label, make)
+
+
+def peer(module, label, make) -> Entry:
+    """An optional package's way: left out with the reason where it cannot be imported or does not run."""
+    return Entry("peer", label, make, module)
+
+
+@dataclass
+class Bench:
+    title: str
+    work: Work
+    entries: list[Entry]
+    notes: Callable[[], list[str]] = lambda: []   # said under the table, after the timing
+
+
+@dataclass(frozen=True)
+class Case:
+    family: str
+    name: str
+    build: Callable[["Context"], Bench]
+    goal: tuple[str, float] | None   # ("torch", 1.1): at least 1.1 times as fast as torch's entry
+
+
+CASES: dict[str, Case] = {}
+
+
+def case(family: str, goal: tuple[str, float] | None = None):
+    def register(build):
+        CASES[f"{family}.{build.__name__}"] = Case(family, build.__name__, build, goal)
+        return build
+    return register
+
+
+def load(families=FAMILIES) -> list[Case]:
+    """The cases of ``families``, in their files' order."""
+    for family in families:
+        importlib.import_module(f".{family}", __package__)
+    return [c for c in CASES.values() if c.family in families]
+
+
+class Context:
+    """What cases are built with: device, sizes, reproducible inputs."""
+
+    def __init__(self, device: str = "cpu", tiny: bool = False):
+        import gradmill
+        self.device, self.tiny = device, tiny
+        self.isa = gradmill._C.isa() if gradmill._C else "none"
+        self.cache_bytes = machine.cache_bytes()
+        self._generator = torch.Generator().manual_seed(0)
+
+    def pick(self, size, tiny):
+        """``size``, or ``tiny`` under --tiny, which only shows that everything runs."""
+        return tiny if self.tiny else size
+
+    def randn(self, *shape, dtype=torch.float32) -> torch.Tensor:
+        return torch.randn(*shape, generator=self._generator).to(self.device, dtype)
+
+    def rotate(self, make: Callable) -> Callable[[int], object]:
+        """i -> one of several inputs, together larger than the cache, for inputs that a user's call would find in memory.
+        On CUDA one, because the timer flushes L2."""
+        @functools.cache
+        def ring():
+            first = make()
+            size = max(_nbytes(first), 1)
+            count = 1 if self.device == "cuda" or self.tiny else min(max(1, math.ceil(2 * self.cache_bytes / size)), 64)
+            return [first, *(make() for _ in range(count - 1))]
+
+        def at(i):
+            inputs = ring()
+            return inputs[i % len(inputs)]
+        return at
+
+
+def _nbytes(x) -> int:
+    if isinstance(x, torch.Tensor):
+        return x.numel() * x.element_size()
+    if isinstance(x, (tuple, list)):
+        return sum(map(_nbytes, x))
+    return getattr(x, "nbytes", 0)
+
+
+# --- timing -----------------------------------------------------------------------------------------------
+class CpuTimer:
+    settle = True  # one untimed call first: another library's threads and pages have just been at work
+
+    def sample(self, run, start: int, inner: int) -> float:
+        begin = time.perf_counter()
+        for i in range(start, start + inner):
+            run(i)
+        return (time.perf_counter() - begin) / inner
+
+
+class CudaTimer:
+    """Events around each call, L2 overwritten before it; the overwriting also hides the launch of what follows."""
+
+    settle = False
+
+    def __init__(self):
+        self.flush = torch.empty(max(256 << 20, 4 * torch.cuda.get_device_properties(0).L2_cache_size), dtype=torch.int8, device="cuda")
+
+    def sample(self, run, start: int, inner: int) -> float:
+        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(inner)]
+        for i, (begin, end) in enumerate(events, start):
+            self.flush.zero_()
+            begin.record()
+            run(i)
+            end.record()
+        torch.cuda.synchronize()
+        return statistics.median(begin.elapsed_time(end) for begin, end in events) / 1000
+
+
+def timer(device: str):
+    return CudaTimer() if device == "cuda" else CpuTimer()
+
+
+# --- results ----------------------------------------------------------------------------------------------
+@dataclass
+class Timed:
+    """One entry's samples; by_round keeps which round each came from, so that ratios pair neighbours in time."""
+
+    kind: str
+    label: str
+    by_round: dict[int, float] = field(default_factory=dict)
+    parts: dict[str, list[float]] = field(default_factory=dict)
+    reason: str = ""      # why it was not timed
+    ratio: tuple[float, float, float] | None = None   # its time / ours: median and quartiles
+    tie: bool = False
+    of_limit: float | None = None
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.by_round.values())
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        return quartiles(list(self.by_round.values()))
+
+
+@dataclass
+class Result:
+    case: Case
+    title: str
+    work: Work
+    entries: list[Timed]
+    notes: list[str]
+
+    def find(self, kind: str) -> list[Timed]:
+        return [e for e in self.entries if e.kind == kind and not e.reason]
+
+    @property
+    def ours(self) -> Timed | None:
+        return next(iter(self.find("ours")), None)
+
+    @property
+    def torch(self) -> Timed | None:
+        return next(iter(self.find("torch")), None)
+
+    @property
+    def best_peer(self) -> Timed | None:
+        return min(self.find("peer"), key=lambda e: e.median, default=None)
+
+    @property
+    def failed(self) -> str:
+        """Why gradmill's own entry did not run, or ""."""
+        return next((e.reason for e in self.entries if e.kind == "ours" and e.reason), "")
+
+    @property
+    def goal_met(self) -> bool | None:
+        """None where there is no goal or nothing to compare. Meeting 1.0 includes a tie."""
+        if self.case.goal is None or self.ours is None or self.torch is None:
+            return None
+        ratio, want = self.torch.ratio[0], self.case.goal[1]
+        return ratio >= want or (want == 1.0 and self.torch.tie)
+
+
+def quartiles(values: list[float]) -> tuple[float, float]:
+    if len(values) < 2:
+        return values[0], values[0]
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, high
+
+
+def compare(mine: Timed, other: Timed):
+    """Sets other.ratio and other.tie from the rounds that both were in."""
+    logs = [math.log(other.by_round[r] / mine.by_round[r]) for r in other.by_round if r in mine.by_round]
+    low, high = quartiles(logs)
+    middle = statistics.median(logs)
+    other.ratio = math.exp(middle), math.exp(low), math.exp(high)
+    other.tie = high - low > abs(middle)  # the spread is wider than the difference
+
+
+# --- the run ----------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def quiet():
+    """Peers talk while they are imported and compiled: not into our table."""
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def build(entry: Entry) -> dict[str, tuple[float, Callable]]:
+    """{part: (weight, run)} of an entry, warmed up; raises with the reason where it cannot run."""
+    with quiet():
+        made = entry.make(importlib.import_module(entry.module)) if entry.module else entry.make()
+        parts = made if isinstance(made, dict) else {"": (1.0, made)}
+        for _, run in parts.values():
+            run(0)
+    return parts
+
+
+def explain(error: BaseException) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error.name} is not installed"
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:160]}"
+
+
+def entry_parts(bench: Bench):
+    """Yields (entry, parts or None, reason) for all entries of a case."""
+    for entry in bench.entries:
+        try:
+            yield entry, build(entry), ""
+        except Exception as error:
+            yield entry, None, explain(error)
+
+
+def measure(the_case: Case, ctx: Context, clock, *, seconds: float, rounds: int) -> Result:
+    """Times a case's entries in turns for about ``seconds`` (longer where ``rounds`` turns of the slow ones take longer)."""
+    bench = the_case.build(ctx)
+    entries, live = [], []
+    for entry, parts, reason in entry_parts(bench):
+        timed = Timed(entry.kind, entry.label, reason=reason)
+        entries.append(timed)
+        if parts is not None:
+            plan = []
+            for name, (weight, run) in parts.items():
+                one = clock.sample(run, 1, 1)
+                inner = 5 if ctx.device == "cuda" else max(1, min(200, math.ceil(SAMPLE / max(one, 1e-7))))
+                plan.append((name, weight, run, inner, clock.settle and one < 0.02))
+                timed.parts[name] = []
+            cost = sum(clock.sample(run, 2, 1) * (inner + settle) for _, _, run, inner, settle in plan)
+            live.append((timed, plan, cost))
+    if live:
+        _take_turns(live, clock, seconds, rounds)
+    mine = next((t for t, *_ in live if t.kind == "ours"), None)
+    if mine is not None:
+        for timed, *_ in live:
+            if timed is not mine:
+                compare(mine, timed)
+    return Result(the_case, bench.title, bench.work, entries, [] if mine is None else bench.notes())
+
+
+def _take_turns(live, clock, seconds: float, rounds: int):
+    """Rounds of one sample each. An entry too slow for that takes part in ``rounds`` of them, evenly spread."""
+    share = seconds / len(live)
+    cap = share / rounds
+    total = max(rounds, min(200, int(seconds / sum(min(cost, cap) for *_, cost in live))))
+    wanted = [total if cost <= cap or timed.kind == "ours" else min(total, max(rounds, int(share / cost))) for timed, _, cost in live]
+    counter = 3
+    gc.collect()
+    gc.disable()
+    try:
+        for r in range(total):
+            for (timed, plan, _), want in zip(live, wanted):
+                if (r + 1) * want // total == r * want // total:
+                    continue
+                value = 0.0
+                for name, weight, run, inner, settle in plan:
+                    if settle:
+                        run(counter)
+                        counter += 1
+                    one = clock.sample(run, counter, inner)
+                    counter += inner
+                    timed.parts[name].append(one)
+                    value += weight * one
+                timed.by_round[r] = value
+    finally:
+        gc.enable()
+
+
+def score(result: Result, limits: dict[str, float]):
+    """Sets of_limit: gradmill's counted work per second as a fraction of the measured limit."""
+    limit = limits.get(result.work.bound)
+    for timed in result.find("ours")[:1]:
+        timed.of_limit = result.work.amount / timed.median / limit if limit else None
+
+
+def pin(threads: int):
+    """torch's threads, and the processors any other library's threads may use."""
+    torch.set_num_threads(threads)
+    if hasattr(os, "sched_setaffinity"):
+        available = sorted(os.sched_getaffinity(0))
+        if threads < len(available):
+            os.sched_setaffinity(0, available[:threads])

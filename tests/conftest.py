@@ -1,0 +1,161 @@
+"""What the tests share: instruction sets and backends to run in, awkward inputs, comparison of bits.
+
+Inputs are fresh in every run: the header prints the seed, GRADMILL_TEST_SEED=<it> repeats them.
+"""
+import contextlib
+import os
+import random
+import zlib
+
+import hypothesis
+import pytest
+import torch
+
+import gradmill
+from gradmill import _C
+from gradmill.formats import CODES, Format
+
+os.environ.setdefault("GRADMILL_TEST_SEED", str(random.SystemRandom().randrange(2 ** 31)))  # xdist's workers inherit it
+SEED = int(os.environ["GRADMILL_TEST_SEED"])
+
+hypothesis.settings.register_profile("gradmill", deadline=None, max_examples=25, print_blob=True,
+                                     suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("gradmill")
+
+_NAMES = ("portable", "avx2", "avx512", "avx512_vnni")
+#: Instruction sets this processor has, lowest first.
+LEVELS = _NAMES[:_NAMES.index(_C.detected_isa()) + 1] if _C else ()
+BLOCKED = tuple(code for code in CODES if Format(code).blocked)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+FLT_MAX = torch.finfo(torch.float32).max
+#: nan, infinities, both zeros, denormals, the smallest normal number, the largest, ties.
+SPECIAL = (float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1.4e-45, -1e-40, 1.1754944e-38, FLT_MAX, -FLT_MAX, 1.0, -1.0, 0.5, 1.5,
+           -2.5, 3e-8)
+
+
+def pytest_report_header(config):
+    return f"gradmill: {', '.join(LEVELS)}; GRADMILL_TEST_SEED={SEED}"
+
+
+@pytest.fixture(autouse=True)
+def fresh_but_repeatable(request):
+    """Seeds torch per test; afterwards instruction set, threads and backend are as they were."""
+    torch.manual_seed(SEED ^ zlib.crc32(request.node.nodeid.encode()))
+    level, threads = _C.isa(), torch.get_num_threads()
+    yield
+    _C.set_isa(level)
+    torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def isa(level):
+    before = _C.isa()
+    assert _C.set_isa(level) == level
+    try:
+        yield
+    finally:
+        _C.set_isa(before)
+
+
+@contextlib.contextmanager
+def threads(count):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def running(variant):
+    """Runs ops in one variant: an instruction set of the native backend, or another backend's name."""
+    if variant in _NAMES:
+        with isa(variant), gradmill.use_backend("native"):
+            yield
+    else:
+        with gradmill.use_backend(variant):
+            yield
+
+
+@pytest.fixture(params=LEVELS)
+def level(request):
+    """Each instruction set in turn, native backend."""
+    with running(request.param):
+        yield request.param
+
+
+def reference(op, *args, **kwargs):
+    """What the reference backend gives."""
+    with gradmill.use_backend("reference"):
+        return op(*args, **kwargs)
+
+
+# --- comparison -------------------------------------------------------------------------------------------
+def bits(x):
+    """x as integers, every nan the same."""
+    if not x.dtype.is_floating_point:
+        return x
+    x = torch.where(x.isnan(), torch.full_like(x, float("nan")), x)
+    return x.contiguous().view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+
+
+def assert_same_bits(got, want, what=""):
+    """Same type, shape and bits, in tensors or (nested) tuples, lists and dicts of them. Any two nans are the same."""
+    if isinstance(want, dict):
+        assert got.keys() == want.keys(), what
+        for k in want:
+            assert_same_bits(got[k], want[k], f"{what}[{k!r}]")
+        return
+    if isinstance(want, (tuple, list)):
+        assert len(got) == len(want), what
+        for i, (a, b) in enumerate(zip(got, want)):
+            assert_same_bits(a, b, f"{what}[{i}]")
+        return
+    if not isinstance(want, torch.Tensor):
+        assert got == want, what
+        return
+    if isinstance(want, gradmill.QuantizedWeight):
+        assert_same_bits((got.codes, got.scales, got.zeros), (want.codes, want.scales, want.zeros), what)
+        return
+    assert got.dtype == want.dtype and got.shape == want.shape, f"{what}: {got.dtype} {tuple(got.shape)} is not {want.dtype} {tuple(want.shape)}"
+    differ = (bits(got.detach()) != bits(want.detach())).flatten().nonzero()
+    if len(differ):
+        i = int(differ[0])
+        raise AssertionError(f"{what}: {len(differ)} of {want.numel()} differ, first at {i}: {got.flatten()[i].item()!r} is not "
+                             f"{want.flatten()[i].item()!r}")
+
+
+# --- inputs -----------------------------------------------------------------------------------------------
+def wild(rows, columns, dtype=torch.float32, generator=None):
+    """Normal numbers whose rows and columns differ in magnitude by a few powers of ten."""
+    x = torch.randn(rows, columns, generator=generator)
+    x = x * 10 ** (2 * torch.randn(rows, 1, generator=generator)) * 10 ** torch.randn(1, columns, generator=generator)
+    return x.to(dtype)
+
+
+def layouts(x):
+    """(name, view): tensors with x's values, in other layouts."""
+    rows, columns = x.shape
+    odd = torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(rows, columns)
+    odd.copy_(x)
+    wide = torch.full((rows, columns + 3), float("nan"), dtype=x.dtype)
+    wide[:, 2:2 + columns] = x
+    sparse = torch.full((2 * rows, 3 * columns), float("nan"), dtype=x.dtype)
+    sparse[::2, ::3] = x
+    yield "contiguous", x.contiguous()
+    yield "misaligned", odd
+    yield "transposed", x.t().contiguous().t()
+    yield "padded rows", wide[:, 2:2 + columns]
+    yield "strided", sparse[::2, ::3]
+
+
+def misaligned(x):
+    """x as a contiguous tensor whose first byte lies off every alignment but its own."""
+    out = torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape)
+    out.copy_(x)
+    return out
+
+
+def key(seed=0, step=0):
+    return torch.tensor([seed, step], dtype=torch.int64)

@@ -1,0 +1,488 @@
+"""CUDA: the sources of csrc/cuda against the reference, on a GPU and, through csrc/cuda/emulation, on the CPU.
+
+Every test body runs in several "places": `native` and `triton` on a GPU (marker gpu; on a stream of its own), and
+`emulated`, where the CUDA sources are compiled by the C++ compiler and run with fibers for threads. The emulation checks
+indices, tails, masks and arithmetic, and, by running the threads of a block backwards or shuffled and with fewer blocks
+than pieces of work, barriers and grid loops. It does not check what only a GPU can: real races, the hardware's mma, speed.
+"""
+import contextlib
+import importlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import gradmill
+from gradmill import ops
+from gradmill.formats import Format
+from gradmill.reference import matmul as reference_matmul
+from gradmill.reference import optim as reference_optim
+from gradmill.reference import projection as reference_projection
+from gradmill.reference import quant as reference_quant
+from gradmill.reference.philox import stream
+
+ROOT = Path(__file__).resolve().parent.parent
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+BLOCKED = ("int8", "uint8", "int4", "uint4", "moment8", "square8")
+KEY = torch.tensor([0x123456789ABCDEF, 7])
+FAMILIES = [sys.modules[f"gradmill.ops.{name}"] for name in ("quant", "matmul", "optim", "projection")]
+
+
+# --- places -----------------------------------------------------------------------------------------------
+class Place:
+    """Where an op runs. ``context()`` makes gradmill's ops run there; ``put`` and ``get`` move tensors."""
+
+    def __init__(self, name, device, context):
+        self.name, self.device, self.context = name, device, context
+        self.emulated = name == "emulated"
+
+    def put(self, t):
+        return None if t is None else t.to(self.device)
+
+    def get(self, t):
+        return t.cpu()
+
+
+@pytest.fixture(scope="session")
+def emulated_module(tmp_path_factory):
+    """gradmill._C built from the CUDA sources by the C++ compiler."""
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if compiler is None or not sys.platform.startswith("linux"):
+        pytest.skip("the CUDA emulation needs a C++ compiler on Linux")
+    pybind11 = pytest.importorskip("pybind11")
+    import sysconfig
+    folder = tmp_path_factory.mktemp("emulated")
+    flags = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Werror", "-Wno-unknown-pragmas",
+             "-DGRADMILL_WITH_CUDA", f"-I{ROOT / 'csrc/cuda/emulation'}", "-isystem", pybind11.get_include(),
+             "-isystem", sysconfig.get_path("include")]
+    sources = sorted((ROOT / "csrc/cuda").glob("*.cu")) + [ROOT / "csrc/cuda/emulation/tables.cpp", ROOT / "csrc/bindings.cpp"]
+    running = [subprocess.Popen([compiler, *flags, "-x", "c++", "-c", str(s), "-o", str(folder / f"{s.stem}.o")]) for s in sources]
+    assert [p.wait() for p in running] == [0] * len(sources)
+    target = folder / "_C.so"
+    subprocess.run([compiler, "-shared", "-o", str(target), *map(str, folder.glob("*.o"))], check=True)
+    spec = importlib.util.spec_from_file_location("gradmill_emulated._C", target)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def emulated_place(module, monkeypatch, order, grid):
+    monkeypatch.setenv("GM_EMULATION_ORDER", order)
+    monkeypatch.setenv("GM_EMULATION_GRID", str(grid))
+    for family in FAMILIES:
+        monkeypatch.setattr(family, "native_module", lambda: module)
+        monkeypatch.setattr(family, "where", lambda tensor: (0, 0))
+    return Place("emulated", "cpu", lambda: gradmill.use_backend("native"))
+
+
+def gpu_place(backend):
+    if not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU (torch.cuda.is_available() is false)")
+
+    @contextlib.contextmanager
+    def context():
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side), gradmill.use_backend(backend):
+            yield
+        side.synchronize()
+
+    return Place(backend, "cuda", context)
+
+
+@pytest.fixture(params=["forward", "reverse", "random", pytest.param("native", marks=pytest.mark.gpu),
+                        pytest.param("triton", marks=pytest.mark.gpu)])
+def place(request, monkeypatch):
+    if request.param in ("native", "triton"):
+        return gpu_place(request.param)
+    module = request.getfixturevalue("emulated_module")
+    return emulated_place(module, monkeypatch, request.param, {"forward": 1 << 20, "reverse": 3, "random": 2}[request.param])
+
+
+# --- inputs and comparisons -------------------------------------------------------------------------------
+def sample(rows, columns, seed, dtype=torch.float32):
+    """Normal numbers with what formats trip over: zeros, -0, denormals, huge values, a nan, an inf."""
+    x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 0.1
+    x[:, ::7] *= 30
+    if rows > 1:
+        x[1] = 0
+    if rows > 2:
+        x[2] = torch.where(torch.arange(columns) % 3 == 0, -0.0, 1e-41)
+    if rows > 3:
+        x[3] = torch.linspace(-3e38, 3.3e38, columns)
+    if rows > 4:
+        x[4, columns // 2] = torch.nan
+    if rows > 5:
+        x[5, columns - 1] = -torch.inf
+    if rows > 6:
+        x[6] = x[6].abs() + 5
+    return x.to(dtype)
+
+
+def same(got, want, what=""):
+    got, want = got.cpu(), want.cpu()
+    assert got.dtype == want.dtype and got.shape == want.shape, what
+    if want.is_floating_point():
+        integer = {4: torch.int32, 2: torch.int16, 8: torch.int64}[want.element_size()]
+        equal = (got.contiguous().view(integer) == want.contiguous().view(integer)) | (got.isnan() & want.isnan())
+    else:
+        equal = got == want
+    if not equal.all():
+        at = tuple((~equal).nonzero()[0].tolist())
+        raise AssertionError(f"{what}: {int((~equal).sum())} of {equal.numel()} differ, first at {at}: {got[at]} instead of {want[at]}")
+
+
+def close(got, want, bound, what=""):
+    """|got - want| <= bound element by element; nan and inf where the reference has them."""
+    got, want, bound = got.cpu().double(), want.double(), bound.double()
+    finite = want.isfinite() & bound.isfinite()
+    assert torch.equal(got.isnan()[~finite], want.isnan()[~finite]), what
+    excess = ((got - want).abs() - bound)[finite]
+    assert not (excess > 0).any() and not excess.isnan().any(), f"{what}: off by {excess.max():.3g} more than the bound"
+
+
+def quantised(rows, columns, code, block, seed, exact=False):
+    """A stored matrix; ``exact``: scales are powers of two, so that small sums of products have no rounding."""
+    x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    codes, scales, zeros = reference_quant.quantize(x.abs() if code == "square8" else x, code, block)
+    if exact:
+        scales = torch.full_like(scales, 2.0 ** -6)
+    return codes, scales, zeros
+
+
+# --- without a GPU ----------------------------------------------------------------------------------------
+def test_imports_and_says_why_without_gpu():
+    from gradmill import _C
+    reason = _C.cuda_problem()
+    if torch.cuda.is_available() and _C.has_cuda:
+        assert reason == ""
+    else:
+        assert isinstance(reason, str) and reason
+        assert not _C.has_cuda or re.search("driver|device|CUDA", reason)
+
+
+def test_launch_without_gpu_raises():
+    from gradmill import _C
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    x = torch.ones(4, 4)
+    codes, scales = torch.empty(4, 4, dtype=torch.int8), torch.empty(4, 1)
+    with pytest.raises(RuntimeError, match="CUDA|cuda"):
+        _C.quantize(0, 0, x.data_ptr(), 0, 4, (codes.data_ptr(), scales.data_ptr(), 0, 3, 4, 4, 4), False, None)
+
+
+def find_cuobjdump():
+    found = shutil.which("cuobjdump")
+    if found is None and (spec := importlib.util.find_spec("triton")) is not None:
+        candidate = Path(spec.origin).parent / "backends/nvidia/bin/cuobjdump"
+        found = str(candidate) if candidate.exists() else None
+    if found is None:
+        pytest.skip("no cuobjdump (CUDA toolkit or triton)")
+    return found
+
+
+def test_every_architecture_has_code():
+    from gradmill import _C
+    if not _C.has_cuda:
+        pytest.skip("this gradmill was built without CUDA")
+    out = subprocess.run([find_cuobjdump(), "-lelf", "-lptx", _C.__file__], capture_output=True, text=True).stdout
+    sources = len(list((ROOT / "csrc/cuda").glob("*.cu")))
+    for arch in re.findall(r"sm_\w+", _C.cuda_archs):
+        assert len(re.findall(rf"ELF file.*\.{arch}\.cubin", out)) >= sources - 1, f"{arch} is missing:\n{out}"  # device.cu has no kernel
+    assert len(re.findall(r"PTX file.*\.sm_80\.ptx", out)) >= sources - 1
+
+
+def test_tensor_core_instructions():
+    from gradmill import _C
+    if not _C.has_cuda:
+        pytest.skip("this gradmill was built without CUDA")
+    for arch in re.findall(r"sm_\w+", _C.cuda_archs):
+        sass = subprocess.run([find_cuobjdump(), "-sass", "-arch", arch, _C.__file__], capture_output=True, text=True).stdout
+        assert re.search(r"IMMA\.16832\.S8\.S8", sass), f"matmul_int8 has no int8 tensor-core instruction on {arch}"
+        assert re.search(r"HMMA\.\S*TF32", sass), f"matmul_packed has no tf32 tensor-core instruction on {arch}"
+
+
+# --- quant ------------------------------------------------------------------------------------------------
+QUANT_SHAPES = [(7, 70, 32), (1, 1, 0), (7, 1030, 256), (3, 3001, 0), (9, 37, 0), (2, 130, 10)]
+
+
+@pytest.mark.parametrize("code", BLOCKED)
+@pytest.mark.parametrize("rows, columns, block", QUANT_SHAPES)
+def test_quantize(place, code, rows, columns, block):
+    for number, (dtype, transpose, key) in enumerate([(torch.float32, False, None), (torch.bfloat16, False, KEY), (torch.float16, True, None),
+                                                      (torch.float32, True, KEY)]):
+        x = sample(rows, columns, number, dtype)
+        if code == "square8":
+            x = x.abs()
+        if transpose:
+            x = x.t().contiguous()  # so that the result has the same shape
+        wide = torch.zeros(x.shape[0], x.shape[1] + 3, dtype=dtype)
+        wide[:, 1:-2] = x  # a row stride and an address that is not aligned
+        want = reference_quant.quantize(x, code, block, transpose, key, stream(3, "gradient"))
+        for strided in (False, True):
+            source = place.put(wide)[:, 1:-2] if strided else place.put(x)
+            with place.context():
+                got = ops.quantize(source, code, block, transpose, key, stream(3, "gradient"))
+            for g, w, name in zip(got, want, ("codes", "scales", "zeros")):
+                same(g, w, f"{name} of {code} {dtype} transpose={transpose} key={key is not None} strided={strided}")
+
+
+@pytest.mark.parametrize("code", BLOCKED)
+@pytest.mark.parametrize("rows, columns, block", [*QUANT_SHAPES, (2, 9001, 0)])
+def test_dequantize(place, code, rows, columns, block):
+    codes, scales, zeros = quantised(rows, columns, code, block, 5)
+    scales.view(-1)[::3] = torch.tensor([torch.nan, 0.0, 3e38])[torch.arange(scales.view(-1)[::3].numel()) % 3]
+    for dtype in FLOATS:
+        want = reference_quant.dequantize(codes, scales, zeros, code, block, columns, dtype)
+        with place.context():
+            got = ops.dequantize(*map(place.put, (codes, scales, zeros)), code, block, columns, dtype)
+        same(got, want, f"{code} to {dtype}")
+
+
+# --- matmul -----------------------------------------------------------------------------------------------
+INT8_SHAPES = [(1, 1, 1), (5, 7, 3), (33, 65, 130), (130, 129, 64), (2, 3, 0)]
+
+
+@pytest.mark.parametrize("m, n, k", INT8_SHAPES)
+def test_matmul_int8(place, m, n, k):
+    g = torch.Generator().manual_seed(m + n + k)
+    a, b = (torch.randint(-128, 128, (rows, k), generator=g, dtype=torch.int8) for rows in (m, n))
+    a_scales, b_scales, bias = torch.rand(m, 1, generator=g), torch.rand(n, 1, generator=g), torch.randn(n, generator=g)
+    a_scales[0] = torch.nan
+    for dtype, bias in ((torch.float32, bias), (torch.bfloat16, None), (torch.float16, bias)):
+        want = reference_matmul.matmul_int8(a, b, a_scales, b_scales, bias, dtype)
+        with place.context():
+            got = ops.matmul_int8(*map(place.put, (a, b, a_scales, b_scales, bias)), dtype)
+        same(got, want, str(dtype))
+
+
+@pytest.mark.parametrize("k", [65536, 65536 + 65, 200003])
+def test_matmul_int8_long_sums(place, k):
+    if place.emulated and (os.environ["GM_EMULATION_ORDER"] != "forward" or k != 65536 + 65):
+        pytest.skip("a minute in the emulation: one case is enough")
+    a = torch.full((2, k), -128, dtype=torch.int8)
+    b = torch.full((1, k), -128, dtype=torch.int8)
+    a[1, ::2] = 127
+    ones = torch.ones(2, 1)
+    want = reference_matmul.matmul_int8(a, b, ones, ones[:1], None, torch.float32)
+    with place.context():
+        got = ops.matmul_int8(*map(place.put, (a, b, ones, ones[:1])), None, torch.float32)
+    same(got, want)
+
+
+PACKED_SHAPES = [(1, 33, 64, 32), (3, 10, 96, 32), (13, 7, 128, 0), (17, 65, 66, 0), (70, 37, 101, 32), (5, 9, 70, 10), (1, 1, 1, 0),
+                 (16, 5, 4128, 0)]
+
+
+@pytest.mark.parametrize("code", BLOCKED)
+@pytest.mark.parametrize("m, rows, columns, block", PACKED_SHAPES)
+def test_matmul_packed(place, code, m, rows, columns, block):
+    if place.emulated and columns > 4000 and code not in ("int8", "uint4"):
+        pytest.skip("slow in the emulation; two codes are enough")
+    codes, scales, zeros = quantised(rows, columns, code, block, 3)
+    if rows > 4:
+        scales[2, 0] = torch.nan
+    w = reference_quant.dequantize(codes, scales, zeros, code, block, columns, torch.float64)
+    for dtype in FLOATS:
+        for transpose in (False, True):
+            k = rows if transpose else columns
+            g = torch.Generator().manual_seed(k)
+            x = torch.randn(m, k, generator=g).to(dtype)
+            bias = torch.randn(columns if transpose else rows, generator=g) if transpose else None
+            want = reference_matmul.matmul_packed(x, codes, scales, zeros, code, block, columns, transpose, bias, torch.float64)
+            with place.context():
+                got = ops.matmul_packed(*map(place.put, (x, codes, scales, zeros)), code, block, columns, transpose, place.put(bias), dtype)
+            # fp32 sums of k products in any order; tensor cores cut instead of rounding and see 21 bits of a weight; for
+            # the integer codes a block's scale may be multiplied in last, when codes and zero point are 2^8 larger
+            # than their difference
+            size = x.double().abs() @ (w if transpose else w.t()).abs()
+            if bias is not None:
+                size = size + bias.abs()
+            close(got, want, size * (k + 8) * 2.0 ** -22 + want.abs() * torch.finfo(dtype).eps, f"{code} {dtype} transpose={transpose}")
+
+
+# --- optim ------------------------------------------------------------------------------------------------
+def guarded(t, device):
+    """A copy of t inside a larger buffer, and that buffer: stores outside t would show."""
+    flat = t.contiguous().view(-1).view(torch.uint8) if t.numel() else t.contiguous().view(-1).to(torch.uint8)
+    buffer = torch.full((flat.numel() + 128,), 0xA5, dtype=torch.uint8)
+    buffer[64:64 + flat.numel()] = flat
+    buffer = buffer.to(device)
+    inside = buffer[64:64 + flat.numel()].view(t.dtype).view(t.shape)
+    return inside, buffer, flat.numel()
+
+
+def stored(shape, code, block, seed):
+    """A tensor of ``shape`` in a format: (codes, scales, zeros)."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.3
+    if code == "square8":
+        x = x * x
+    format = Format(code, block)
+    if not format.blocked:
+        return x.to(format.code_dtype), torch.empty(0), torch.empty(0, dtype=torch.uint8)
+    return reference_quant.quantize(reference_optim.as_matrix(x), code, block)
+
+
+STEP_SCALARS = [1.0, 0.999, 0.1, 0.999, 0.001, 0.03, 1.3, 1e-8] + [0.0] * 8
+SMALL = [(5, 3), (1,), (70, 65), (3, 4, 5), (513,), (2, 2100)]
+#        param code, block, state code, block, grad dtype, shapes
+STEP_CASES = [
+    ("fp32", 0, "fp32", 0, torch.float32, SMALL),
+    ("bf16", 0, "fp32", 0, torch.bfloat16, SMALL),
+    ("fp16", 0, "bf16", 0, torch.float16, SMALL),
+    ("fp32", 0, "moment8", 256, torch.bfloat16, SMALL),
+    ("delta", 0, "moment8", 256, torch.float32, SMALL),
+    ("bf16", 0, "moment8", 64, torch.bfloat16, [(7, 65), (3, 4100)]),
+    ("uint8", 256, "moment8", 256, torch.bfloat16, SMALL),
+    ("uint8", 64, "fp32", 0, torch.float32, SMALL),
+    ("int8", 0, "moment8", 32, torch.float32, SMALL),
+    ("uint4", 128, "moment8", 64, torch.float32, [(3, 601), (70, 64)]),
+    ("int4", 6, "moment8", 3, torch.float32, [(3, 601), (2, 2100)]),
+    ("int4", 0, "moment8", 5, torch.float32, [(3, 2501), (2, 33)]),       # long blocks of 4-bit codes, odd short ones
+    ("int4", 0, "moment8", 0, torch.float32, [(3, 5001), (2, 33)]),
+    ("uint8", 1500, "moment8", 0, torch.bfloat16, [(2, 7001), (2, 33)]),  # two long lengths
+    ("uint8", 1100, "moment8", 2200, torch.bfloat16, [(2, 7001)]),
+    ("uint8", 2048, "moment8", 256, torch.float32, [(2, 5001)]),
+    ("int8", 256, "moment8", 0, torch.float32, [(2, 5001)]),
+]
+
+
+@pytest.mark.parametrize("rule", ["adamw", "adamw_amsgrad", "lion"])
+@pytest.mark.parametrize("case", STEP_CASES, ids=lambda c: f"{c[0]}.{c[1]}-{c[2]}.{c[3]}")
+def test_fused_step(place, rule, case):
+    param_code, param_block, state_code, state_block, grad_dtype, shapes = case
+    if shapes is SMALL and rule == "adamw":
+        shapes = SMALL * 4  # more tensors than one launch takes
+    count = {"adamw": 2, "adamw_amsgrad": 3, "lion": 1}[rule]
+    state_codes = ["square8" if s and state_code == "moment8" else state_code for s in range(count)]
+    blocked = Format(param_code, param_block).blocked, [Format(c).blocked for c in state_codes]
+    params = [stored(shape, param_code, param_block, i) for i, shape in enumerate(shapes)]
+    states = [stored(shape, c, state_block, 50 + i * count + s) for i, shape in enumerate(shapes) for s, c in enumerate(state_codes)]
+    if state_code != "moment8":
+        states = [(t[0].abs(), *t[1:]) if i % count else t for i, t in enumerate(states)]
+    want, got, guards = {}, {}, []
+    for name, tensors in (("params", [p[0] for p in params]), ("param_scales", [p[1] for p in params] if blocked[0] else []),
+                          ("param_zeros", [p[2] for p in params] if Format(param_code).has_zero_point else []),
+                          ("states", [s[0] for s in states]), ("state_scales", [s[1] for s in states] if any(blocked[1]) else [])):
+        want[name] = [t.clone() for t in tensors]
+        copies = [guarded(t, place.device) for t in tensors]
+        got[name] = [c[0] for c in copies]
+        guards += copies
+    scalars = torch.tensor([STEP_SCALARS]).repeat(len(shapes), 1)
+    scalars[:, 5] *= torch.arange(1, len(shapes) + 1)  # a row per tensor, each its own step size
+    ids = [7 * i + 1 for i in range(len(shapes))]
+    for step in range(3):
+        key = torch.tensor([99 + (1 << 40), step])
+        grads = [torch.randn(shape, generator=torch.Generator().manual_seed(1000 * step + i)).to(grad_dtype) for i, shape in enumerate(shapes)]
+        for i, g in enumerate(grads):
+            if i % 3 == 1:  # a tensor that hardly moves: blocks without a change stay as they are
+                g.zero_()
+            elif g.numel() > 300 and step == 2 and rule != "lion":  # torch.sign(nan) is 0 on CPU
+                g.view(-1)[299] = torch.nan
+        h = scalars.clone()
+        h[1::3, 1] = 1.0
+        for_place = [place.put(g) for g in grads]
+        reference_optim.fused_step(rule, want["params"], want["param_scales"], want["param_zeros"], grads, want["states"], want["state_scales"],
+                                   h, key, ids, param_code, param_block, state_codes, state_block)
+        with place.context():
+            ops.fused_step(rule, got["params"], got["param_scales"], got["param_zeros"], for_place, got["states"], got["state_scales"],
+                           h, key, ids, param_code, param_block, state_codes, state_block)
+        for name in want:
+            for i, (g, w) in enumerate(zip(got[name], want[name])):
+                same(g, w, f"{name}[{i}] after step {step}")
+    for _, buffer, size in guards:
+        assert (buffer[:64] == 0xA5).all() and (buffer[64 + size:] == 0xA5).all(), "a store outside a tensor"
+
+
+# --- projection -------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("m, n, rank, code, block", [(5, 70, 3, "uint4", 64), (70, 33, 17, "int8", 0), (1, 1, 1, "int4", 0), (9, 130, 66, "uint8", 10)])
+def test_project(place, left, m, n, rank, code, block):
+    d = m if left else n
+    codes, scales, zeros = quantised(rank, d, code, block, 1)
+    basis = reference_quant.dequantize(codes, scales, zeros, code, block, d, torch.float64)
+    for dtype in FLOATS:
+        grad = torch.randn(m, n, generator=torch.Generator().manual_seed(2)).to(dtype)
+        want = reference_projection.project(grad, codes, scales, zeros, code, block, left)
+        with place.context():
+            got = ops.project(*map(place.put, (grad, codes, scales, zeros)), code, block, left)
+        size = basis.abs() @ grad.double().abs() if left else grad.double().abs() @ basis.abs().t()
+        close(got, want, size * (d + 4) * 2.0 ** -24, str(dtype))
+
+
+BACK_CASES = [("fp32", 0, 5, 70), ("bf16", 0, 33, 300), ("fp16", 0, 3, 5), ("uint8", 256, 35, 520), ("int8", 0, 3, 37), ("int8", 0, 34, 601),
+              ("uint4", 64, 5, 333), ("int4", 0, 3, 301), ("uint8", 10, 4, 77), ("uint8", 300, 3, 700), ("int4", 6, 33, 261)]
+
+
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("weight_code, weight_block, rows, columns", BACK_CASES)
+def test_project_back(place, left, weight_code, weight_block, rows, columns):
+    """Small integers times powers of two: every sum is exact, so the result must be bit-equal."""
+    rank, code, block = 19, "uint4", 64
+    weight = stored((rows, columns), weight_code, weight_block, 4)
+    d = rows if left else columns
+    codes, scales, zeros = quantised(rank, d, code, block, 6, exact=True)
+    update = torch.randint(-3, 4, (rank, columns) if left else (rows, rank), generator=torch.Generator().manual_seed(8)).float()
+    update[:, 0] = 0
+    if left:
+        update[:, : min(64, columns // 2)] = 0  # whole blocks of the weight without a change
+    elif rows > 2:
+        update[1:3] = 0
+    has = Format(weight_code).blocked, Format(weight_code).has_zero_point
+    for decay, alpha in ((1.0, 0.37), (0.993, -0.2)):
+        scalars = torch.tensor([decay, alpha])
+        want = [t.clone() for t in weight]
+        copies = [guarded(t, place.device) for t in weight]
+        got = [c[0] for c in copies]
+        arguments = (weight_code, weight_block, columns)
+        basis = (codes, scales, zeros)
+        reference_projection.project_back(want[0], want[1] if has[0] else None, want[2] if has[1] else None, *arguments, update, *basis, code,
+                                          block, left, scalars, KEY, stream(5, "weight"))
+        with place.context():
+            ops.project_back(got[0], got[1] if has[0] else None, got[2] if has[1] else None, *arguments, place.put(update),
+                             *map(place.put, basis), code, block, left, scalars, KEY, stream(5, "weight"))
+        for g, w, name in zip(got, want, ("codes", "scales", "zeros")):
+            same(g, w, f"{name} decay={decay}")
+        for _, buffer, size in copies:
+            assert (buffer[:64] == 0xA5).all() and (buffer[64 + size:] == 0xA5).all(), "a store outside a tensor"
+
+
+# --- a GPU's own ------------------------------------------------------------------------------------------
+@pytest.mark.gpu
+def test_second_stream_and_graph():
+    """A captured fused_step replays: its table of tensors is in the kernel's parameters."""
+    place = gpu_place("native")
+    p, g, m, v = (torch.randn(4096, device="cuda").abs() for _ in range(4))
+    start = [t.clone() for t in (p, m, v)]
+    scalars, key = torch.tensor([STEP_SCALARS]), torch.tensor([1, 1])
+
+    def step():
+        ops.fused_step("adamw", [p], [], [], [g], [m, v], [], scalars, key, [0], "fp32", 0, ["fp32", "fp32"], 0)
+
+    with place.context():
+        step()
+    want = [t.clone() for t in (p, m, v)]
+    for t, s in zip((p, m, v), start):
+        t.copy_(s)
+    graph = torch.cuda.CUDAGraph()
+    with gradmill.use_backend("native"), torch.cuda.graph(graph):
+        step()
+    graph.replay()
+    torch.cuda.synchronize()
+    for got, w in zip((p, m, v), want):
+        same(got, w)
+
+
+@pytest.mark.gpu
+def test_wrong_device_names_the_reason():
+    gpu_place("native")
+    from gradmill import _C
+    with pytest.raises(RuntimeError, match="cudaSetDevice for quantize failed"):
+        _C.quantize(torch.cuda.device_count() + 5, 0, 16, 0, 4, (16, 16, 0, 3, 4, 4, 4), False, None)
+    assert torch.ones(3, device="cuda").sum().item() == 3  # the error is not left behind
