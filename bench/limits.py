@@ -88,6 +88,37 @@ def commit() -> str | None:
         return None
 
 
+class OtherWork:
+    """Share of the processors this process may use that went to others (a hypervisor's too) since construction, from
+    /proc/stat; None where there is none. Timings taken beside other work can be steady and still wrong by a factor: an
+    OpenMP barrier waits whole time slices for a thread that is not running."""
+
+    def __init__(self):
+        self._start = self._read()
+
+    @staticmethod
+    def _read():
+        try:
+            cpus = {f"cpu{k}" for k in os.sched_getaffinity(0)}
+            busy = 0
+            for line in pathlib.Path("/proc/stat").read_text().splitlines():
+                name, *ticks = line.split()
+                if name in cpus:
+                    user, nice, system, _idle, _wait, irq, softirq, steal = map(int, ticks[:8])
+                    busy += user + nice + system + irq + softirq + steal
+            own = os.times()
+            return time.perf_counter(), busy / os.sysconf("SC_CLK_TCK"), sum(own[:4]), len(cpus)
+        except (OSError, AttributeError, ValueError):
+            return None
+
+    def share(self) -> float | None:
+        now = self._read()
+        if now is None or self._start is None or now[0] - self._start[0] < 0.1:
+            return None
+        elapsed, busy, own = (now[k] - self._start[k] for k in range(3))
+        return max(0.0, busy - own) / (elapsed * now[3])
+
+
 # --- limits -----------------------------------------------------------------------------------------------
 def measure(ctx, timer, seconds: float) -> dict[str, float]:
     """{name: bytes or operations per second}, about ``seconds`` in all. A limit is the best seen, not the median."""

@@ -59,7 +59,6 @@ class Entry:
     label: str
     make: Callable          # () -> run(i) or {name: (weight, run)}; a peer's is called with its module
     module: str | None = None
-    warm_only: bool = False
 
 
 def ours(make, label="gradmill") -> Entry:
@@ -93,7 +92,7 @@ class Case:
     family: str
     name: str
     build: Callable[["Context"], Bench]
-    goal: tuple[str, float] | None   # ("torch", 1.1): at least 1.1 times as fast as torch's entry
+    goal: tuple[str, float] | None   # ("torch", 1.1): on CPU at least 1.1 times as fast as torch's entry
 
 
 CASES: dict[str, Case] = {}
@@ -129,6 +128,10 @@ class Context:
 
     def randn(self, *shape, dtype=torch.float32) -> torch.Tensor:
         return torch.randn(*shape, generator=self._generator).to(self.device, dtype)
+
+    def once(self, make: Callable[[], object]) -> Callable[[], object]:
+        """() -> what make() gave the first time it was needed."""
+        return functools.cache(make)
 
     def rotate(self, make: Callable) -> Callable[[int], object]:
         """i -> one of several inputs, together larger than the cache, for inputs that a user's call would find in memory.
@@ -218,6 +221,12 @@ class Result:
     work: Work
     entries: list[Timed]
     notes: list[str]
+    goal: tuple[str, float] | None
+    others: float | None = None   # share of the processors that other processes had meanwhile
+
+    @property
+    def disturbed(self) -> bool:
+        return self.others is not None and self.others > 0.05
 
     def find(self, kind: str) -> list[Timed]:
         return [e for e in self.entries if e.kind == kind and not e.reason]
@@ -240,12 +249,19 @@ class Result:
         return next((e.reason for e in self.entries if e.kind == "ours" and e.reason), "")
 
     @property
-    def goal_met(self) -> bool | None:
-        """None where there is no goal or nothing to compare. Meeting 1.0 includes a tie."""
-        if self.case.goal is None or self.ours is None or self.torch is None:
-            return None
-        ratio, want = self.torch.ratio[0], self.case.goal[1]
-        return ratio >= want or (want == 1.0 and self.torch.tie)
+    def goal_said(self) -> str:
+        """"met", "MISSED", "unclear" where the spread is wider than the distance to the goal or other work disturbed the
+        timing, "" where there is nothing to say. No slower than torch (a goal of 1) is met by a tie within 3%."""
+        if self.disturbed and self.goal is not None:
+            return "unclear"
+        if self.goal is None or self.ours is None or self.torch is None:
+            return ""
+        (middle, low, high), want = self.torch.ratio, self.goal[1]
+        if want == 1.0 and self.torch.tie and middle >= 0.97 and high / low < 1.1:
+            return "met"
+        if math.log(high / low) > abs(math.log(middle / want)):
+            return "unclear"
+        return "met" if middle >= want else "MISSED"
 
 
 def quartiles(values: list[float]) -> tuple[float, float]:
@@ -294,39 +310,46 @@ def explain(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:160]}"
 
 
-def entry_parts(bench: Bench):
+def entry_parts(bench: Bench, peers: bool):
     """Yields (entry, parts or None, reason) for all entries of a case."""
     for entry in bench.entries:
+        if entry.module and not peers:
+            continue
         try:
             yield entry, build(entry), ""
         except Exception as error:
             yield entry, None, explain(error)
 
 
-def measure(the_case: Case, ctx: Context, clock, *, seconds: float, rounds: int) -> Result:
+def measure(the_case: Case, ctx: Context, clock, *, seconds: float, rounds: int, peers: bool = True) -> Result:
     """Times a case's entries in turns for about ``seconds`` (longer where ``rounds`` turns of the slow ones take longer)."""
     bench = the_case.build(ctx)
     entries, live = [], []
-    for entry, parts, reason in entry_parts(bench):
+    for entry, parts, reason in entry_parts(bench, peers):
         timed = Timed(entry.kind, entry.label, reason=reason)
         entries.append(timed)
         if parts is not None:
+            once = {name: clock.sample(run, 1, 1) for name, (_, run) in parts.items()}
             plan = []
             for name, (weight, run) in parts.items():
-                one = clock.sample(run, 1, 1)
-                inner = 5 if ctx.device == "cuda" else max(1, min(200, math.ceil(SAMPLE / max(one, 1e-7))))
-                plan.append((name, weight, run, inner, clock.settle and one < 0.02))
+                # Long enough for the clock; in a mixture a tenth of the slow part, so that the rest is not one call.
+                least = max(SAMPLE, 0.1 * max(once.values()) if len(once) > 1 else 0)
+                inner = 5 if ctx.device == "cuda" else max(1, min(200, math.ceil(least / max(once[name], 1e-7))))
+                plan.append((name, weight, run, inner, clock.settle and once[name] < 0.02))
                 timed.parts[name] = []
             cost = sum(clock.sample(run, 2, 1) * (inner + settle) for _, _, run, inner, settle in plan)
             live.append((timed, plan, cost))
+    watch = machine.OtherWork()
     if live:
         _take_turns(live, clock, seconds, rounds)
+    others = watch.share()
     mine = next((t for t, *_ in live if t.kind == "ours"), None)
     if mine is not None:
         for timed, *_ in live:
             if timed is not mine:
                 compare(mine, timed)
-    return Result(the_case, bench.title, bench.work, entries, [] if mine is None else bench.notes())
+    return Result(the_case, bench.title, bench.work, entries, [] if mine is None else bench.notes(),
+                  the_case.goal if ctx.device == "cpu" else None, others)
 
 
 def _take_turns(live, clock, seconds: float, rounds: int):

@@ -23,6 +23,9 @@ from gradmill.kernels._common import INTERPRETING, warps_for
 TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "sm_100": GPUTarget("cuda", 100, 32),
            "gfx942": GPUTarget("hip", "gfx942", 64)}
 
+#: Shared memory a program may have, in bytes.
+SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+
 #: What a matrix instruction looks like in PTX or AMD assembly.
 INSTRUCTIONS = {"wgmma": r"wgmma\.mma_async", "mma.sync": r"\bmma\.sync", "tcgen05": r"tcgen05\.mma", "mfma": r"v_mfma_", "fma": r"\bfma\.rn\.f32|v_(pk_)?fma|v_fmac"}
 
@@ -39,7 +42,10 @@ class Variant:
     warps: int = 4
     stages: int = 3
     exact: bool = True     # launched with enable_fp_fusion=False
-    odd: tuple = ()        # i32 arguments not known to be divisible by 16
+    odd: tuple = ()        # arguments not known to be divisible by 16
+    only: str = ""         # the one target it is for; "" for all
+    everywhere: bool = True    # the tests compile it for every target, else for sm_90 only
+    elementwise: bool = False  # bit-equal arithmetic only: no fma, no flushed denormals, IEEE division and root
 
 
 def compile(variant: Variant, target: str):
@@ -70,8 +76,9 @@ def variants():
     """Every kernel, with signatures and constants as the host functions launch them."""
     yield from _quant()
     yield from _optim()
-    yield from matmul.aot_variants(Variant)
-    yield from projection.aot_variants(Variant)
+    yield from _matmul_int8()
+    yield from _matmul_packed()
+    yield from _projection()
 
 
 def _quant():
@@ -85,20 +92,23 @@ def _quant():
         yield Variant(f"quantize {dtype} to {code}{' stochastic' * stochastic}{' transposed' * across}{' long' * loop}", quant.quantize_kernel,
                       {**key, **packed, "codes": "*i8" if code == "int8" else "*u8", "x": "*i16" if dtype == "bf16" else f"*{dtype}"},
                       {"CODE": CODES[code], "STOCHASTIC": stochastic, "ALIGNED": code != "uint4", "ACROSS_ROWS": across, "LOOP": loop,
-                       "NB": runs, "P2": p2, ("stride_row" if across else "stride_column"): 1}, warps=warps_for(runs * p2))
+                       "NB": runs, "P2": p2, ("stride_row" if across else "stride_column"): 1}, warps=warps_for(runs * p2),
+                      everywhere=code == "uint8", elementwise=True)
     for code, out in (("int8", "bf16"), ("uint4", "fp32"), ("int4", "fp16"), ("moment8", "fp32"), ("square8", "bf16")):
         yield Variant(f"dequantize {code} to {out}", quant.dequantize_kernel,
                       {**packed, "codes": "*i8" if code == "int8" else "*u8", "out": f"*{out}"},
-                      {"CODE": CODES[code], "OUT": CODES[out], "NB": 16, "P2": 256, "pieces": 1}, warps=8)
+                      {"CODE": CODES[code], "OUT": CODES[out], "NB": 16, "P2": 256, "pieces": 1}, warps=8, everywhere=code == "uint4", elementwise=True)
 
 
 def _optim():
     for rule in optim.RULES:
-        count = 3 if rule == "adamw_amsgrad" else 2
+        count = {"adamw_amsgrad": 3, "lion": 1}.get(rule, 2)
         for param, grad, states, p_split, s_split, loop in (
                 ("fp32", "fp32", ("fp32",) * 3, False, False, False), ("bf16", "bf16", ("moment8", "square8", "square8"), False, False, False),
                 ("uint8", "bf16", ("moment8", "square8", "square8"), False, False, False), ("int8", "fp32", ("bf16", "fp16", "fp32"), False, False, True),
                 ("delta", "fp32", ("moment8", "square8", "square8"), False, False, False), ("int4", "fp16", ("moment8",) * 3, False, True, False)):
+            if rule != "adamw" and param not in ("bf16", "uint8"):
+                continue  # formats and rules do not meet: all formats once, all rules twice
             codes = [CODES[c] for c in states[:count]] + [-1] * (3 - count)
             plain = param in ("fp32", "bf16", "delta") and not s_split and states[0] == "fp32"
             p2 = optim.TILE if plain or loop else 256
@@ -106,7 +116,55 @@ def _optim():
                           {"table": "*i64"},
                           {"RULE": rule, "P": CODES[param], "G": CODES[grad], "S0": codes[0], "S1": codes[1], "S2": codes[2], "P_SPLIT": p_split,
                            "S_SPLIT": s_split, "LOOP": loop, "NB": 1 if loop else optim.TILE // p2, "P2": p2, "TILES": optim.TILES},
-                          warps=8, odd=("tensors",))
+                          warps=8, odd=("tensors",), everywhere=rule == "adamw" and param in ("fp32", "uint8"), elementwise=True)
+
+
+def _tiles(table: dict, target: str, m: int) -> dict:
+    bm, bn, bk, group, warps, stages = matmul.choose(table, target, m)
+    return {"constants": {"BM": bm, "BN": bn, "BK": bk, "GROUP": group}, "warps": warps, "stages": stages}
+
+
+def _matmul_int8():
+    matrix = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
+    for m, out, bias, even, long in ((4096, "bf16", True, True, False), (64, "fp32", False, False, False), (4096, "fp16", False, False, True)):
+        for target in TARGETS:
+            tiles = _tiles(matmul.INT8_TILES, target, m)
+            if long:
+                tiles["constants"].update(BM=64, BN=64)
+                tiles["warps"] = 4
+            yield Variant(f"matmul_int8 m {m} {out}{' long' * long}", matmul.int8_kernel,
+                          {"a": "*i8", "b": "*i8", "a_scales": "*fp32", "b_scales": "*fp32", "bias": "*fp32", "out": f"*{out}"},
+                          {"OUT": CODES[out], "HAS_BIAS": bias, "EVEN_K": even, "LONG": long, "EXACT": matmul.EXACT_K, **tiles.pop("constants")},
+                          {target: matrix[target]}, **tiles, only=target, everywhere=m == 4096 and not long)
+
+
+def _matmul_packed():
+    for code, x, m, transpose, per_row in (("int8", "bf16", 4096, False, True), ("uint4", "bf16", 16, False, True), ("uint8", "bf16", 4096, True, True),
+                                           ("int4", "fp16", 4096, False, True), ("uint4", "fp16", 4096, True, True), ("uint8", "fp32", 4096, False, True),
+                                           ("uint4", "bf16", 64, False, False)):
+        for target in TARGETS:
+            table = matmul.FP32_TILES if x == "fp32" else matmul.PACKED_TILES if per_row else matmul.GATHER_TILES
+            tiles = _tiles(table, target, m)
+            matrix = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}[target]
+            yield Variant(f"matmul_packed {x} x {code}{' transposed' * transpose} m {m}{'' if per_row else ' gathered scales'}", matmul.packed_kernel,
+                          {"x": f"*{x}", "codes": "*i8" if code == "int8" else "*u8", "scales": "*fp32", "zeros": "*u8", "bias": "*fp32", "out": f"*{x}"},
+                          {"CODE": CODES[code], "X": CODES[x], "OUT": CODES[x], "HAS_BIAS": False, "TRANSPOSE": transpose, "PER_ROW": per_row,
+                           "FACTOR": per_row and not transpose, "stride_xk": 1, "stride_on": 1, **tiles.pop("constants")},
+                          {} if x == "fp32" else {target: matrix}, **tiles, only=target, everywhere=x == "bf16" and m != 4096 or transpose)
+
+
+def _projection():
+    for weight, code, left, loop in (("uint8", "uint4", False, False), ("bf16", "uint4", True, False), ("int8", "int8", False, True), ("uint4", "uint4", True, False)):
+        for target in TARGETS:
+            plain = weight in ("fp32", "bf16", "fp16")
+            p2 = projection.WIDEST // 2 if plain else projection.WIDEST
+            precision = "ieee" if target == "gfx942" else "tf32x3"
+            yield Variant(f"project_back {weight} from {code}{' left' * left}{' long' * loop}", projection.back_kernel,
+                          {"weight": "*bf16" if plain else "*i8" if weight == "int8" else "*u8", "weight_scales": "*fp32", "weight_zeros": "*u8", "update": "*fp32",
+                           "codes": "*i8" if code == "int8" else "*u8", "scales": "*fp32", "zeros": "*u8", "decay": "fp32", "alpha": "fp32"},
+                          {"W": CODES[weight], "CODE": CODES[code], "LEFT": left, "PER_ROW": True, "LOOP": loop, "PRECISION": precision,
+                           "BM": projection.ROWS, "KB": 1, "P2": p2, "BK": projection.DEPTH},
+                          {target: "mfma" if target == "gfx942" else "mma.sync"}, warps=8 if p2 > 128 else 4, stages=2, odd=("decay", "alpha", "aligned"), only=target, everywhere=weight == "uint8")
 
 
 def resources(compiled, target: str) -> str:
@@ -132,12 +190,13 @@ def main(part: str = ""):
     for variant in variants():
         if part not in variant.name:
             continue
-        print(variant.name, f"(warps {variant.warps})")
         for target in TARGETS:
+            if variant.only not in ("", target):
+                continue
             compiled = compile(variant, target)
             names = [n for n in found(compiled) if n != "fma"]
             want = variant.instruction.get(target)
-            print(f"    {target:7} {resources(compiled, target)}  {', '.join(names) or '-'}{'' if want is None or want in names else f'  WANTED {want}'}")
+            print(f"{variant.name:58} {target:7} warps {variant.warps:2} {resources(compiled, target)}  {', '.join(names) or '-'}{'' if want is None or want in names else f'  WANTED {want}'}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gradmill.formats import CODES, Format, float_code
+from gradmill.formats import CODES, float_code
 from gradmill.kernels._common import (BF16, F16, INT4, INT8, INTERPRETED, INTERPRETING, LAUNCH, UINT4, UINT8, as_bits, bf16_bits, centred, decode,
                                       f16_bits, from_bf16_bits, load_codes, ready, round_to_bf16)
 
@@ -24,18 +24,20 @@ from gradmill.kernels._common import (BF16, F16, INT4, INT8, INTERPRETED, INTERP
 INT8_TILES = {
     "sm_80": ((64, 64, 128, 128, 8, 4, 4), (1 << 62, 128, 128, 128, 8, 8, 3)),
     "sm_90": ((64, 64, 128, 128, 8, 4, 4), (1 << 62, 128, 256, 128, 8, 8, 3)),
-    "sm_100": ((64, 64, 128, 128, 8, 4, 4), (1 << 62, 128, 256, 128, 8, 4, 3)),
+    "sm_100": ((64, 64, 128, 128, 8, 4, 4), (1 << 62, 128, 256, 128, 8, 8, 3)),
     "gfx942": ((64, 64, 128, 128, 8, 4, 2), (1 << 62, 128, 128, 128, 8, 4, 2)),
     "interpreter": ((1 << 62, 32, 32, 64, 2, 4, 1),),
 }
 #: the same for 16-bit inputs of matmul_packed: the weight's BN rows are the M side of the instruction
 PACKED_TILES = {
-    "sm_80": ((16, 16, 64, 128, 8, 4, 4), (64, 64, 64, 64, 8, 4, 4), (1 << 62, 128, 128, 64, 8, 8, 3)),
-    "sm_90": ((16, 16, 64, 128, 8, 4, 4), (64, 64, 64, 128, 8, 4, 4), (1 << 62, 128, 128, 64, 8, 8, 4)),
-    "sm_100": ((16, 16, 128, 128, 8, 4, 4), (64, 64, 128, 128, 8, 4, 4), (1 << 62, 128, 128, 64, 8, 8, 4)),
+    "sm_80": ((16, 16, 64, 64, 8, 4, 4), (64, 64, 64, 64, 8, 4, 4), (1 << 62, 128, 128, 64, 8, 8, 3)),
+    "sm_90": ((16, 16, 64, 64, 8, 4, 4), (64, 64, 64, 128, 8, 4, 4), (1 << 62, 128, 128, 64, 8, 8, 4)),
+    "sm_100": ((16, 16, 128, 64, 8, 4, 4), (64, 64, 128, 128, 8, 4, 4), (1 << 62, 128, 128, 64, 8, 8, 4)),
     "gfx942": ((16, 16, 64, 128, 8, 4, 2), (64, 64, 64, 64, 8, 4, 2), (1 << 62, 128, 128, 64, 8, 8, 2)),
     "interpreter": ((1 << 62, 32, 32, 32, 2, 4, 1),),
 }
+#: where scales must be gathered element by element (blocks that no tile fits into): they stage in shared memory too
+GATHER_TILES = {"interpreter": ((1 << 62, 32, 32, 32, 2, 4, 1),), "": ((16, 16, 64, 64, 8, 4, 2), (1 << 62, 64, 64, 64, 8, 8, 2))}
 #: fp32 inputs run on the ordinary cores (full fp32 precision): small tiles
 FP32_TILES = {"interpreter": ((1 << 62, 32, 32, 32, 2, 4, 1),), "": ((16, 16, 64, 64, 8, 4, 3), (1 << 62, 64, 64, 32, 8, 4, 3))}
 EXACT_K = 1 << 16  # products in one int32 sum: 2^16 * 128 * 128 = 2^30, whatever the codes
@@ -247,6 +249,8 @@ def launch_packed(x, codes, scales, zeros, code, block, columns, transpose, bias
     else:
         bk, per_row = fitting(bk, block, columns, 16)
         factor = per_row and CODES[code] in (INT8.value, UINT8.value, INT4.value, UINT4.value)
+    if not per_row:
+        bm, bn, bk, group, warps, stages = choose(FP32_TILES if x.dtype == torch.float32 else GATHER_TILES, arch, m)
     with ready(x):
         packed_kernel[(triton.cdiv(m, bm) * triton.cdiv(n, bn),)](
             as_bits(x) if INTERPRETING else x, codes, scales, zeros, x if bias is None else as_bits(bias.contiguous()), out, m, n, k, columns,

@@ -21,14 +21,15 @@ import triton
 import triton.language as tl
 
 from gradmill.formats import CODES, Format, float_code
-from gradmill.kernels._common import (BF16, DELTA, LAUNCH, NONE, block_parameters, block_scales, differs, joined, load_floats,
-                                      load_operand, measure, operand_words, power_of_two, ready, run_scales, store_blocks,
-                                      store_floats, store_piece, store_scales, warps_for)
+from gradmill.kernels._common import (BF16, DELTA, DITHER, LAUNCH, NEAREST, NONE, SQUARE8, STOCHASTIC, block_parameters, block_scales, differs,
+                                      joined, load_floats, load_operand, measure, power_of_two, ready, rounding_words, run_scales,
+                                      store_blocks, store_floats, store_piece, store_scales, warps_for)
 from gradmill.reference.philox import PURPOSES
 
 TILE = 2048         # elements a tile aims at: 8 a thread, or the registers spill
 LONGEST = 4096      # a longer unit is worked off in chunks, in two passes
 TILES = 8           # tiles a program works off: the search for its tensor is paid once
+DITHER_PURPOSE = tl.constexpr(PURPOSES["dither"])  # the table's stream has the weight's purpose, 0
 
 
 # --- rules ------------------------------------------------------------------------------------------------
@@ -49,6 +50,11 @@ def adamw_amsgrad(p, g, m, v, vmax, h):
     vmax = tl.where((v > vmax) | (v != v), v, vmax)
     p = p * tl.load(h + 1) - tl.load(h + 5) * tl.div_rn(m, tl.sqrt_rn(vmax) * tl.load(h + 6) + tl.load(h + 7))
     return p, m, v, vmax
+
+
+@triton.jit
+def sign(x):
+    return tl.where(x > 0.0, 1.0, tl.where(x < 0.0, -1.0, 0.0))  # 0 for nan, as torch.sign
 
 
 RULES = ("adamw", "adamw_amsgrad")  # the names apply_rule knows
@@ -101,13 +107,37 @@ def load_state(slot, scale, row, col, limit, columns, block, CODE: tl.constexpr,
 
 
 @triton.jit
-def store_state(slot, values, row, col, limit, columns, block, CODE: tl.constexpr, SPLIT: tl.constexpr, P2: tl.constexpr):
-    """States round to nearest and are always written."""
-    if CODE >= 3:
-        store_blocks(tl.load(slot), tl.load(slot + 1), tl.load(slot + 1), values, values, 0, row, col, limit, columns, block, CODE, SPLIT,
-                     False, False, P2)
+def store_param(param, scales, zeros, values, old, key, row, col, limit, columns, block, CODE: tl.constexpr, SPLIT: tl.constexpr, P2: tl.constexpr):
+    """bf16 and blocked weights round stochastically; a block whose values did not change is left alone."""
+    if CODE >= 3 and CODE != DELTA:
+        store_blocks(param, scales, zeros, values, old, key, row, col, limit, columns, block, CODE, SPLIT, STOCHASTIC, True, P2)
+    elif CODE == BF16:
+        store_floats(param, values, rounding_words(key, row, col, 0, columns, STOCHASTIC, P2), row, col, limit, columns, CODE, True, P2)
+    else:
+        store_floats(param, values, 0, row, col, limit, columns, CODE, False, P2)
+
+
+@triton.jit
+def store_state(slot, values, key, row, col, limit, columns, block, CODE: tl.constexpr, SPLIT: tl.constexpr, P2: tl.constexpr):
+    """States are always written."""
+    if CODE == SQUARE8:  # a second moment rounded to nearest would freeze: it moves by less than half a code a step
+        store_blocks(tl.load(slot), tl.load(slot + 1), 0, values, values, key, row, col, limit, columns, block, CODE, SPLIT, DITHER, False, P2)
+    elif CODE >= 3:
+        store_blocks(tl.load(slot), tl.load(slot + 1), 0, values, values, key, row, col, limit, columns, block, CODE, SPLIT, NEAREST, False, P2)
     elif CODE != NONE:
         store_floats(tl.load(slot), values, 0, row, col, limit, columns, CODE, False, P2)
+
+
+@triton.jit
+def store_state_piece(slot, values, scale, inverse, key, row, col, done, limit, columns, block, CODE: tl.constexpr, SPLIT: tl.constexpr,
+                      P2: tl.constexpr):
+    """The same ``done`` elements into a unit longer than a tile."""
+    if CODE == SQUARE8 and not SPLIT:
+        store_piece(tl.load(slot), values, scale, inverse, key, row, col, done, limit, columns, CODE, DITHER, P2)
+    elif CODE >= 3 and not SPLIT:
+        store_piece(tl.load(slot), values, scale, inverse, key, row, col, done, limit, columns, CODE, NEAREST, P2)
+    else:
+        store_state(slot, values, key, row, col + done, limit, columns, block, CODE, SPLIT, P2)
 
 
 @triton.jit
@@ -124,12 +154,12 @@ def step_kernel(table, tensors, RULE: tl.constexpr, P: tl.constexpr, G: tl.const
     entry = table + low.to(tl.int64) * WIDTH
 
     P_BLOCKED: tl.constexpr = P >= 3 and P != DELTA
-    ROUNDS: tl.constexpr = P_BLOCKED or P == BF16
     columns, unit, chunk = tl.load(entry + COLUMNS), tl.load(entry + UNIT), tl.load(entry + CHUNK)
     p_block, s_block = tl.load(entry + PARAM_BLOCK), tl.load(entry + STATE_BLOCK)
     param, p_scales, p_zeros = tl.load(entry + PARAM), tl.load(entry + PARAM_SCALES), tl.load(entry + PARAM_ZEROS)
-    seed, step, stream = tl.load(entry + SEED).to(tl.uint64, bitcast=True), tl.load(entry + STEP).to(tl.int32), tl.load(entry + STREAM).to(tl.int32)
-    aligned = tl.load(entry + ALIGNED)
+    seed, step = tl.load(entry + SEED).to(tl.uint64, bitcast=True), tl.load(entry + STEP).to(tl.int32)
+    stream, aligned = tl.load(entry + STREAM).to(tl.int32), tl.load(entry + ALIGNED)
+    key, dither = (seed, step, stream, aligned), (seed, step, stream + DITHER_PURPOSE, aligned)
     units_per_row = tl.cdiv(columns, unit)
     units = tl.load(entry + ROWS) * units_per_row
     first = (pid - tl.load(entry + FIRST_PROGRAM)) * (NB * TILES)
@@ -147,16 +177,10 @@ def step_kernel(table, tensors, RULE: tl.constexpr, P: tl.constexpr, G: tl.const
         if not LOOP:  # the unit is in registers at once
             old, p, s0, s1, s2 = stepped(entry, p_scale, p_zero, scale0, scale1, scale2, row, col, size, columns, RULE, P, G, S0, S1, S2,
                                          P_SPLIT, S_SPLIT, P2)
-            store_state(entry + STATE0, s0, row, col, size, columns, s_block, S0, S_SPLIT, P2)
-            store_state(entry + STATE1, s1, row, col, size, columns, s_block, S1, S_SPLIT, P2)
-            store_state(entry + STATE2, s2, row, col, size, columns, s_block, S2, S_SPLIT, P2)
-            words = 0
-            if ROUNDS:
-                words = operand_words(seed, step, stream, row, col, columns, aligned, P2)
-            if P_BLOCKED:
-                store_blocks(param, p_scales, p_zeros, p, old, words, row, col, size, columns, p_block, P, P_SPLIT, True, True, P2)
-            else:
-                store_floats(param, p, words, row, col, size, columns, P, ROUNDS, P2)
+            store_state(entry + STATE0, s0, dither, row, col, size, columns, s_block, S0, S_SPLIT, P2)
+            store_state(entry + STATE1, s1, dither, row, col, size, columns, s_block, S1, S_SPLIT, P2)
+            store_state(entry + STATE2, s2, dither, row, col, size, columns, s_block, S2, S_SPLIT, P2)
+            store_param(param, p_scales, p_zeros, p, old, key, row, col, size, columns, p_block, P, P_SPLIT, P2)
         else:
             # A block longer than a tile: the first pass finds its new parameters, the second steps again and writes.
             none = tl.zeros((NB,), tl.int32)
@@ -177,27 +201,13 @@ def step_kernel(table, tensors, RULE: tl.constexpr, P: tl.constexpr, G: tl.const
                 old, p, s0, s1, s2 = stepped(entry, p_scale, p_zero, scale0, scale1, scale2, row, col + done, limit, columns, RULE, P, G, S0,
                                              S1, S2, P_SPLIT, S_SPLIT, P2)
                 tl.debug_barrier()  # the loads above before the stores below, whichever thread does which
-                if S0 >= 3 and not S_SPLIT:
-                    store_piece(tl.load(entry + STATE0), s0, new0, zero0, 0, row, col + done, limit, columns, S0, False, P2)
-                else:
-                    store_state(entry + STATE0, s0, row, col + done, limit, columns, s_block, S0, S_SPLIT, P2)
-                if S1 >= 3 and not S_SPLIT:
-                    store_piece(tl.load(entry + STATE1), s1, new1, zero1, 0, row, col + done, limit, columns, S1, False, P2)
-                else:
-                    store_state(entry + STATE1, s1, row, col + done, limit, columns, s_block, S1, S_SPLIT, P2)
-                if S2 >= 3 and not S_SPLIT:
-                    store_piece(tl.load(entry + STATE2), s2, new2, zero2, 0, row, col + done, limit, columns, S2, False, P2)
-                else:
-                    store_state(entry + STATE2, s2, row, col + done, limit, columns, s_block, S2, S_SPLIT, P2)
-                words = 0
-                if ROUNDS:
-                    words = operand_words(seed, step, stream, row, col + done, columns, aligned, P2)
+                store_state_piece(entry + STATE0, s0, new0, zero0, dither, row, col, done, limit, columns, s_block, S0, S_SPLIT, P2)
+                store_state_piece(entry + STATE1, s1, new1, zero1, dither, row, col, done, limit, columns, s_block, S1, S_SPLIT, P2)
+                store_state_piece(entry + STATE2, s2, new2, zero2, dither, row, col, done, limit, columns, s_block, S2, S_SPLIT, P2)
                 if P_BLOCKED and not P_SPLIT:
-                    store_piece(param, p, new_scale, new_zero, words, row, col + done, tl.where(changed != 0, limit, 0), columns, P, True, P2)
-                elif P_BLOCKED:
-                    store_blocks(param, p_scales, p_zeros, p, old, words, row, col + done, limit, columns, p_block, P, True, True, True, P2)
+                    store_piece(param, p, new_scale, new_zero, key, row, col, done, tl.where(changed != 0, limit, 0), columns, P, STOCHASTIC, P2)
                 else:
-                    store_floats(param, p, words, row, col + done, limit, columns, P, ROUNDS, P2)
+                    store_param(param, p_scales, p_zeros, p, old, key, row, col + done, limit, columns, p_block, P, P_SPLIT, P2)
             tl.debug_barrier()  # every thread has read the old scales
             at_s, at_p = row * tl.cdiv(columns, s_block) + col // s_block, row * tl.cdiv(columns, p_block) + col // p_block
             if S0 >= 3 and not S_SPLIT:

@@ -39,9 +39,12 @@ def pytest_report_header(config):
 
 @pytest.fixture(autouse=True)
 def fresh_but_repeatable(request):
-    """Seeds torch per test; afterwards instruction set, threads and backend are as they were."""
+    """Seeds torch per test; afterwards instruction set and threads are as they were.
+
+    One thread, unless a test says otherwise: on a busy machine torch's small operations wait 20 ms for a second one."""
     torch.manual_seed(SEED ^ zlib.crc32(request.node.nodeid.encode()))
     level, threads = _C.isa(), torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
     _C.set_isa(level)
     torch.set_num_threads(threads)
@@ -89,6 +92,15 @@ def reference(op, *args, **kwargs):
     """What the reference backend gives."""
     with gradmill.use_backend("reference"):
         return op(*args, **kwargs)
+
+
+def assert_native_is_reference(op, *args, what=""):
+    """The native backend's result, at every instruction set, has the reference's bits."""
+    want = reference(op, *args)
+    for level in LEVELS:
+        with running(level):
+            assert_same_bits(op(*args), want, f"{level} {what}")
+    return want
 
 
 # --- comparison -------------------------------------------------------------------------------------------

@@ -38,8 +38,8 @@ def run(*arguments):
     return code, json.loads((out / "demo.json").read_text())
 
 
-def options(text, out, **more):
-    return demo.Options(**{**dict(width=64, depth=1, batch=2, seq=32, threads=1, device="cpu", steps=6, text=str(text), out=str(out)), **more})
+def options(folder, out, **more):
+    return demo.Options(**{**dict(width=64, depth=1, batch=2, seq=32, threads=1, device="cpu", steps=6, text=str(folder), out=str(out)), **more})
 
 
 # --- runs -------------------------------------------------------------------------------------------------

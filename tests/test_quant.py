@@ -8,7 +8,7 @@ from gradmill.reference.philox import words
 from gradmill.reference.quant import sqrt
 from hypothesis import given, strategies as st
 
-from .conftest import (BLOCKED, FLOATS, FLT_MAX, LEVELS, SPECIAL, assert_same_bits, isa, key, layouts, reference, running, threads, wild)
+from .conftest import (BLOCKED, FLOATS, FLT_MAX, LEVELS, SPECIAL, assert_native_is_reference, assert_same_bits, key, layouts, reference, running, threads, wild)
 
 SCALED = ("int8", "uint8", "int4", "uint4")
 SHAPES = [(1, 1), (1, 2), (3, 1), (2, 7), (5, 31), (7, 64), (3, 127), (2, 256), (4, 257), (13, 521), (1, 1031)]
@@ -156,14 +156,13 @@ def test_float_codes_keep_their_relative_precision():
 # --- native against reference -----------------------------------------------------------------------------
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("code", BLOCKED)
-def test_quantize_is_bit_equal_to_the_reference(level, code, dtype):
+def test_quantize_is_bit_equal_to_the_reference(code, dtype):
     for shape in SHAPES + EMPTY:
         x = inputs(code, *shape, dtype=dtype)
         for block in (0, 2, 64, 256, 1000):
             for transpose in (False, True):
                 for k in (None, key(-5, 3)):
-                    want = reference(quantize, x, code, block, transpose, k, 7 << 8)
-                    assert_same_bits(quantize(x, code, block, transpose, k, 7 << 8), want, f"{shape} block {block} {transpose} {k}")
+                    assert_native_is_reference(quantize, x, code, block, transpose, k, 7 << 8, what=f"{shape} block {block} {transpose} {k}")
 
 
 @given(rows=st.integers(0, 9), columns=st.integers(0, 400), block=st.integers(0, 130), code=st.sampled_from(BLOCKED),
@@ -173,17 +172,12 @@ def test_quantize_and_back_are_bit_equal_for_any_shape_block_and_key(rows, colum
     block *= 2 if Format(code).bits == 4 else 1
     x = inputs(code, rows, columns, generator=torch.Generator().manual_seed(seed % 2 ** 63))
     k = key(seed, step) if stochastic else None
-    want = reference(quantize, x, code, block, transpose, k, stream)
-    width = rows if transpose else columns
-    values = reference(dequantize, *want, code, block, width, torch.float32)
-    for variant in LEVELS:
-        with running(variant):
-            assert_same_bits(quantize(x, code, block, transpose, k, stream), want, variant)
-            assert_same_bits(dequantize(*want, code, block, width, torch.float32), values, variant)
+    packed = assert_native_is_reference(quantize, x, code, block, transpose, k, stream)
+    assert_native_is_reference(dequantize, *packed, code, block, rows if transpose else columns, torch.float32)
 
 
 @pytest.mark.parametrize("code", BLOCKED)
-def test_quantize_special_values(level, code):
+def test_quantize_special_values(code):
     special = torch.tensor(SPECIAL)
     if code == "square8":
         special = special.abs()
@@ -197,10 +191,8 @@ def test_quantize_special_values(level, code):
         for dtype in FLOATS:
             for block in (0, 4):
                 for k in (None, key(9, 1)):
-                    want = reference(quantize, x.to(dtype), code, block, False, k)
-                    assert_same_bits(quantize(x.to(dtype), code, block, False, k), want, f"{x.flatten()[:4]} {dtype} {block} {k}")
-                    back = reference(dequantize, *want, code, block, x.shape[1], torch.float32)
-                    assert_same_bits(dequantize(*want, code, block, x.shape[1], torch.float32), back)
+                    packed = assert_native_is_reference(quantize, x.to(dtype), code, block, False, k, what=f"{x.flatten()[:4]} {dtype} {block} {k}")
+                    assert_native_is_reference(dequantize, *packed, code, block, x.shape[1], torch.float32)
 
 
 @pytest.mark.parametrize("code", BLOCKED)
@@ -238,7 +230,7 @@ def test_quantize_threads_and_levels_give_the_same_bits(code):
 
 
 @pytest.mark.parametrize("code", BLOCKED)
-def test_dequantize_any_codes_and_scales(level, code):
+def test_dequantize_any_codes_and_scales(code):
     """Codes no quantiser writes (-128, nibble -8) and scales of every kind, into each float type."""
     for rows, columns in [(1, 1), (3, 5), (5, 64), (2, 251), (11, 300), *EMPTY]:
         for block in (0, 2, 64, 130):
@@ -250,8 +242,7 @@ def test_dequantize_any_codes_and_scales(level, code):
                 scales.view(-1)[:5] = torch.tensor([float("nan"), float("inf"), 0.0, 1e-44, FLT_MAX])
             zeros = torch.randint(0, 2 ** format.bits, blocks, dtype=torch.uint8) if format.has_zero_point else torch.empty(0, dtype=torch.uint8)
             for dtype in FLOATS:
-                want = reference(dequantize, codes, scales, zeros, code, block, columns, dtype)
-                assert_same_bits(dequantize(codes, scales, zeros, code, block, columns, dtype), want, f"{rows}x{columns} {block} {dtype}")
+                assert_native_is_reference(dequantize, codes, scales, zeros, code, block, columns, dtype, what=f"{rows}x{columns} {block} {dtype}")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

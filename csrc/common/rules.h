@@ -44,8 +44,8 @@ struct AdamWAmsgrad {
 };
 
 // name in Python, struct: the number native code uses is the place in this list.
-#define GM_RULES(X)     \
-  X("adamw", AdamW)     \
+#define GM_RULES(X)                \
+  X("adamw", AdamW)                \
   X("adamw_amsgrad", AdamWAmsgrad)
 
 }  // namespace

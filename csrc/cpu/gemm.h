@@ -14,8 +14,9 @@
 // a few bytes per cycle. Each tile packs its own operands: no barrier, and at these sizes packing costs 1/392 +
 // 1/1024 of an element's work per element, 2-4 % of the time, in exchange.
 //
-// Measured, Zen 4, 2048 cubed fp32, one thread: 165-185 ms (93-104 GFLOP/s), 1.0-1.1x the speed of torch's matmul.
-// The loops were worth nothing (0.6x) while gcc spilled half the accumulators: see in_register.
+// Measured, Zen 4, 2048 cubed fp32, one thread's CPU time: AVX2 170 ms (101 GFLOP/s), AVX-512 178 ms, torch's matmul
+// in the same run 185 ms; with an INT4 b to decode 168, 175 and 180. in_register matters as much as the blocking: with
+// half of the accumulators spilled by gcc the int8 products took 1.6 (AVX2) and 2 times (VNNI) as long.
 //
 // The sums are added in an order that depends on k alone: KC by KC, never on tiles or threads.
 #pragma once
@@ -43,7 +44,8 @@ inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 // Aligned working memory of one thread; freed at the end of its scope.
 struct Scratch {
   lane* data;
-  explicit Scratch(int64_t lanes) : data(static_cast<lane*>(aligned_alloc(64, static_cast<size_t>(round_up(lanes * 4 + 64, 64))))) {
+  explicit Scratch(int64_t lanes) {
+    data = static_cast<lane*>(aligned_alloc(64, static_cast<size_t>(round_up(lanes * 4 + 64, 64))));
     if (!data) abort();  // inside a parallel region there is nobody to tell
   }
   ~Scratch() { free(data); }
@@ -236,7 +238,8 @@ void gemm(const Extent& e, const A& a, const B& b, const Epilogue& epilogue) {
   {
     typedef typename Lanes::Sum Sum;
     constexpr int64_t lanes_per_sum = sizeof(Sum) / sizeof(lane);
-    Scratch packed_a(rows * min_of(KC, e.k) + W), packed_b(stride * min_of(KC, e.k) + W), tile((rows + 1) * stride * lanes_per_sum);
+    const int64_t depth = min_of(KC, e.k);
+    Scratch packed_a(rows * depth + W), packed_b(stride * depth + W), tile((rows + 1) * stride * lanes_per_sum);
     Sum* const sums = reinterpret_cast<Sum*>(tile.data);
 #pragma omp for schedule(dynamic)
     for (int64_t t = 0; t < tiles_down * tiles_across; ++t) {
@@ -296,20 +299,25 @@ GM_HD void dot_rows(int64_t lanes, const lane* __restrict a, int64_t a_stride, c
     for (int c = 0; c < kDotColumns; ++c) out[r * out_stride + c] += Lanes::total(acc[r][c]);
 }
 
+// Rows [0, m) as lanes, each padded with zeros to `stride`.
+template <class Reader>
+void read_rows(const Rows<Reader>& a, int64_t m, int64_t k, int64_t stride, lane* out) {
+  if (k == 0) return;  // there may be no memory behind a
+  for (int64_t i = 0; i < m; ++i, out += stride) {
+    const lane* in = a.reader.read(i, 0, k, out);
+    if (in != out) memcpy(out, in, static_cast<size_t>(k) * sizeof(lane));
+    for (int64_t pad = k; pad < stride; ++pad) out[pad] = 0;
+  }
+}
+
 template <class Lanes, class A, class B, class Epilogue>
 void dot_products(const Extent& e, const Rows<A>& a, const Rows<B>& b, const Epilogue& epilogue) {
   if (e.m <= 0 || e.n <= 0) return;
   typedef typename Lanes::Sum Sum;
   constexpr int64_t chunk = 32;  // columns of one epilogue call
-  // a whole, as lanes, each row padded to whole vectors.
   const int64_t stride = round_up(e.k, W);
   Scratch all_a(e.m * stride);
-  for (int64_t i = 0; i < e.m; ++i) {
-    lane* out = all_a.data + i * stride;
-    const lane* in = a.reader.read(i, 0, e.k, out);
-    if (in != out) memcpy(out, in, static_cast<size_t>(e.k) * sizeof(lane));
-    for (int64_t k = e.k; k < stride; ++k) out[k] = 0;
-  }
+  read_rows(a, e.m, e.k, stride, all_a.data);
   const bool parallel = static_cast<double>(e.n) * static_cast<double>(e.k) > 3e4;
 #pragma omp parallel if (parallel)
   {
@@ -355,11 +363,7 @@ void add_scaled_rows(const Extent& e, const Rows<FloatReader>& a, const Columns<
   constexpr int group = 8;
   const int64_t chunk = e.n >= 1024 * omp_get_max_threads() ? 512 : 128, stride = chunk + W;
   Scratch all_a(e.m * e.k);
-  for (int64_t i = 0; i < e.m; ++i) {
-    lane* out = all_a.data + i * e.k;
-    const lane* in = a.reader.read(i, 0, e.k, out);
-    if (in != out) memcpy(out, in, static_cast<size_t>(e.k) * sizeof(lane));
-  }
+  read_rows(a, e.m, e.k, e.k, all_a.data);
   const float* factors = reinterpret_cast<const float*>(all_a.data);
   const bool parallel = static_cast<double>(e.n) * static_cast<double>(e.k) > 3e4;
 #pragma omp parallel if (parallel)

@@ -5,17 +5,19 @@
 // m = 16 or so. Per core and cycle: fp32 FMA 16 multiply-adds; vpmaddwd + vpaddd at 256 or 512 bits 32, both taking
 // all four vector pipes of a Zen 4 core; vpdpbusd 64. So the limit is 2x fp32 without VNNI and 4x with.
 // Measured at 2048 cubed, Zen 4, one thread's CPU time, against torch's fp32 matmul in the same run:
-// AVX2 1.75x (105 ms against 185), AVX-512 1.59x, VNNI 3.94x; m = 1 to 64 at 4096 x 4096: AVX2 1.5-2.6x, VNNI 4.3-6.6x.
+// AVX2 1.77x (103 ms against 183), AVX-512 1.63x, VNNI 4.2x; m = 1 to 64 at 4096 x 4096: AVX2 1.5-2.6x, VNNI 4.3-6.6x.
 // Counted and dropped: vpmaddubsw with the sign trick needs vpsignb, vpmaddubsw, vpmaddwd and vpaddd for 32 products,
 // as many instructions as two vpmaddwd and two vpaddd, and saturates at -128.
 //
 // packed: float x times an INT8/UINT8/INT4/UINT4 (or plain) weight, accumulated in fp32. Three ways by shape:
-//   m <= 4     gemv: bytes bound (INT4 4096 x 4096: 8.4 MB against fp32's 67), in practice bound by the five vector
-//              instructions that turn eight nibbles into floats and add them: limit 6 weights a cycle, reached 4.
-//              Batch 1, same measure: AVX2 2.5x of torch's fp32, AVX-512 3.2-3.7x.
-//   m <= 16    dot products on decoded rows, or added rows when transposed. INT4, m = 16: AVX2 1.4x, AVX-512 1.8x.
-//   beyond     the fp32 gemm, dequantising while it packs: 2 m n k operations at fp32 speed.
-// Tried: gcc's own code for nibbles (2x slower over the whole gemv), two sums instead of four in the gemv (no change).
+//   m <= 4   gemv: 8.4 MB of INT4 at 4096 x 4096 against fp32's 67, but five vector instructions to turn W nibbles into
+//            floats and add them (four with AVX-512), so bound by instructions: about 8 weights in 1.3 cycles at best.
+//            Batch 1: AVX2 1.3 ms, AVX-512 1.0 ms, torch's fp32 3.1-3.4 ms (2.5x, 3.2-3.7x).
+//   m <= 16  dot products on decoded rows, or added rows when transposed. INT4, m = 16: AVX2 1.4x, AVX-512 1.8x.
+//   beyond   the fp32 gemm, dequantising while it packs. INT4, 2048 cubed: AVX2 1.07x, AVX-512 1.03x.
+//            Weak: m = 32 is at 1.0x, where packing is not yet paid for.
+// Tried: decoding to L1 before the dot product at m = 1 (2.8 ms), gcc's own code for nibbles there (3.6 ms); two sums a
+// row instead of four in the gemv (no difference).
 #include "gemm.h"
 
 namespace gradmill {
@@ -29,7 +31,7 @@ inline void store_floats(void* out, int code, int64_t at, const float* x, int64_
 }
 
 // --- int8 -------------------------------------------------------------------------------------------------
-// What a lane holds, by level: portable one code as a float (no sum of fewer than 1024 products leaves fp32's exact
+// What a lane holds, by level: portable one code as a float (no sum of up to 1024 products leaves fp32's exact
 // range), AVX2 and AVX-512 two as int16 for vpmaddwd, VNNI four as bytes for vpdpbusd.
 constexpr int kPerLane = GM_LEVEL == kPortable ? 1 : GM_LEVEL < kAvx512Vnni ? 2 : 4;
 // vpdpbusd wants its first operand unsigned, so a is read as a + 128. The products of a row of zeros, 128 *
@@ -236,7 +238,7 @@ void packed_matmul(const PackedMatmulArgs& p) {
   const Columns<FloatReader> columns{{p.w}};
   const StoreFloats epilogue{p.out, p.out_code, n, p.bias};
 #if GM_LEVEL >= 1
-  if (!p.transpose && p.m <= kGemvRows && is_blocked(p.w.code)) {
+  if (!p.transpose && p.m > 0 && p.m <= kGemvRows && k > 0 && p.w.code >= kInt8 && p.w.code <= kUInt4) {
     if (p.w.code == kInt4) gemv<NibbleDecoder<true>>(p, epilogue);
     else if (p.w.code == kUInt4) gemv<NibbleDecoder<false>>(p, epilogue);
     else if (p.w.code == kInt8) gemv<ByteDecoder<true>>(p, epilogue);

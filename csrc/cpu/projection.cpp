@@ -1,12 +1,13 @@
 // Gradient projections: into a smaller space, and back into the weight.
 //
-// project: 2 m n rank operations; the gradient is read once from memory (packing decodes it), the basis is small.
-// Bound by multiplies from rank 32 or so. 1024 x 4096, rank 128, Zen 4, one thread's CPU time: 0.9 of the time of one
-// torch fp32 matmul with fp32, INT8 or INT4 basis, right or left (10.9 ms against 12).
+// project: 2 m n rank operations; the gradient is read from memory once, the basis is small: bound by multiplies.
+// 1024 x 4096, rank 128, Zen 4, one thread's CPU time: 10.7-11.0 ms with an fp32, INT8 or INT4 basis, right or left,
+// against 11.8-12.3 for one torch fp32 matmul of that shape in the same run.
 //
-// project_back: as many operations, and the weight is read and written once, 2 x its storage; the update exists only
-// as the sums of one gemm tile. Same shape, fp32 weight 12.4 ms against 11.1 for torch's addmm_, which does the same
-// work; INT8 and INT4 weights 17-22 ms, where Philox and the division of each element by its scale are the difference.
+// project_back: as many operations, and the weight is read and written once, in its own format; the update exists only
+// as the sums of one gemm tile. Same shape: fp32 weight 12.4 ms (AVX2), INT8 and INT4 21.7 (AVX-512: 12.0, 17), against
+// 11.2 for torch's addmm_ on fp32. In a profile of the INT8 case storing the tile, random words included, takes as
+// long as multiplying.
 #include "gemm.h"
 
 namespace gradmill {

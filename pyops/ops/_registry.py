@@ -47,9 +47,12 @@ def use_backend(name: str | None):
 # --- which backends can run here --------------------------------------------------------------------------
 def native_module():
     """gradmill._C; BackendError with the reason where it is missing."""
-    try:
-        from gradmill import _C
-        return _C
+    import gradmill
+
+    if gradmill._C is not None:
+        return gradmill._C
+    try:  # again, for the reason
+        return importlib.import_module("gradmill._C")
     except ImportError as error:
         raise BackendError(f"gradmill's native module could not be imported ({error}); reinstall gradmill") from None
 

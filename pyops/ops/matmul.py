@@ -51,11 +51,11 @@ def _native_int8(a, b, a_scales, b_scales, bias, dtype):
 
 def _torch_int8(a, b, a_scales, b_scales, bias, dtype):
     """torch._int_mm: cuBLAS on CUDA (its shape limits padded away); int32, so K is split where it could overflow."""
+    chunk = 1 << 16  # 2^16 products of -128 * -128 fit an int32
     total = None
-    for k in range(0, max(a.shape[1], 1), 1 << 17):
-        part = torch._int_mm(_padded(a[:, k:k + (1 << 17)], 32), _padded(b[:, k:k + (1 << 17)], 32).t())
-        part = part[:a.shape[0], :b.shape[0]]
-        total = part if total is None and a.shape[1] <= 1 << 17 else part.to(torch.float64) + (0 if total is None else total)
+    for k in range(0, max(a.shape[1], 1), chunk):
+        part = torch._int_mm(_padded(a[:, k:k + chunk], 32), _padded(b[:, k:k + chunk], 32).t())[:a.shape[0], :b.shape[0]]
+        total = part if a.shape[1] <= chunk else part.to(torch.float64) + (0 if total is None else total)
     out = total.to(torch.float32) * a_scales * b_scales.view(1, -1)
     return (out if bias is None else out + bias.to(torch.float32)).to(dtype)
 

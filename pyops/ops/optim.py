@@ -77,7 +77,7 @@ def _matrix_shape(g):
     """(rows, columns) of the 2-D view that formats see."""
     if g.dim() < 2:
         return 1, g.numel()
-    return g.shape[0], g.numel() // g.shape[0] if g.shape[0] else 0
+    return g.shape[0], g.shape[1:].numel()
 
 
 def _fake(*args, **kwargs):

@@ -135,11 +135,7 @@ def _torch_basis(grad, previous, rank, iterations, left, key, stream):
     g = grad.to(torch.float32)
     if left:
         g = g.t()
-    q = previous if previous is not None else reference.random_basis(rank, g.shape[1], key, stream).to(g.device)
-    q = q.t()
-    for _ in range(iterations):
-        q = orthonormal(g.t() @ (g @ q))
-    return q.t().contiguous()
+    return reference.power_iteration(g, previous, rank, iterations, key, stream, orthonormal).t().contiguous()
 
 
 subspace_basis = Op(

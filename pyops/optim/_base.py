@@ -10,8 +10,9 @@ from torch.optim import Optimizer
 
 from gradmill import formats
 from gradmill.formats import Format
+from gradmill.ops._registry import describe, short
 from gradmill.ops.optim import MAX_SCALARS, fused_step
-from gradmill.ops.quant import dequantize, quantize
+from gradmill.ops.quant import FLOATS, dequantize, quantize
 from gradmill.optim.rules import RULES
 from gradmill.reference.optim import as_matrix
 from gradmill.weight import QuantizedWeight
@@ -82,9 +83,7 @@ class FusedOptimizer(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            if group["states"] not in STATES:
-                raise ValueError(f"states is {group['states']!r}; it must be one of {', '.join(STATES)}")
-            self.check_group(group)
+            self._check_options(group)
             for p in group["params"]:
                 if formats.float_code(p.dtype) is None:
                     raise TypeError(f"a parameter of shape {tuple(p.shape)} is {p.dtype}; gradmill.optim steps float32, bfloat16 and "
@@ -92,6 +91,11 @@ class FusedOptimizer(Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
+
+    def _check_options(self, group):
+        if group["states"] not in STATES:
+            raise ValueError(f"states is {group['states']!r}; it must be one of {', '.join(STATES)}")
+        self.check_group(group)
 
     def _rng_id(self, p) -> int:
         """The parameter's order of first appearance, which numbers its random bits."""
@@ -220,12 +224,16 @@ class FusedOptimizer(Optimizer):
             raise ValueError("loaded state dict has a different number of parameter groups")
         if any(len(a["params"]) != len(b["params"]) for a, b in zip(groups, self.param_groups)):
             raise ValueError("loaded state dict contains a parameter group that doesn't match the size of optimizer's group")
-        state = {}
-        for saved_group, group in zip(groups, self.param_groups):
-            for index, p in zip(saved_group["params"], group["params"]):
-                if index in state_dict["state"]:
-                    state[index] = self._adopt(dict(state_dict["state"][index]), p, {**group, **saved_group}, index)
         merged = [{**{k: v for k, v in mine.items() if k != "params"}, **saved} for mine, saved in zip(self.param_groups, groups)]
+        state = {}
+        for saved, group, mine in zip(groups, merged, self.param_groups):
+            try:
+                self._check_options(group)
+            except (TypeError, ValueError) as error:
+                raise CheckpointError(f"a parameter group cannot be loaded: {error}") from None
+            for index, p in zip(saved["params"], mine["params"]):
+                if index in state_dict["state"]:
+                    state[index] = self._adopt(dict(state_dict["state"][index]), p, group, index)
         hooks, self._optimizer_load_state_dict_pre_hooks = self._optimizer_load_state_dict_pre_hooks, type(self._optimizer_load_state_dict_pre_hooks)()
         try:
             super().load_state_dict({**state_dict, "state": state, "param_groups": merged})
@@ -241,38 +249,44 @@ class FusedOptimizer(Optimizer):
 
     def _adopt(self, saved: dict, p, group: dict, index) -> dict:
         """A saved state, checked and converted to what this group stores, its tensors wrapped in _Kept."""
-        saved.setdefault("rng_id", self._rng_id(p))
-        if not isinstance(saved.get("step"), torch.Tensor):
-            saved["step"] = torch.tensor(float(saved.get("step", 0.0)))
-        saved["step"] = saved["step"].detach().to("cpu", torch.float32).clone()
+        rng_id = saved.setdefault("rng_id", self._rng_id(p))
+        if not isinstance(rng_id, int) or rng_id < 0:
+            raise CheckpointError(f"state {index}: rng_id is {rng_id!r}; it must be an int of at least 0")
+        try:
+            step = float(saved.get("step", 0.0))
+        except (TypeError, ValueError, RuntimeError):
+            step = -1.0
+        if not step >= 0:
+            raise CheckpointError(f"state {index}: step is {saved['step']!r}; it must be one number of at least 0")
+        saved["step"] = torch.tensor(step)
         self._adopt_states(saved, p, group, index)
         return {k: _Kept(v) if isinstance(v, torch.Tensor) else v for k, v in saved.items()}
+
+    @staticmethod
+    def _adopt_tensor(saved: dict, name: str, dtypes, shape, device, index) -> torch.Tensor:
+        """saved[name] copied to ``device``; CheckpointError unless it is a tensor of one of ``dtypes`` and of ``shape``."""
+        value = saved.pop(name, None)
+        if not isinstance(value, torch.Tensor) or value.dtype not in dtypes or tuple(value.shape) != tuple(shape):
+            raise CheckpointError(f"state {index}: {name} is {describe(value)}; it must be {short(dtypes)} of shape {tuple(shape)}")
+        return value.detach().to(device, copy=True)
 
     def _adopt_states(self, saved, like, group, index):
         rows, columns = as_matrix(like).shape
         wanted = self.state_formats(group, rows, columns, like.dim())
         for name, code, format in zip(RULES[self.rule(group)].states, RULES[self.rule(group)].state_codes, wanted):
-            stored = Format(code, BLOCK)
             if f"{name}_codes" in saved:
-                codes, scales = saved.pop(f"{name}_codes"), saved.pop(f"{name}_scales", None)
-                expected = (rows, stored.code_columns(columns)), (rows, stored.blocks(columns))
-                if scales is None or (tuple(codes.shape), tuple(scales.shape)) != expected or codes.dtype != stored.code_dtype:
-                    raise CheckpointError(f"state {index}: {name}_codes and _scales do not fit a parameter of shape {tuple(like.shape)}: "
-                                          f"got {tuple(codes.shape)} {codes.dtype} and {None if scales is None else tuple(scales.shape)}")
+                stored = Format(code, BLOCK)
+                codes = self._adopt_tensor(saved, f"{name}_codes", (stored.code_dtype,), (rows, stored.code_columns(columns)), like.device, index)
+                scales = self._adopt_tensor(saved, f"{name}_scales", (torch.float32,), (rows, stored.blocks(columns)), like.device, index)
                 if format.blocked:
-                    saved[f"{name}_codes"] = codes.to(like.device, copy=True)
-                    saved[f"{name}_scales"] = scales.to(like.device, torch.float32, copy=True)
+                    saved[f"{name}_codes"], saved[f"{name}_scales"] = codes, scales
                     continue
-                value = dequantize(codes.to(like.device), scales.to(like.device), scales.new_empty(0, dtype=torch.uint8), code, BLOCK,
-                                   columns, torch.float32).view(like.shape)
+                value = dequantize(codes, scales, scales.new_empty(0, dtype=torch.uint8), code, BLOCK, columns, torch.float32).view(like.shape)
             elif name in saved:
-                value = saved.pop(name)
-                if tuple(value.shape) != tuple(like.shape):
-                    raise CheckpointError(f"state {index}: {name} has shape {tuple(value.shape)}; its parameter has {tuple(like.shape)}")
-                value = value.to(like.device)
+                value = self._adopt_tensor(saved, name, FLOATS + (torch.float64,), like.shape, like.device, index)
             else:
                 raise CheckpointError(f"state {index}: neither {name} nor {name}_codes is there; got {', '.join(sorted(saved))}")
             if format.blocked:
                 saved[f"{name}_codes"], saved[f"{name}_scales"], _ = quantize(as_matrix(value.to(torch.float32)), code, BLOCK)
             else:
-                saved[name] = value.to(format.code_dtype, copy=True)
+                saved[name] = value.to(format.code_dtype)

@@ -6,20 +6,21 @@ import torch
 from gradmill.optim._base import FusedOptimizer
 
 
-def check_adam(group: dict):
-    """torch.optim's checks and messages for lr, betas, eps and weight_decay."""
+# torch.optim's checks, with its messages.
+def check_lr_and_decay(group: dict):
     lr = group["lr"]
     if isinstance(lr, torch.Tensor) and lr.numel() != 1:
         raise ValueError("Tensor lr must be 1-element")
     if not 0.0 <= lr:
         raise ValueError(f"Invalid learning rate: {lr}")
-    if not 0.0 <= group["eps"]:
-        raise ValueError(f"Invalid epsilon value: {group['eps']}")
+    if not 0.0 <= group["weight_decay"]:
+        raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")
+
+
+def check_betas(group: dict):
     for i, beta in enumerate(group["betas"]):
         if not 0.0 <= beta < 1.0:
             raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
-    if not 0.0 <= group["weight_decay"]:
-        raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")
 
 
 def refuse(optimizer: str, **options):
@@ -52,7 +53,10 @@ class AdamW(FusedOptimizer):
                          min_quantized_numel=min_quantized_numel, maximize=maximize, seed=seed)
 
     def check_group(self, group):
-        check_adam(group)
+        check_lr_and_decay(group)
+        if not 0.0 <= group["eps"]:
+            raise ValueError(f"Invalid epsilon value: {group['eps']}")
+        check_betas(group)
 
     def rule(self, group):
         return "adamw_amsgrad" if group.get("amsgrad") else "adamw"

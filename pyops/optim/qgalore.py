@@ -6,7 +6,7 @@ import torch
 from gradmill.formats import Format, float_code
 from gradmill.ops.projection import project, project_back, subspace_basis
 from gradmill.ops.quant import dequantize, quantize
-from gradmill.optim._base import CheckpointError, Item
+from gradmill.optim._base import CheckpointError, FusedOptimizer, Item
 from gradmill.optim.adamw import AdamW
 from gradmill.reference.optim import as_matrix
 from gradmill.reference.philox import stream
@@ -35,7 +35,7 @@ class QGaLoreAdamW(AdamW):
         adaptive: True doubles a parameter's interval when the mean absolute cosine between the first vectors of its last
             5 refreshes reaches ``cosine_threshold`` (0.4), up to ``max_refresh_every``; the queue then starts anew.
             (The official code uses the signed cosine, never clears the queue and lets the interval grow without bound.)
-        max_refresh_every: cap of the interval, default 16 * refresh_every.
+        max_refresh_every: cap of the interval; None means 16 * refresh_every.
         bits, group_size: the basis is packed in 4 or 8 bits with a zero point, ``group_size`` elements of a basis vector
             sharing a scale.
         iterations: block power iterations of a refresh from the last basis; the first basis takes one more. A refresh
@@ -47,26 +47,20 @@ class QGaLoreAdamW(AdamW):
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, amsgrad=False, *, rank=None, scale=0.25,
                  refresh_every=200, adaptive=True, cosine_threshold=0.4, max_refresh_every=None, bits=4, group_size=256, iterations=1,
                  maximize=False, states="int8", min_quantized_numel=4096, seed=None):
-        self._projection_defaults = dict(
-            rank=rank, scale=scale, refresh_every=refresh_every, adaptive=adaptive, cosine_threshold=cosine_threshold,
-            max_refresh_every=16 * refresh_every if max_refresh_every is None else max_refresh_every, bits=bits, group_size=group_size,
-            iterations=iterations)
-        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, states=states,
-                         min_quantized_numel=min_quantized_numel, seed=seed)
-
-    def add_param_group(self, param_group):
-        for name, value in self._projection_defaults.items():
-            param_group.setdefault(name, value)
-        super().add_param_group(param_group)
+        FusedOptimizer.__init__(
+            self, params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, rank=rank, scale=scale,
+                               refresh_every=refresh_every, adaptive=adaptive, cosine_threshold=cosine_threshold,
+                               max_refresh_every=max_refresh_every, bits=bits, group_size=group_size, iterations=iterations),
+            states=states, min_quantized_numel=min_quantized_numel, maximize=maximize, seed=seed)
 
     def check_group(self, group):
         super().check_group(group)
         want = {"rank": group["rank"] is None or (isinstance(group["rank"], int) and group["rank"] >= 1), "scale": group["scale"] > 0,
                 "refresh_every": group["refresh_every"] >= 1, "cosine_threshold": 0 <= group["cosine_threshold"] <= 1,
-                "max_refresh_every": group["max_refresh_every"] >= group["refresh_every"], "bits": group["bits"] in (4, 8),
+                "max_refresh_every": group["max_refresh_every"] is None or group["max_refresh_every"] >= group["refresh_every"], "bits": group["bits"] in (4, 8),
                 "group_size": group["group_size"] >= 0 and group["group_size"] % 2 == 0, "iterations": group["iterations"] >= 1}
         meaning = {"rank": "None or an int of at least 1", "scale": "positive", "refresh_every": "at least 1", "cosine_threshold": "in [0, 1]",
-                   "max_refresh_every": "at least refresh_every", "bits": "4 or 8", "group_size": "0 (a whole basis vector) or even",
+                   "max_refresh_every": "None or at least refresh_every", "bits": "4 or 8", "group_size": "0 (a whole basis vector) or even",
                    "iterations": "at least 1"}
         for name, good in want.items():
             if not good:
@@ -121,12 +115,15 @@ class QGaLoreAdamW(AdamW):
         format = self._basis_format(group)
         key = torch.tensor([group["seed"], step], dtype=torch.int64)
         old = self._basis(state, format, d)
+        if old is not None and not torch.isfinite(old).all():
+            old = None  # a nan gradient spoilt it: start again
         basis = subspace_basis(g, old, group["rank"], group["iterations"] + (old is None), left, key, stream(state["rng_id"], "basis"))
         if old is not None and group["adaptive"]:
             cosine = torch.nn.functional.cosine_similarity(basis[0], old[0], dim=0).abs().cpu()
             state["cosines"] = torch.cat((state["cosines"], cosine[None]))[-QUEUE:]
             if len(state["cosines"]) == QUEUE and float(state["cosines"].mean()) >= group["cosine_threshold"]:
-                state["refresh_interval"] = min(2 * state["refresh_interval"], group["max_refresh_every"])
+                cap = 16 * group["refresh_every"] if group["max_refresh_every"] is None else group["max_refresh_every"]
+                state["refresh_interval"] = min(2 * state["refresh_interval"], cap)
                 state["cosines"] = torch.zeros(0)
         state["next_refresh"] = step + state["refresh_interval"]
         state["basis_codes"], state["basis_scales"], state["basis_zeros"] = quantize(basis, format.code, format.block)
@@ -166,13 +163,16 @@ class QGaLoreAdamW(AdamW):
         left = self._left(like.shape[0], like.shape[1:].numel())
         d = like.shape[0] if left else like.shape[1:].numel()
         format = self._basis_format(group)
-        names = ("basis_codes", "basis_scales", "basis_zeros")
-        if all(n in saved for n in names):
-            blocks = (group["rank"], format.blocks(d))
-            expected = [(group["rank"], format.code_columns(d)), blocks, blocks]
-            if [tuple(saved[n].shape) for n in names] != expected:
-                raise CheckpointError(f"state {index}: the basis does not fit a parameter of shape {tuple(like.shape)} with rank {group['rank']}")
-        for n in names:
-            if n in saved:
-                saved[n] = saved[n].to(like.device, copy=True)
-        saved["cosines"] = saved["cosines"].to("cpu", copy=True)
+        blocks = (group["rank"], format.blocks(d))
+        if "basis_codes" in saved:
+            saved["basis_codes"] = self._adopt_tensor(saved, "basis_codes", (format.code_dtype,), (group["rank"], format.code_columns(d)),
+                                                      like.device, index)
+            saved["basis_scales"] = self._adopt_tensor(saved, "basis_scales", (torch.float32,), blocks, like.device, index)
+            saved["basis_zeros"] = self._adopt_tensor(saved, "basis_zeros", (torch.uint8,), blocks, like.device, index)
+        elif saved["step"] > 0:
+            raise CheckpointError(f"state {index}: basis_codes is missing")
+        length = min(len(saved["cosines"]), QUEUE) if isinstance(saved.get("cosines"), torch.Tensor) and saved["cosines"].dim() == 1 else 0
+        saved["cosines"] = self._adopt_tensor(saved, "cosines", (torch.float32,), (length,), "cpu", index)
+        for name in ("refresh_interval", "next_refresh"):
+            if not isinstance(saved.get(name), int) or saved[name] < 1:
+                raise CheckpointError(f"state {index}: {name} is {saved.get(name)!r}; it must be an int of at least 1")

@@ -9,7 +9,7 @@ from gradmill.reference.quant import dequantize
 def matmul_int8(a, b, a_scales, b_scales, bias, dtype):
     """out = (float(a b^T) * a_scales) * b_scales^T (+ bias), the integer sum exact: see gradmill.ops.matmul."""
     # float64 adds integers below 2^53 exactly, far faster than an integer matmul in torch
-    total = (a.to(torch.float64) @ b.to(torch.float64).t()).to(torch.float32)
+    total = (a.to(torch.float64) @ b.to(torch.float64).t() + 0.0).to(torch.float32)  # + 0.0: an integer sum has no -0
     out = total * a_scales.view(-1, 1) * b_scales.view(1, -1)
     if bias is not None:
         out = out + bias.to(torch.float32)

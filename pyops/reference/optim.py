@@ -39,7 +39,7 @@ RULES = {"adamw": adamw, "adamw_amsgrad": adamw_amsgrad}
 
 def as_matrix(t):
     """The 2-D view formats see: rows = first dimension, the rest flattened; 1-D and 0-D count as one row."""
-    return t.reshape(1, -1) if t.dim() < 2 else t.reshape(t.shape[0], -1)
+    return t.reshape(1, -1) if t.dim() < 2 else t.reshape(t.shape[0], t.shape[1:].numel())
 
 
 def load(codes, scales, zeros, format, columns):

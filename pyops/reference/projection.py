@@ -43,13 +43,30 @@ def random_basis(rank, d, key, stream):
     return (torch.sqrt(-2 * torch.log(u[0])) * torch.cos(2 * torch.pi * u[1])).to(torch.float32)
 
 
+def power_iteration(g, previous, rank, iterations, key, stream, orthonormal):
+    """Q (d, rank) <- orthonormal(G^T G Q), ``iterations`` times, in g's precision.
+
+    A vector of the last basis that the gradient no longer reaches (G q = 0: units that woke up, rows of an embedding)
+    would stay lost for ever; such vectors start anew from random ones."""
+    def fresh():
+        return random_basis(rank, g.shape[1], key, stream).to(g).t()
+
+    q = fresh() if previous is None else previous.to(g.dtype).t()
+    for i in range(iterations):
+        y = g.t() @ (g @ q)
+        if i == 0 and previous is not None:
+            norms = y.norm(dim=0)
+            lost = norms <= 1e-7 * g.norm() ** 2
+            if bool(lost.any()):
+                y = g.t() @ (g @ torch.where(lost, fresh(), q))
+        q = orthonormal(y)
+    return q
+
+
 def subspace_basis(grad, previous, rank, iterations, left, key, stream):
     """See gradmill.ops.projection.subspace_basis: block power iteration in float64 with Householder QR."""
     g = grad.to(torch.float64)
     if left:
         g = g.t()  # now the projected side is columns: (m, d)
-    q = previous if previous is not None else random_basis(rank, g.shape[1], key, stream).to(g.device)
-    q = q.to(torch.float64).t()
-    for _ in range(iterations):
-        q = torch.linalg.qr(g.t() @ (g @ torch.linalg.qr(q).Q)).Q
+    q = power_iteration(g, previous, rank, iterations, key, stream, lambda y: torch.linalg.qr(y).Q)
     return q.t().to(torch.float32).contiguous()

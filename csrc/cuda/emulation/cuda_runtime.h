@@ -6,6 +6,7 @@
 // =random shuffles them in every round, and results must not change. A barrier not all threads reach aborts.
 #pragma once
 #include <math.h>
+#include <setjmp.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -66,8 +67,8 @@ struct Barrier {
   unsigned generation = 0;
 };
 struct State {
-  ucontext_t scheduler;
-  std::vector<ucontext_t> fibers;
+  std::vector<ucontext_t> fibers;  // how each starts; from then on they switch with _longjmp, which asks no kernel
+  jmp_buf to_scheduler, to_fiber[1024];
   std::vector<std::vector<char>> stacks;
   std::vector<char> done;
   std::function<void()> body;
@@ -83,9 +84,7 @@ inline void select(int fiber) {
   threadIdx = dim3(fiber % blockDim.x, fiber / blockDim.x % blockDim.y, fiber / blockDim.x / blockDim.y);
 }
 inline void yield() {
-  const int me = state.current;
-  swapcontext(&state.fibers[me], &state.scheduler);
-  select(me);
+  if (!_setjmp(state.to_fiber[state.current])) _longjmp(state.to_scheduler, 1);
 }
 inline void wait(Barrier& b, int threads) {
   const unsigned mine = b.generation;
@@ -103,7 +102,12 @@ inline void entry() {
   state.body();
   state.done[state.current] = 1;
   ++state.progress;
-  swapcontext(&state.fibers[state.current], &state.scheduler);
+  _longjmp(state.to_scheduler, 1);
+}
+inline void resume(bool started) {
+  if (_setjmp(state.to_scheduler)) return;
+  if (started) _longjmp(state.to_fiber[state.current], 1);
+  else setcontext(&state.fibers[state.current]);
 }
 inline void run_block() {
   const int n = state.threads;
@@ -122,7 +126,8 @@ inline void run_block() {
   }
   const char* order = getenv("GM_EMULATION_ORDER");
   const bool reverse = order && !strcmp(order, "reverse"), random = order && !strcmp(order, "random");
-  for (int left = n; left > 0;) {
+  bool started = false;  // whether every fiber has run once
+  for (int left = n; left > 0; started = true) {
     const long before = state.progress;
     left = 0;
     const int start = random ? rand() % n : 0, stride = random ? 2 * (rand() % (n / 2)) + 1 : 1;  // n is a power of two
@@ -130,7 +135,7 @@ inline void run_block() {
       const int fiber = reverse ? n - 1 - i : random ? (start + i * stride) % n : i;
       if (state.done[fiber]) continue;
       select(fiber);
-      swapcontext(&state.scheduler, &state.fibers[fiber]);
+      resume(started);
       left += !state.done[fiber];
     }
     if (left && state.progress == before) {

@@ -1,0 +1,192 @@
+"""matmul: INT8 matmuls, the linear layer built on them, and products with a packed weight."""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+import gradmill
+from gradmill import ops
+
+from .quant import torch_int8, torch_pack, torch_unpack, torch_zero_point
+from .runner import Bench, Work, baseline, case, ours, peer, rival
+
+
+def _operands(ctx, n):
+    """x, w fp32 and their INT8 rows: x (n, n), w (n, n), the product is x w^T."""
+    x, w = ctx.randn(n, n), ctx.randn(n, n)
+    return x, w, *ops.quantize(x, "int8")[:2], *ops.quantize(w, "int8")[:2]
+
+
+def _onednn(w8, w_scales, n):
+    """oneDNN's u8 x s8 linear, the kernel behind torch's quantised CPU inference: (u8 x, scale) -> fp32."""
+    packed = torch.ops.onednn.qlinear_prepack(w8.t(), None)
+    scales, zeros = w_scales.flatten(), torch.zeros(n, dtype=torch.int64)
+
+    def run(x_u8, scale):
+        return torch.ops.onednn.qlinear_pointwise(x_u8, scale, 128, packed, scales, zeros, None, 1.0, 0, torch.float32, "none", [], "")
+    return run
+
+
+def _bf16(ctx, n):
+    """What one would run instead on a GPU. Not on CPU: without AVX-512 BF16 it takes minutes."""
+    def make():
+        x, w = (ctx.randn(n, n, dtype=torch.bfloat16) for _ in range(2))
+        return lambda i: F.linear(x, w)
+    return make
+
+
+@case("matmul")
+def int8(ctx):
+    n = ctx.pick(2048, 128)
+
+    def make_ours():
+        _, _, x8, sx, w8, sw = _operands(ctx, n)
+        return lambda i: ops.matmul_int8(x8, w8, sx, sw, None, torch.float32)
+
+    def make_torch():
+        x, w, *_ = _operands(ctx, n)
+        return lambda i: F.linear(x, w)
+
+    def make_int_mm():
+        _, _, x8, _, w8, _ = _operands(ctx, n)
+        return lambda i: torch._int_mm(x8, w8.t())
+
+    def make_onednn():
+        _, _, x8, _, w8, sw = _operands(ctx, n)
+        run, x_u8 = _onednn(w8, sw, n), x8.to(torch.int16).add_(128).to(torch.uint8)
+        return lambda i: run(x_u8, 0.02)
+    return Bench(f"INT8 matmul {n} cubed, operands already quantised", Work(2.0 * n * n + 4.0 * n * n, 2.0 * n ** 3, "int8"), [
+        ours(make_ours), baseline("torch fp32 matmul", make_torch), rival("torch._int_mm, int32 out", make_int_mm),
+        *([rival("torch bf16 matmul", _bf16(ctx, n))] if ctx.device == "cuda" else
+          [rival("oneDNN u8s8 linear, one scale for x", make_onednn)])])
+
+
+@case("matmul", goal=("torch", 1.1))
+def int8_quantizing(ctx):
+    n = ctx.pick(2048, 128)
+
+    def make_ours():
+        x, w, *_ = _operands(ctx, n)
+
+        def run(i):
+            x8, sx, _ = ops.quantize(x, "int8")
+            w8, sw, _ = ops.quantize(w, "int8")
+            return ops.matmul_int8(x8, w8, sx, sw, None, torch.float32)
+        return run
+
+    def make_torch():
+        x, w, *_ = _operands(ctx, n)
+        return lambda i: F.linear(x, w)
+
+    def make_int_mm():
+        x, w, *_ = _operands(ctx, n)
+
+        def run(i):
+            (x8, sx), (w8, sw) = torch_int8(x), torch_int8(w)
+            return torch._int_mm(x8, w8.t()).to(torch.float32).mul_(sx).mul_(sw.t())
+        return run
+
+    def torchao_dynamic(_):
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+        x, w, *_ = _operands(ctx, n)
+        layer = torch.nn.Linear(n, n, bias=False, device=ctx.device)
+        layer.weight = torch.nn.Parameter(w, requires_grad=False)
+        layer = torch.nn.Sequential(layer)
+        quantize_(layer, Int8DynamicActivationInt8WeightConfig())
+        return torch.no_grad()(lambda i: layer(x))
+    return Bench(f"INT8 matmul {n} cubed, quantising both operands", Work(14.0 * n * n, 2.0 * n ** 3 + 8.0 * n * n, "int8"), [
+        ours(make_ours), baseline("torch fp32 matmul", make_torch), rival("torch quantise + _int_mm + scales", make_int_mm),
+        *([rival("torch bf16 matmul", _bf16(ctx, n))] if ctx.device == "cuda" else []),
+        peer("torchao", "torchao int8 dynamic (w ready)", torchao_dynamic)])
+
+
+@case("matmul")
+def linear_training(ctx):
+    tokens, width = ctx.pick((4096, 1024), (64, 128))
+
+    def inputs(dtype=torch.float32):
+        x, w, b = ctx.randn(tokens, width, dtype=dtype), ctx.randn(width, width, dtype=dtype) / 32, ctx.randn(width, dtype=dtype)
+        return *(t.requires_grad_() for t in (x, w, b)), ctx.randn(tokens, width, dtype=dtype)
+
+    def both_ways(forward, x, w, b, dy):
+        def run(i):
+            for t in (x, w, b):
+                t.grad = None
+            forward(x, w, b).backward(dy)
+        return run
+
+    def torchao_training(_):
+        from torchao.prototype.quantized_training import int8_mixed_precision_training
+        from torchao.quantization import quantize_
+        x, w, b, dy = inputs()
+        layer = torch.nn.Sequential(torch.nn.Linear(width, width, device=ctx.device))
+        quantize_(layer, int8_mixed_precision_training())
+
+        def run(i):
+            layer.zero_grad()
+            x.grad = None
+            layer(x).backward(dy)
+        return run
+    n = tokens * width
+    weights = width * width
+    # Y, dX, dW in int8; x and dy are each read once and quantised along rows and columns, w likewise.
+    work = Work(4.0 * (4 * n + 2 * weights) + 2.0 * (4 * n + 2 * weights), 6.0 * tokens * weights, "int8")
+    return Bench(f"linear forward + backward, {tokens} tokens, {width}->{width}", work, [
+        ours(lambda: both_ways(lambda x, w, b: gradmill.functional.linear(x, w, b, "int8"), *inputs()), "gradmill, recipe int8"),
+        baseline("torch fp32", lambda: both_ways(F.linear, *inputs())),
+        *([rival("torch bf16", lambda: both_ways(F.linear, *inputs(torch.bfloat16)))] if ctx.device == "cuda" else []),
+        peer("torchao", "torchao int8 mixed precision", torchao_training)])
+
+
+# --- packed weights ---------------------------------------------------------------------------------------
+GROUP = 128
+
+
+def _weight_only(ctx, batch):
+    n = ctx.pick(4096, 256)
+
+    def w():
+        return ctx.randn(n, n) / n ** 0.5
+    x = ctx.once(lambda: ctx.randn(batch, n))
+    packed = ctx.rotate(lambda: ops.quantize(w(), "uint4", GROUP))
+    plain = ctx.rotate(w)
+
+    def make_int4pack():
+        def prepare():
+            codes, scale, zero = torch_zero_point(w(), GROUP, 15)
+            # w = (code - 8) * scale + offset
+            both = torch.cat((scale, (8 - zero) * scale), -1).transpose(0, 1).contiguous()
+            return torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.view(n, n).to(torch.int32), 1), both
+        ring = ctx.rotate(prepare)
+        return lambda i: torch.ops.aten._weight_int4pack_mm_for_cpu(x(), ring(i)[0], GROUP, ring(i)[1])
+
+    def make_unpacked():
+        def prepare():
+            codes, scale, zero = torch_zero_point(w(), GROUP, 15)
+            return torch_pack(codes.view(n, n)), scale, zero
+        ring = ctx.rotate(prepare)
+        return lambda i: F.linear(x(), torch_unpack(*ring(i), GROUP))
+
+    def bnb(m):
+        ring = ctx.rotate(lambda: m.functional.quantize_4bit(w(), blocksize=GROUP, quant_type="nf4"))
+        return torch.no_grad()(lambda i: m.matmul_4bit(x(), ring(i)[0].t(), quant_state=ring(i)[1]))
+    bytes = n * n / 2 + n * n / GROUP * 5 + 8.0 * batch * n
+    # At batch 16 it is still the codes' bytes that bound it, if the arithmetic keeps up: 16 x 2 operations per half byte.
+    entries = [
+        ours(lambda: lambda i: ops.matmul_packed(x(), *packed(i), "uint4", GROUP, n, False, None, torch.float32)),
+        baseline("torch fp32 weight", lambda: lambda i: F.linear(x(), plain(i))),
+        rival("torch _weight_int4pack_mm_for_cpu", make_int4pack),
+        rival("torch unpack + fp32 matmul", make_unpacked),
+        peer("bitsandbytes", "bitsandbytes matmul_4bit (nf4)", bnb)]
+    return Bench(f"packed INT4 weight-only, batch {batch}, {n}x{n}", Work(bytes, 2.0 * batch * n * n, "read" if batch == 1 else "fp32"),
+                 [e for e in entries if ctx.device == "cpu" or "for_cpu" not in e.label])
+
+
+@case("matmul", goal=("torch", 3.0))
+def weight_only_batch_1(ctx):
+    return _weight_only(ctx, 1)
+
+
+@case("matmul")
+def weight_only_batch_16(ctx):
+    return _weight_only(ctx, 16)

@@ -1,0 +1,119 @@
+"""optim: one step over 20 million parameters. Bound by memory: every parameter, gradient and state is read, all but the
+gradient are written; nothing stays in cache between two tensors."""
+from __future__ import annotations
+
+import torch
+
+import gradmill
+
+from .runner import Bench, Work, baseline, case, ours, peer, rival
+
+BLOCK_SCALE = 4 / 256   # bytes of scale per 8-bit code
+SETTINGS = dict(lr=1e-3, betas=(0.9, 0.999), weight_decay=0.01)
+
+
+def _parameters(ctx, dtype=torch.float32):
+    """Nineteen layers: a 1024x1024 weight and a bias each, as a model has them, with their gradients."""
+    layers, width = ctx.pick((19, 1024), (2, 128))
+    params = []
+    for _ in range(layers):
+        for shape in ((width, width), (width,)):
+            p = torch.nn.Parameter(ctx.randn(*shape, dtype=dtype))
+            p.grad = ctx.randn(*shape, dtype=dtype)
+            params.append(p)
+    return params
+
+
+def _count(ctx):
+    layers, width = ctx.pick((19, 1024), (2, 128))
+    return layers * (width * width + width)
+
+
+def _stepper(optimizer):
+    optimizer.step()   # makes the states
+    return lambda i: optimizer.step()
+
+
+def _bench(ctx, what, bytes_per_parameter, entries, operations=15.0):
+    n = _count(ctx)
+    return Bench(f"{what}, {n / 1e6:.1f}M parameters", Work(bytes_per_parameter * n, operations * n, "update"), entries)
+
+
+def _ours(ctx, dtype=torch.float32, name="AdamW", **options):
+    return ours(lambda: _stepper(getattr(gradmill.optim, name)(_parameters(ctx, dtype), **SETTINGS, **options)))
+
+
+def _torch(ctx, dtype=torch.float32, label="torch AdamW(fused=True)", **options):
+    options = options or dict(fused=True)
+    return (baseline if "fused" in options else rival)(label, lambda: _stepper(torch.optim.AdamW(_parameters(ctx, dtype), **SETTINGS, **options)))
+
+
+def _peer(ctx, module, label, get, dtype=torch.float32, **options):
+    return peer(module, label, lambda m: _stepper(get(m)(_parameters(ctx, dtype), **SETTINGS, **options)))
+
+
+def _torchao(name):
+    def get(_):
+        import torchao.optim
+        return getattr(torchao.optim, name)
+    return get
+
+
+@case("optim", goal=("torch", 1.0))
+def adamw_fp32(ctx):
+    return _bench(ctx, "AdamW, fp32 states", 28, [
+        _ours(ctx), _torch(ctx), _torch(ctx, label="torch AdamW(foreach=True)", foreach=True),
+        _peer(ctx, "bitsandbytes", "bitsandbytes AdamW", lambda m: m.optim.AdamW)])
+
+
+@case("optim")
+def adamw_bf16_states(ctx):
+    return _bench(ctx, "AdamW, bf16 states", 20, [_ours(ctx, states="bf16"), _torch(ctx, label="torch AdamW(fused=True), fp32 states")])
+
+
+@case("optim", goal=("torch", 1.0))
+def adamw_int8_states(ctx):
+    return _bench(ctx, "AdamW, 8-bit states", 16 + 4 * BLOCK_SCALE, [
+        _ours(ctx, states="int8"), _torch(ctx, label="torch AdamW(fused=True), fp32 states"),
+        _peer(ctx, "bitsandbytes", "bitsandbytes AdamW8bit", lambda m: m.optim.AdamW8bit),
+        _peer(ctx, "torchao", "torchao AdamW8bit (compiled)", _torchao("AdamW8bit"))])
+
+
+@case("optim")
+def adamw_bf16_weights(ctx):
+    bf16 = torch.bfloat16
+    return _bench(ctx, "AdamW, bf16 weights (stochastic rounding)", 14, [
+        _ours(ctx, bf16, states="bf16"), _torch(ctx, bf16, "torch AdamW(fused=True), bf16, to nearest"),
+        _peer(ctx, "torchao", "torchao _AdamW bf16 SR (compiled)", _torchao("_AdamW"), bf16, bf16_stochastic_round=True)])
+
+
+# --- Lion -------------------------------------------------------------------------------------------------
+class TorchLion(torch.optim.Optimizer):
+    """Chen et al., "Symbolic Discovery of Optimization Algorithms", in torch's multi-tensor ops."""
+
+    def __init__(self, params, lr, betas, weight_decay):
+        super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            params, (beta1, beta2), lr = group["params"], group["betas"], group["lr"]
+            grads = [p.grad for p in params]
+            moments = [self.state[p].setdefault("exp_avg", torch.zeros_like(p)) for p in params]
+            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+            update = torch._foreach_lerp(moments, grads, 1 - beta1)
+            torch._foreach_sign_(update)
+            torch._foreach_add_(params, update, alpha=-lr)
+            torch._foreach_lerp_(moments, grads, 1 - beta2)
+
+
+@case("optim")
+def lion_int8_states(ctx):
+    def make():
+        if not hasattr(gradmill.optim, "Lion"):
+            raise NotImplementedError("this gradmill has no Lion yet")
+        return _stepper(gradmill.optim.Lion(_parameters(ctx), **SETTINGS, states="int8"))
+    return _bench(ctx, "Lion, 8-bit states", 14 + 2 * BLOCK_SCALE, [
+        ours(make), baseline("torch foreach ops, fp32 states", lambda: _stepper(TorchLion(_parameters(ctx), **SETTINGS))),
+        _peer(ctx, "lion_pytorch", "lion-pytorch", lambda m: m.Lion),
+        _peer(ctx, "bitsandbytes", "bitsandbytes Lion8bit", lambda m: m.optim.Lion8bit)], operations=8.0)

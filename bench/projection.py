@@ -1,0 +1,244 @@
+"""projection: the parts of a Q-GaLore step and the step itself, its refresh amortised."""
+from __future__ import annotations
+
+import copy
+
+import torch
+
+import gradmill
+from gradmill import ops
+from gradmill.weight import QuantizedWeight
+
+from .quant import torch_zero_point
+from .runner import Bench, Work, baseline, case, ours, peer, rival
+
+SIDE, RANK, GROUP, EVERY = 1024, 128, 256, 50
+
+
+def _sizes(ctx):
+    return ctx.pick((SIDE, RANK, GROUP), (256, 32, 64))
+
+
+def _decaying(ctx, side, seed):
+    """A gradient as training has them: singular values falling as 1/i over a floor of noise. Equal seeds give equal
+    leading spaces with other noise: successive steps."""
+    g = torch.Generator().manual_seed(seed)
+    u, v = (torch.linalg.qr(torch.randn(side, side, generator=g)).Q for _ in range(2))
+    signal = u * (1 / torch.arange(1, side + 1)) @ v.t()
+    return (signal + torch.randn(side, side, generator=ctx._generator) * (0.02 / side ** 0.5)).to(ctx.device)
+
+
+def _packed_basis(ctx, side, rank, group):
+    """() -> (a random orthonormal basis, the same packed)."""
+    def make():
+        basis = torch.linalg.qr(ctx.randn(side, rank)).Q.t().contiguous()
+        return basis, ops.quantize(basis, "uint4", group)
+    return ctx.once(make)
+
+
+def _in_bytes(basis, group):
+    """INT4 as the paper's code keeps it: a byte per value; and its dequantised fp32."""
+    codes, scale, zero = torch_zero_point(basis, group, 15)
+    return lambda: codes.to(torch.float32).sub_(zero).mul_(scale).view(basis.shape)
+
+
+# --- project and back -------------------------------------------------------------------------------------
+@case("projection")
+def project(ctx):
+    side, rank, group = _sizes(ctx)
+    bases = _packed_basis(ctx, side, rank, group)
+    grad = ctx.rotate(lambda: ctx.randn(side, side))
+
+    def make_ours():
+        _, packed = bases()
+        return lambda i: ops.project(grad(i), *packed, "uint4", group, False)
+
+    def make_torch():
+        basis, _ = bases()
+        return lambda i: grad(i) @ basis.t()
+
+    def make_in_bytes():
+        unpack = _in_bytes(bases()[0], group)
+        return lambda i: grad(i) @ unpack().t()
+    work = Work(4.0 * side * (side + rank) + side * rank / 2, 2.0 * side * side * rank, "fp32")
+    return Bench(f"project {side}x{side} to rank {rank}, INT4 basis", work, [
+        ours(make_ours), baseline("torch matmul, fp32 basis", make_torch), rival("torch, INT4 in bytes dequantised", make_in_bytes)])
+
+
+@case("projection")
+def project_back(ctx):
+    side, rank, group = _sizes(ctx)
+    bases, update = _packed_basis(ctx, side, rank, group), ctx.once(lambda: ctx.randn(side, rank))
+    weight = ctx.rotate(lambda: ctx.randn(side, side))
+
+    def make_ours():
+        (_, packed), r = bases(), update()
+        scalars, key = torch.tensor([0.999, -1e-4]), torch.tensor([1, 2], dtype=torch.int64)
+        return lambda i: ops.project_back(weight(i), None, None, "fp32", 0, side, r, *packed, "uint4", group, False, scalars, key, 0)
+
+    def make_torch():
+        (basis, _), r = bases(), update()
+        return lambda i: weight(i).addmm_(r, basis, beta=0.999, alpha=-1e-4)
+
+    def make_in_bytes():
+        unpack, r = _in_bytes(bases()[0], group), update()
+        return lambda i: weight(i).addmm_(r, unpack(), beta=0.999, alpha=-1e-4)
+    work = Work(8.0 * side * side + 4.0 * side * rank, 2.0 * side * side * rank, "fp32")
+    return Bench(f"project back into a {side}x{side} fp32 weight, rank {rank}", work, [
+        ours(make_ours), baseline("torch addmm_, fp32 basis", make_torch), rival("torch, INT4 in bytes dequantised", make_in_bytes)])
+
+
+@case("projection")
+def refresh(ctx):
+    side, rank, _ = _sizes(ctx)
+    key = torch.tensor([1, 2], dtype=torch.int64)
+    grad = ctx.once(lambda: _decaying(ctx, side, 1))
+    previous = ctx.once(lambda: ops.subspace_basis(_decaying(ctx, side, 1), None, rank, 2, False, key, 0))
+
+    def from_last():
+        return ops.subspace_basis(grad(), previous(), rank, 1, False, key, 0)
+
+    def from_random():
+        return ops.subspace_basis(grad(), None, rank, 2, False, key, 0)
+
+    def svd():
+        return torch.linalg.svd(grad(), full_matrices=False)[2][:rank]
+
+    def lowrank():
+        return torch.svd_lowrank(grad(), q=rank, niter=2)[2].t()
+
+    def energy(basis):
+        return float((grad() @ basis.t()).square().sum() / grad().square().sum())
+
+    def notes():
+        best = energy(svd())
+        shown = {"before the refresh": previous(), "after it": from_last(), "from random": from_random(), "svd_lowrank": lowrank()}
+        return [f"energy of the gradient in the basis: linalg.svd (the most possible) {best:.4f}, of that "
+                + ", ".join(f"{name} {energy(basis) / best:.4f}" for name, basis in shown.items())]
+    # Two products with G, and Cholesky-QR twice: a Gram matrix and a triangular solve each.
+    work = Work(4.0 * side * (2 * side + 4 * rank), 4.0 * side * side * rank + 2 * 3.0 * side * rank * rank, "fp32")
+    return Bench(f"subspace refresh {side}x{side}, rank {rank}, from the last basis", work, [
+        ours(lambda: lambda i: from_last()), ours(lambda: lambda i: from_random(), "gradmill, first basis (random start)"),
+        baseline("torch.linalg.svd", lambda: lambda i: svd()), rival("torch.svd_lowrank(niter=2)", lambda: lambda i: lowrank())], notes)
+
+
+# --- Q-GaLore ---------------------------------------------------------------------------------------------
+class TorchQGaLore:
+    """Q-GaLore's step in plain torch, for one weight whose columns are projected.
+
+    Zhang et al., "Q-GaLore": the basis in INT4 codes with a zero point, a byte per value, dequantised at each use, from
+    torch.linalg.svd of the gradient; AdamW on the projected gradient; an INT8 weight with a zero point, dequantised,
+    updated and rounded stochastically. Written for speed within that: in-place ops, no copy that it can do without.
+    """
+
+    def __init__(self, weight, rank, group, states):
+        self.rank, self.group, self.states, self.t = rank, group, states, 0
+        self.lr, self.beta1, self.beta2, self.eps, self.scale = 1e-3, 0.9, 0.95, 1e-8, 0.25
+        self.weight = torch_zero_point(weight, group, 255)
+        self.moments = [self.store(torch.zeros(weight.shape[0], rank, device=weight.device), signed) for signed in (True, False)]
+
+    def store(self, x, signed):
+        """A state as it is kept: fp32, or 8-bit codes in blocks of 256."""
+        if self.states == "fp32":
+            return x
+        blocks = x.view(-1, min(256, x.numel()))
+        scale = (blocks.abs().amax(1, keepdim=True) if signed else blocks.amax(1, keepdim=True)).clamp_(min=1e-30) / (127 if signed else 255)
+        return (blocks / scale).round_().to(torch.int8 if signed else torch.uint8), scale
+
+    def load(self, stored, shape):
+        return stored if self.states == "fp32" else stored[0].to(torch.float32).mul_(stored[1]).view(shape)
+
+    def refresh(self, grad):
+        basis = torch.linalg.svd(grad, full_matrices=False)[2][:self.rank].contiguous()
+        self.basis = torch_zero_point(basis, self.group, 15)
+
+    def step(self, grad):
+        self.t += 1
+        codes, scale, zero = self.basis
+        basis = codes.to(torch.float32).sub_(zero).mul_(scale).view(self.rank, -1)
+        r = grad @ basis.t()
+        m, v = (self.load(s, r.shape) for s in self.moments)
+        m.lerp_(r, 1 - self.beta1)
+        v.mul_(self.beta2).addcmul_(r, r, value=1 - self.beta2)
+        denominator = v.sqrt().mul_((1 - self.beta2 ** self.t) ** -0.5).add_(self.eps)
+        update = (m / denominator).mul_(-self.lr * self.scale / (1 - self.beta1 ** self.t))
+        self.moments = [self.store(m, True), self.store(v, False)]
+
+        codes, scale, zero = self.weight
+        w = codes.to(torch.float32).sub_(zero).mul_(scale)
+        w.view(grad.shape).addmm_(update, basis)
+        low, high = w.amin(-1, keepdim=True).clamp_(max=0), w.amax(-1, keepdim=True).clamp_(min=0)
+        scale = (high - low).div_(255)
+        zero = (-low / scale).round_()
+        codes = w.div_(scale).add_(zero).add_(torch.rand_like(w)).floor_().clamp_(0, 255).to(torch.uint8)
+        self.weight = codes, scale, zero
+
+
+def _amortised(step, refresh):
+    return {"step": ((EVERY - 1) / EVERY, step), "refresh": (1 / EVERY, refresh)}
+
+
+@case("projection", goal=("torch", 2.5))
+def qgalore_step(ctx):
+    side, rank, group = _sizes(ctx)
+    grads = ctx.rotate(lambda: ctx.randn(side, side))
+    start = ctx.once(lambda: ctx.randn(side, side) / side ** 0.5)
+    real = ctx.once(lambda: (_decaying(ctx, side, 2), _decaying(ctx, side, 2)))   # what the first and a later refresh see
+
+    def make_ours():
+        def one():
+            p = torch.nn.Parameter(QuantizedWeight.quantize(start(), gradmill.formats.Format("uint8", group)))
+            optimizer = gradmill.optim.QGaLoreAdamW([p], lr=1e-3, rank=rank, refresh_every=EVERY, adaptive=False, group_size=group,
+                                                    states="int8")
+            p.grad = real()[0]
+            optimizer.step()
+            return p, optimizer
+        many = [one() for _ in range(_copies(ctx, side * side * 1.02 + side * rank * 2.6))]
+
+        def run(i, due):
+            p, optimizer = many[i % len(many)]
+            p.grad = real()[1] if due else grads(i)
+            optimizer.state[p]["next_refresh"] = int(optimizer.state[p]["step"]) + (1 if due else 1000)
+            optimizer.step()
+        return _amortised(lambda i: run(i, False), lambda i: run(i, True))
+
+    def make_torch(states):
+        def make():
+            first = TorchQGaLore(start(), rank, group, states)
+            first.refresh(real()[0])
+            many = [copy.deepcopy(first) for _ in range(_copies(ctx, side * side * 1.03 + side * rank * 9))]
+
+            def run(i, due):
+                optimizer, grad = many[i % len(many)], real()[1] if due else grads(i)
+                if due:
+                    optimizer.refresh(grad)
+                optimizer.step(grad)
+            return _amortised(lambda i: run(i, False), lambda i: run(i, True))
+        return make
+
+    def galore(m):
+        p = torch.nn.Parameter(start().clone())
+        optimizer = m.GaLoreAdamW([{"params": [p], "rank": rank, "update_proj_gap": EVERY, "scale": 0.25, "proj_type": "std"}], lr=1e-3,
+                                  no_deprecation_warning=True)
+        p.grad = real()[0]
+        optimizer.step()
+
+        def run(i, due):
+            p.grad = real()[1] if due else grads(i)
+            optimizer.state[p]["projector"].update_proj_gap = 1 if due else 1 << 60
+            optimizer.step()
+        return _amortised(lambda i: run(i, False), lambda i: run(i, True))
+
+    # A plain step: gradient in, projected gradient out and in, two 8-bit states, 8-bit weight in and out, basis twice; two
+    # products. A refresh adds about as much as two products, once in EVERY steps.
+    n, r = side * side, side * rank
+    work = Work(4.0 * n + 2.0 * n + 8.0 * r + 4.0 * r + r, 2 * 2.0 * n * rank * (1 + 1 / EVERY), "fp32")
+    return Bench(f"Q-GaLore step {side}x{side}, rank {rank}, refreshed every {EVERY} steps", work, [
+        ours(make_ours), baseline("plain torch + linalg.svd, fp32 states", make_torch("fp32")),
+        rival("plain torch + linalg.svd, 8-bit states", make_torch("int8")),
+        peer("galore_torch", "galore-torch AdamW, nothing quantised", galore)])
+
+
+def _copies(ctx, nbytes):
+    """How many weights with their states it takes to leave the cache."""
+    return 2 if ctx.tiny else 1 if ctx.device == "cuda" else min(32, int(2 * ctx.cache_bytes / nbytes) + 1)

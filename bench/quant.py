@@ -1,0 +1,127 @@
+"""quant: floats to and from 8 and 4 bits. Bound by memory: x is read once, codes are written once."""
+from __future__ import annotations
+
+import torch
+
+from gradmill import ops
+from gradmill.formats import Format
+
+from .runner import Bench, Work, baseline, case, ours, peer
+
+ROWS, COLUMNS = 4096, 1024   # 4096 tokens of width 1024, 16 MB in fp32
+
+
+def _shape(ctx):
+    return ctx.pick((ROWS, COLUMNS), (64, 256))
+
+
+def _blocks(x, block):
+    return x.view(x.shape[0], -1, block)
+
+
+# --- the same in torch expressions ------------------------------------------------------------------------
+def torch_int8(x, dim=1):
+    scale = x.abs().amax(dim, keepdim=True) / 127
+    return (x / scale).round_().clamp_(-127, 127).to(torch.int8), scale
+
+
+def torch_int8_stochastic(x):
+    scale = x.abs().amax(1, keepdim=True) / 127
+    return (x / scale).add_(torch.rand_like(x)).floor_().clamp_(-127, 127).to(torch.int8), scale
+
+
+def torch_zero_point(x, block, top):
+    """Codes of a group with a zero point, in a byte each: (codes, scales, zeros)."""
+    g = _blocks(x, block)
+    low, high = g.amin(-1, keepdim=True).clamp(max=0), g.amax(-1, keepdim=True).clamp(min=0)
+    scale = (high - low) / top
+    zero = (-low / scale).round_()
+    return (g / scale).round_().add_(zero).clamp_(0, top).to(torch.uint8), scale, zero
+
+
+def torch_pack(codes):
+    flat = codes.view(codes.shape[0], -1)
+    return flat[:, ::2] | flat[:, 1::2] << 4
+
+
+def torch_unpack(packed, scale, zero, block):
+    codes = torch.stack((packed & 15, packed >> 4), -1).view(packed.shape[0], -1)
+    return (_blocks(codes, block).to(torch.float32).sub_(zero)).mul_(scale).view(codes.shape)
+
+
+# --- cases ------------------------------------------------------------------------------------------------
+def _quantize(ctx, title, code, block, expression, peers=(), transpose=False, key=None):
+    rows, columns = _shape(ctx)
+    x = ctx.rotate(lambda: ctx.randn(rows, columns))
+    out = Format(code, block).nbytes(*((columns, rows) if transpose else (rows, columns)))
+    return Bench(f"{title}, {rows}x{columns}", Work(4.0 * rows * columns + out, 4.0 * rows * columns, "copy"), [
+        ours(lambda: lambda i: ops.quantize(x(i), code, block, transpose, key)),
+        baseline("torch expression", lambda: lambda i: expression(x(i))),
+        *(peer(module, label, lambda m, run=run: lambda i: run(m, x(i))) for module, label, run in peers)])
+
+
+@case("quant")
+def quantize_int8(ctx):
+    half = ctx.rotate(lambda: ctx.randn(*_shape(ctx), dtype=torch.float16))   # all it takes
+    bench = _quantize(ctx, "quantize to INT8, a scale per row", "int8", 0, torch_int8)
+    bench.entries.append(peer("bitsandbytes", "bitsandbytes int8_vectorwise_quant, of fp16",
+                              lambda m: lambda i: m.functional.int8_vectorwise_quant(half(i))))
+    return bench
+
+
+@case("quant")
+def quantize_int8_transposed(ctx):
+    return _quantize(ctx, "quantize to INT8, transposed, a scale per column", "int8", 0, lambda x: torch_int8(x, 0)[0].t().contiguous(),
+                     transpose=True)
+
+
+@case("quant")
+def quantize_int8_stochastic(ctx):
+    return _quantize(ctx, "quantize to INT8 with stochastic rounding", "int8", 0, torch_int8_stochastic,
+                     key=torch.tensor([1, 2], dtype=torch.int64))
+
+
+@case("quant")
+def quantize_int4(ctx):
+    return _quantize(ctx, "quantize to packed INT4, groups of 256", "uint4", 256, lambda x: torch_pack(torch_zero_point(x, 256, 15)[0]), [
+        ("bitsandbytes", "bitsandbytes quantize_4bit (nf4)", lambda m, x: m.functional.quantize_4bit(x, blocksize=256, quant_type="nf4"))])
+
+
+@case("quant")
+def quantize_state(ctx):
+    return _quantize(ctx, "quantize an optimizer state to 8 bits, blocks of 256", "moment8", 256, lambda x: torch_int8(_blocks(x, 256), 2), [
+        ("bitsandbytes", "bitsandbytes quantize_blockwise", lambda m, x: m.functional.quantize_blockwise(x, blocksize=256))])
+
+
+def _dequantize(ctx, title, code, block, make_torch, peers=()):
+    rows, columns = _shape(ctx)
+    format = Format(code, block)
+
+    def stored():
+        return ops.quantize(ctx.randn(rows, columns), code, block)
+    mine = ctx.rotate(stored)
+
+    def make():
+        return lambda i: ops.dequantize(*mine(i), code, block, columns, torch.float32)
+    return Bench(f"{title}, {rows}x{columns}", Work(4.0 * rows * columns + format.nbytes(rows, columns), 2.0 * rows * columns, "copy"), [
+        ours(make), baseline("torch expression", lambda: make_torch(mine)),
+        *(peer(module, label, lambda m, prepare=prepare: prepare(m, ctx.randn(rows, columns))) for module, label, prepare in peers)])
+
+
+@case("quant")
+def dequantize_int8(ctx):
+    def expression(mine):
+        return lambda i: mine(i)[0].to(torch.float32).mul_(mine(i)[1])
+    return _dequantize(ctx, "dequantize INT8 rows", "int8", 0, expression)
+
+
+@case("quant")
+def dequantize_int4(ctx):
+    def expression(mine):
+        return lambda i: torch_unpack(mine(i)[0], mine(i)[1][..., None], mine(i)[2][..., None], 256)
+
+    def bnb(m, x):
+        codes, state = m.functional.quantize_4bit(x, blocksize=256, quant_type="nf4")
+        return lambda i: m.functional.dequantize_4bit(codes, state)
+    return _dequantize(ctx, "dequantize packed INT4, groups of 256", "uint4", 256, expression,
+                       [("bitsandbytes", "bitsandbytes dequantize_4bit (nf4)", bnb)])

@@ -1,0 +1,154 @@
+"""gradmill against torch, the installed peers and this machine's own limits, side by side in one process.
+
+    python bench/run.py                                    all families, under 5 minutes on 2 threads (= make bench)
+    python bench/run.py --quick --family optim,quant       fewer rounds, two families
+    python bench/run.py --full --json OUT.json --markdown OUT.md
+    python bench/run.py --isa avx2                         gradmill and torch both held to AVX2
+    python bench/run.py --device cuda
+
+docs/benchmarks.md says how to read what it prints.
+"""
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import os
+import pathlib
+import sys
+import time
+
+HERE = pathlib.Path(__file__).resolve().parent
+#: Seconds of timing per case and the fewest samples of a slow entry.
+PACE = {"quick": (2.5, 3), "default": (6.0, 5), "full": (30.0, 9)}
+
+
+def package():
+    """This folder as the package gradmill_bench, without putting anything on sys.path."""
+    spec = importlib.util.spec_from_file_location("gradmill_bench", HERE / "__init__.py", submodule_search_locations=[str(HERE)])
+    module = sys.modules["gradmill_bench"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+
+def arguments(argv=None):
+    parser = argparse.ArgumentParser(prog="python bench/run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", default="", help="comma-separated: quant, matmul, optim, projection (default: all)")
+    parser.add_argument("--case", default="", help="only cases whose name contains this")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, help="CPU threads of every library (default: all that this process may use)")
+    parser.add_argument("--isa", choices=("portable", "avx2", "avx512", "avx512_vnni"), help="hold gradmill and torch to an instruction set")
+    pace = parser.add_mutually_exclusive_group()
+    pace.add_argument("--quick", dest="pace", action="store_const", const="quick", help="2.5 s a case")
+    pace.add_argument("--full", dest="pace", action="store_const", const="full", help="30 s a case: numbers to publish")
+    parser.add_argument("--no-peers", action="store_true", help="torch only")
+    parser.add_argument("--tiny", action="store_true", help="toy sizes: shows that everything runs, measures nothing")
+    parser.add_argument("--json", metavar="FILE", help="everything, every sample")
+    parser.add_argument("--markdown", metavar="FILE", help="the tables, for docs")
+    parser.add_argument("--list", action="store_true", help="name the cases and stop")
+    parser.set_defaults(pace="default")
+    return parser.parse_args(argv)
+
+
+def prepare_environment(args):
+    """What has to stand in the environment before torch is loaded. --isa starts this program anew with it."""
+    threads = args.threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS"):
+        os.environ[name] = str(threads)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no peer fetches kernels in the middle of a measurement
+    if args.isa and os.environ.get("GRADMILL_BENCH_ISA") != args.isa:
+        package()
+        from gradmill_bench.limits import ISA_ENVIRONMENT
+        os.execve(sys.executable, [sys.executable, *(["-P"] if sys.flags.safe_path else []), str(HERE / "run.py"), *sys.argv[1:]],
+                  {**os.environ, **ISA_ENVIRONMENT[args.isa], "GRADMILL_BENCH_ISA": args.isa})
+    return threads
+
+
+def main() -> int:
+    args = arguments()
+    threads = prepare_environment(args)
+    package()
+    from rich.console import Console
+
+    from gradmill_bench import limits as machine, report, runner
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
+    families = tuple(f for f in args.family.split(",") if f) or runner.FAMILIES
+    unknown = [f for f in families if f not in runner.FAMILIES]
+    if unknown:
+        console.print(f"--family {','.join(unknown)}: there are {', '.join(runner.FAMILIES)}")
+        return 2
+    cases = [c for c in runner.load(families) if args.case in c.name]
+    if args.list:
+        for c in cases:
+            print(f"{c.family}.{c.name}")
+        return 0
+    import torch
+    if args.device == "cuda" and not torch.cuda.is_available():
+        console.print("--device cuda: torch finds no CUDA device")
+        return 2
+    runner.pin(threads)
+    seconds, rounds = (0.05, 2) if args.tiny else PACE[args.pace]
+    ctx, clock = runner.Context(args.device, args.tiny), runner.timer(args.device)
+
+    facts = machine.describe(args.device)
+    cap = machine.check_cap(args.isa, threads, 1 if args.tiny else 3) if args.isa else {}
+    cap_notes = report.cap_lines(args.isa, cap) if args.isa else []
+    limits = machine.measure(ctx, clock, min(seconds, 4))
+    facts["peers"] = peers(cases, ctx, runner)
+    for line in [*report.machine_lines(facts, limits), *cap_notes]:
+        console.print(line, style="bold red" if line.startswith("!") else "", markup=False, soft_wrap=True)
+    console.print("peers: " + "; ".join(f"{k} {v}" for k, v in facts["peers"].items()), markup=False)
+    if args.tiny:
+        console.print("! --tiny: these sizes measure overheads; nothing below is a result.", style="bold red")
+    console.print()
+
+    results, started, stopped = [], time.perf_counter(), False
+    try:
+        for family in families:
+            mine = [c for c in cases if c.family == family]
+            for line in report.header(family) if mine else []:
+                console.print(line)
+            for c in mine:
+                with console.status(f"{c.family}.{c.name}"):
+                    result = runner.measure(c, ctx, clock, seconds=seconds, rounds=rounds, peers=not args.no_peers)
+                runner.score(result, limits)
+                results.append(result)
+                for line in report.block(result):
+                    console.print(line)
+            console.print()
+    except KeyboardInterrupt:
+        stopped = True
+        console.print("Stopped; what was measured until now:")
+    after = {} if stopped else machine.measure(ctx, clock, min(seconds, 4))
+    console.print(report.summary(results))
+    for line in [] if args.tiny else report.drift_lines(limits, after):
+        console.print(line, style="bold red", markup=False)
+    if any(r.disturbed for r in results):
+        console.print("! Jobs marked ! were timed while other processes worked: measure again on a quiet machine.", style="bold red")
+    settings = {"pace": args.pace, "seconds_per_case": seconds, "rounds": rounds, "tiny": args.tiny, "complete": not stopped,
+                "took_s": time.perf_counter() - started}
+    console.print(f"\n[dim]median of interleaved samples; spread: half the interquartile range; a ratio is the median over"
+                  f"\nrounds of the other's time by gradmill's in the same round; tie: the ratio's interquartile range is"
+                  f"\nwider than the difference. {settings['took_s']:.0f} s.[/dim]")
+    if args.json:
+        report.write(args.json, report.dumps(report.as_data(facts, limits, after, cap, settings, results)))
+    if args.markdown:
+        report.write(args.markdown, report.markdown(facts, limits, after, cap_notes, settings, results))
+    return 130 if stopped else 1 if any(r.failed for r in results) else 0
+
+
+def peers(cases, ctx, runner) -> dict[str, str]:
+    """{package: version, or why it is left out} of the peers that the cases name."""
+    import importlib.metadata
+    found = {}
+    for module in dict.fromkeys(e.module for c in cases for e in c.build(ctx).entries if e.module):
+        try:
+            with runner.quiet():
+                importlib.import_module(module)
+            found[module] = importlib.metadata.version(module)
+        except Exception as error:
+            found[module] = f"left out ({runner.explain(error)})"
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,324 @@
+"""The Triton kernels under Triton's interpreter, against gradmill.reference. Run by test_triton.py in a subprocess with
+TRITON_INTERPRET=1 (it must be set before triton is imported, and ahead-of-time compilation needs a process without it).
+
+quant and optim are bit-equal. Float matmuls stay within (k + 4) 2^-24 sum |x| |w| of the float64 reference, the bound of a
+fp32 sum of k products in any order, plus 2^-8 sum |x| |w| where the weight is rounded to bf16 before the dot, plus half
+an ulp of the output's dtype.
+"""
+import itertools
+import random
+
+import pytest
+import torch
+
+from gradmill.formats import Format
+from gradmill.kernels import _common, matmul, optim, projection, quant
+from gradmill.reference import matmul as ref_matmul
+from gradmill.reference import optim as ref_optim
+from gradmill.reference import projection as ref_projection
+from gradmill.reference import quant as ref_quant
+
+assert _common.INTERPRETING
+CODES = ("int8", "uint8", "int4", "uint4", "moment8", "square8")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+HALF_ULP = {torch.float32: 2 ** -24, torch.bfloat16: 2 ** -8, torch.float16: 2 ** -11}
+SPECIAL = (0.0, -0.0, 1.4e-45, -1e-40, 1.1754944e-38, torch.finfo(torch.float32).max, -torch.finfo(torch.float32).max, 3e-8)
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Python's random follows torch's seed; tiles as small as the shapes, the interpreter pays for padding."""
+    random.seed(torch.initial_seed())
+    monkeypatch.setattr(optim, "TILE", 256)
+    monkeypatch.setattr(optim, "TILES", 2)
+    monkeypatch.setattr(quant, "TILE", 512)
+
+
+def random_key():
+    return torch.tensor([random.getrandbits(64) - (1 << 63), random.getrandbits(32)])
+
+
+def assert_same(got, want, *what):
+    """The same bits, but for a nan's sign and payload."""
+    if got is None or want is None:
+        assert got is want, what
+        return
+    assert got.dtype == want.dtype and got.shape == want.shape, (*what, got.dtype, want.dtype, got.shape, want.shape)
+    if got.is_floating_point():
+        integer = {2: torch.int16, 4: torch.int32}[got.element_size()]
+        equal = (got.contiguous().view(integer) == want.contiguous().view(integer)) | (got.isnan() & want.isnan())
+    else:
+        equal = got == want
+    assert equal.all(), (*what, f"{int((~equal).sum())} differ", (~equal).nonzero()[:4].tolist(), got[~equal][:4], want[~equal][:4])
+
+
+# --- quant ------------------------------------------------------------------------------------------------
+def check_quantize(x, code, block, transpose, key):
+    stream = random.getrandbits(32)
+    got = quant.quantize(x, code, block, transpose, key, stream)
+    want = ref_quant.quantize(x, code, block, transpose, key, stream)
+    for name, a, b in zip(("codes", "scales", "zeros"), got, want):
+        assert_same(a, b, name, code, tuple(x.shape), x.dtype, block, transpose, key)
+    columns = x.shape[0 if transpose else 1]
+    assert_same(quant.dequantize(*want, code, block, columns, x.dtype), ref_quant.dequantize(*want, code, block, columns, x.dtype),
+                "dequantize", code, tuple(x.shape), x.dtype, block)
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_quantize(code):
+    for i, (shape, block) in enumerate(itertools.product(((1, 1), (3, 37), (5, 128), (0, 4), (4, 0)), (0, 32, 10))):
+        for stochastic in (False, True):
+            x = torch.randn(shape).to(FLOATS[i % 3])
+            check_quantize(x.abs() if code == "square8" else x, code, block, bool((i + stochastic) % 2), random_key() if stochastic else None)
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_quantize_special_values(code):
+    for dtype, key in ((torch.float32, None), (torch.float32, random_key()), (torch.bfloat16, random_key()), (torch.float16, None)):
+        x = torch.randn(6, 64) * 10.0 ** torch.randint(-44, 30, (6, 1))
+        x[0, :8] = torch.tensor(SPECIAL)
+        x[1, 5], x[2, 40], x[3, 32:] = float("nan"), float("-inf"), 0.0
+        check_quantize((x.abs() if code == "square8" else x).to(dtype), code, 32, False, key)
+
+
+def test_quantize_rows_longer_than_a_tile(monkeypatch):
+    monkeypatch.setattr(quant, "TILE", 64)
+    for code, transpose, key in (("int8", False, None), ("uint4", False, random_key()), ("uint8", True, random_key()), ("square8", True, None)):
+        check_quantize(torch.rand(301, 3) if transpose else torch.rand(3, 301), code, 0, transpose, key)
+
+
+def test_quantize_strides():
+    for x in (torch.randn(40, 7).t(), torch.randn(1, 50).expand(5, 50), torch.randn(9, 64)[:, ::2], torch.randn(9, 64)[::3]):
+        check_quantize(x, "uint8", 16, False, random_key())
+        check_quantize(x, "int4", 0, True, None)
+
+
+# --- matmul -----------------------------------------------------------------------------------------------
+def int8_operands(m, n, k):
+    return (torch.randint(-128, 128, (m, k), dtype=torch.int8), torch.randint(-128, 128, (n, k), dtype=torch.int8), torch.rand(m, 1),
+            torch.rand(n, 1))
+
+
+def test_matmul_int8():
+    for (m, n, k), dtype in itertools.product(((1, 1, 1), (3, 37, 64), (33, 65, 130), (5, 7, 0), (0, 4, 8), (17, 33, 257)), FLOATS):
+        bias = random.choice((None, torch.randn(n), torch.randn(n).bfloat16()))
+        operands = int8_operands(m, n, k)
+        assert_same(matmul.matmul_int8(*operands, bias, dtype), ref_matmul.matmul_int8(*operands, bias, dtype), (m, n, k), dtype)
+
+
+def test_matmul_int8_beyond_int32(monkeypatch):
+    """The sum of 2^17 + 40 products of -128 with itself does not fit int32."""
+    k = (1 << 17) + 40
+    a, b = torch.full((1, k), -128, dtype=torch.int8), torch.full((2, k), -128, dtype=torch.int8)
+    one = torch.ones(2, 1)
+    monkeypatch.setitem(matmul.INT8_TILES, "interpreter", ((1 << 62, 16, 16, 4096, 1, 4, 1),))
+    assert_same(matmul.matmul_int8(a, b, one[:1], one, None, torch.float32), ref_matmul.matmul_int8(a, b, one[:1], one, None, torch.float32))
+    monkeypatch.setattr(matmul, "EXACT_K", 4096)
+    operands = int8_operands(3, 5, 9001)
+    assert_same(matmul.matmul_int8(*operands, None, torch.float32), ref_matmul.matmul_int8(*operands, None, torch.float32))
+
+
+def within(got, want, magnitude, k, extra=0.0):
+    bound = ((k + 4) * 2 ** -24 + extra) * magnitude + HALF_ULP[got.dtype] * 1.01 * want.abs() + (1e-7 if got.dtype == torch.float16 else 1e-37)
+    error = (got.double() - want.double()).abs()
+    assert (error <= bound).all(), f"error {error.max():.3g}, {float((error / bound).max()):.2f} of the bound"
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_matmul_packed(code):
+    for i, ((rows, columns), block, transpose) in enumerate(itertools.product(((7, 64), (33, 100), (1, 1), (4, 0)), (0, 32, 10), (False, True))):
+        dtype, out = FLOATS[i % 3], random.choice(FLOATS)
+        w = torch.randn(rows, columns)
+        packed = ref_quant.quantize(w.abs() if code == "square8" else w, code, block)
+        m, k, n = random.choice((1, 5, 33)), *((rows, columns) if transpose else (columns, rows))
+        x, bias = torch.randn(m, k).to(dtype), random.choice((None, torch.randn(n)))
+        got = matmul.matmul_packed(x, *packed, code, block, columns, transpose, bias, out)
+        want = ref_matmul.matmul_packed(x, *packed, code, block, columns, transpose, bias, torch.float64)
+        w = ref_quant.dequantize(*packed, code, block, columns, torch.float64).abs()
+        magnitude = x.double().abs() @ (w if transpose else w.t()) + (0 if bias is None else bias.abs().double())
+        assert got.dtype == out and got.shape == want.shape
+        within(got, want, magnitude, k, 2 ** -8 if dtype == torch.bfloat16 else 0)
+
+
+def test_matmul_packed_is_exact_in_the_integers():
+    """bf16 x, blocks a tile fits into: the weight is not rounded to bf16, whatever its scale."""
+    packed = ref_quant.quantize(torch.randn(19, 96) * 0.037, "uint8", 32)
+    x = torch.randn(6, 96).bfloat16()
+    want = ref_matmul.matmul_packed(x, *packed, "uint8", 32, 96, False, None, torch.float64)
+    zero_part = (packed[2].double() * packed[1]).repeat_interleave(32, 1)  # the terms of code - zero, summed separately
+    magnitude = x.double().abs() @ (ref_quant.dequantize(*packed, "uint8", 32, 96, torch.float64).abs() + zero_part).t()
+    within(matmul.matmul_packed(x, *packed, "uint8", 32, 96, False, None, torch.float32), want, magnitude, 96)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_matmul_packed_nan_scale_gives_nan(dtype):
+    for block, transpose in itertools.product((0, 16, 10), (False, True)):
+        w = torch.randn(9, 48)
+        w[4, 17] = float("nan")
+        packed = ref_quant.quantize(w, "int8", block)
+        x = torch.randn(3, 9 if transpose else 48).to(dtype)
+        got = matmul.matmul_packed(x, *packed, "int8", block, 48, transpose, None, torch.float32)
+        want = ref_matmul.matmul_packed(x, *packed, "int8", block, 48, transpose, None, torch.float32)
+        assert torch.equal(got.isnan(), want.isnan()) and want.isnan().any()
+
+
+# --- optim ------------------------------------------------------------------------------------------------
+SHAPES = [(3, 37), (2, 128), (17,), (1, 260), (), (4, 0), (2, 6, 6)]
+STATES = {"adamw": 2, "adamw_amsgrad": 3, "lion": 1}
+PARAMS = (("fp32", 0), ("bf16", 0), ("fp16", 0), ("delta", 0), ("uint8", 64), ("int8", 0), ("int4", 32), ("uint4", 0), ("uint4", 20))
+
+
+def tensors(shapes, param, state_codes, state_block, grad_dtype, special):
+    """[params, param_scales, param_zeros, grads, states, state_scales]"""
+    params, scales, zeros, grads, states, state_scales = out = [[], [], [], [], [], []]
+    for shape in shapes:
+        w, g = torch.randn(shape) * 0.1, torch.randn(shape)
+        if special and g.numel() > 70:
+            g.view(-1)[:3] = torch.tensor([float("nan"), float("inf"), 1e-40])
+            g.view(-1)[-64:] = 0
+            w.view(-1)[5:9] = torch.tensor([-0.0, 1e-41, 3e38, float("-inf")])
+        matrix = ref_optim.as_matrix(w)
+        codes, s, z = (torch.randn(matrix.shape), None, None) if param.code == "delta" else ref_quant.store(matrix, param)
+        params.append(codes if param.blocked else codes.view(shape))
+        scales += [s] if param.blocked else []
+        zeros += [z] if param.has_zero_point else []
+        grads.append(g.to(grad_dtype))
+        for i, code in enumerate(state_codes):
+            format = Format(code, state_block if Format(code).blocked else 0)
+            value = torch.randn(matrix.shape) * 0.1
+            codes, s, _ = ref_quant.store(value * value if i else value, format)
+            states.append(codes if format.blocked else codes.view(shape))
+            state_scales.append(torch.empty(0) if s is None else s)
+    if not any(Format(code).blocked for code in state_codes):
+        state_scales.clear()
+    return out
+
+
+def check_step(rule, param_code, param_block, state_codes, state_block, shapes=SHAPES, grad_dtype=torch.float32, special=False, still=False, rows=False):
+    """still: no decay and no step, so that blocks must keep their codes. rows: scalars differ between tensors."""
+    a = tensors(shapes, Format(param_code, param_block), state_codes, state_block, grad_dtype, special)
+    b = [[t.clone() for t in group] for group in a]
+    h = torch.zeros(len(shapes) if rows else 1, 16)
+    h[:, :8] = torch.tensor([0.5, 0.99, 0.1, 0.999, 0.001, 0.01, 1.3, 1e-8])
+    if rule == "lion":
+        h[:, 3:5] = torch.tensor([0.01, 0.003])
+    if still:
+        h[:, 1], h[:, 4 if rule == "lion" else 5] = 1, 0
+    if rows:
+        h *= torch.arange(1, len(shapes) + 1)[:, None]
+    arguments = (h, random_key(), [random.getrandbits(20) for _ in shapes], param_code, param_block, list(state_codes), state_block)
+    optim.fused_step(rule, *a, *arguments)
+    ref_optim.fused_step(rule, *b, *arguments)
+    for name, got, want in zip(("param", "param_scales", "param_zeros", "grad", "state", "state_scales"), a, b):
+        for i, (x, y) in enumerate(zip(got, want)):
+            assert_same(x, y, f"{name}[{i}]", rule, param_code, param_block, state_codes, state_block, grad_dtype, "special" * special)
+
+
+def test_every_rule_of_the_reference_is_here():
+    assert set(optim.RULES) == set(ref_optim.RULES) == set(STATES)
+
+
+@pytest.mark.parametrize("rule", STATES)
+@pytest.mark.parametrize("param", PARAMS, ids=lambda p: f"{p[0]}-{p[1]}")
+def test_step(rule, param):
+    i = PARAMS.index(param) + len(rule)
+    block = 40 if param[1] == 20 else 64
+    blocked = ("moment8", "square8", "square8")[:STATES[rule]]
+    check_step(rule, *param, blocked, block, special=bool(i % 2), still=i % 3 == 0, rows=i % 3 == 1)
+    plain = ("fp32", "bf16", "fp16")
+    check_step(rule, *param, tuple(plain[(i + s) % 3] for s in range(STATES[rule])), 0, grad_dtype=FLOATS[i % 3], shapes=SHAPES[:5],
+               special=not i % 2)
+
+
+@pytest.mark.parametrize("param", (("fp32", 0), ("uint8", 0), ("int4", 0), ("uint4", 192), ("bf16", 0)), ids=lambda p: f"{p[0]}-{p[1]}")
+def test_step_of_blocks_longer_than_a_tile(param, monkeypatch):
+    monkeypatch.setattr(optim, "TILE", 64)
+    monkeypatch.setattr(optim, "LONGEST", 64)
+    shapes = [(2, 37), (2, 150)]
+    for states, block in ((("fp32", "bf16"), 0), (("moment8", "square8"), 0), (("moment8", "square8"), 32), (("int8", "fp32"), 0)):
+        check_step("adamw", *param, states, block, shapes=shapes, special=random.random() < 0.5)
+
+
+def test_step_of_many_tensors_and_other_layouts():
+    check_step("adamw", "bf16", 0, ("fp32", "fp32"), 0, shapes=[(i % 7, 5) if i % 7 else (5,) for i in range(21)], rows=True)
+    a, b = (tensors([(6, 10)], Format("fp32"), ("fp32", "fp32"), 0, torch.float32, False) for _ in range(2))
+    for group, other in zip(a, b):
+        for i, t in enumerate(group):
+            group[i] = t.t().contiguous().t()  # the same values, columns contiguous
+            other[i] = t.clone()
+    h = torch.rand(1, 16)
+    for module, group in ((optim, a), (ref_optim, b)):
+        module.fused_step("adamw", *group, h, torch.tensor([1, 2]), [0], "fp32", 0, ["fp32", "fp32"], 0)
+    for got, want in zip(a[0] + a[4], b[0] + b[4]):
+        assert_same(got, want)
+
+
+# --- projection -------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("left", (False, True))
+def test_project(left):
+    for (m, d, rank), (code, block), dtype in itertools.product(((20, 64, 8), (33, 100, 40), (1, 16, 1)), (("uint4", 32), ("int8", 0), ("uint8", 10)),
+                                                                FLOATS):
+        grad, side = torch.randn(m, d).to(dtype), m if left else d
+        basis = ref_quant.quantize(torch.randn(rank, side), code, block)
+        got, want = projection.project(grad, *basis, code, block, left), ref_projection.project(grad, *basis, code, block, left)
+        b = ref_quant.dequantize(*basis, code, block, side, torch.float64).abs()
+        zero = (basis[2].double() * basis[1]).repeat_interleave(block or side, 1)[:, :side] if code != "int8" else 0
+        magnitude = (b + zero) @ grad.double().abs() if left else grad.double().abs() @ (b + zero).t()
+        assert got.is_contiguous() and got.dtype == torch.float32
+        within(got, want, magnitude, side, 2 ** -8 if dtype == torch.bfloat16 and block == 10 else 0)
+
+
+def exact_basis(rank, d, code, block):
+    """A packed basis whose values are small multiples of 1/4: products with small integers are exact in any order."""
+    format = Format(code, block)
+    q = torch.randint(-7, 8, (rank, d)) if code in ("int8", "int4") else torch.randint(0, 16, (rank, d))
+    codes = ref_quant.pack_nibbles(q) if format.bits == 4 else q.to(format.code_dtype)
+    shape = (rank, format.blocks(d))
+    zeros = torch.randint(0, 16, shape, dtype=torch.uint8) if format.has_zero_point else torch.empty(0, dtype=torch.uint8)
+    return codes, 0.25 * 2.0 ** torch.randint(0, 3, shape), zeros
+
+
+@pytest.mark.parametrize("left", (False, True))
+@pytest.mark.parametrize("weight", (("fp32", 0), ("bf16", 0), ("fp16", 0), ("uint8", 32), ("int8", 0), ("int4", 20), ("uint4", 64), ("uint4", 0)),
+                         ids=lambda w: f"{w[0]}-{w[1]}")
+def test_project_back(weight, left, monkeypatch):
+    """Bit-equal where the product is exact, so that everything else of the kernel is."""
+    format = Format(*weight)
+    for i, ((m, d, rank), (code, block), widest) in enumerate(zip(((20, 64, 8), (33, 101, 40), (1, 16, 1), (18, 300, 5)),
+                                                                  (("uint4", 32), ("int8", 0), ("uint8", 10), ("int4", 64)), (256, 64, 256, 64))):
+        monkeypatch.setattr(projection, "WIDEST", widest)  # 64: rows are worked off in chunks
+        basis = exact_basis(rank, m if left else d, code, block)
+        update = torch.randint(-3, 4, (rank, d) if left else (m, rank)).float()
+        update[..., :1], update[::2] = 0, 0 if not left else update[::2]
+        stored = ref_quant.store(torch.randn(m, d), format)
+        if not format.has_zero_point:
+            stored = (*stored[:2], None)
+        scalars = torch.tensor([1.0 if i % 2 else 0.99, -0.03])
+        results = []
+        key = random_key()
+        for module in (projection, ref_projection):
+            mine = [None if t is None else t.clone() for t in stored]
+            module.project_back(*mine, *weight, d, update, *basis, code, block, left, scalars, key, 5 << 8)
+            results.append(mine)
+        for name, got, want in zip(("codes", "scales", "zeros"), *results):
+            assert_same(got, want, name, weight, (m, d, rank), code, block, left)
+
+
+def test_project_back_of_real_numbers():
+    """fp32 weight: |error| <= |alpha| (rank + 4) 2^-24 |U| |B| + two roundings of the result."""
+    for left, block in itertools.product((False, True), (0, 32)):
+        m, d, rank = 19, 70, 24
+        basis = ref_quant.quantize(torch.randn(rank, m if left else d), "uint8", block)
+        update, w = torch.randn((rank, d) if left else (m, rank)), torch.randn(m, d)
+        got, want, scalars = w.clone(), w.clone(), torch.tensor([0.9, -0.03])
+        for module, t in ((projection, got), (ref_projection, want)):
+            module.project_back(t, None, None, "fp32", 0, d, update, *basis, "uint8", block, left, scalars, torch.tensor([1, 1]), 0)
+        b = ref_quant.dequantize(*basis, "uint8", block, m if left else d, torch.float64).abs()
+        magnitude = 0.03 * (b.t() @ update.double().abs() if left else update.double().abs() @ b)
+        within(got, want, magnitude + (0.9 * w).abs() * 4 * 2 ** -24 / ((rank + 4) * 2 ** -24), rank)
+
+
+def test_cpu_tensors_are_refused_without_the_interpreter(monkeypatch):
+    monkeypatch.setattr(_common, "INTERPRETING", False)
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
+        quant.quantize(torch.randn(2, 2), "int8")
