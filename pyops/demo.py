@@ -445,10 +445,10 @@ def _ignoring_sigint():
 
 
 class _Stop:
-    """Ctrl-C: the first asks the loop to end after the step at hand, the second ends at once."""
+    """Ctrl-C: in training the first asks to end after the step at hand; the second, or one before training, ends at once."""
 
-    def __init__(self, console):
-        self.asked, self.console = False, console
+    def __init__(self):
+        self.asked = self.training = False
 
     def __enter__(self):
         self.main = threading.current_thread() is threading.main_thread()
@@ -461,7 +461,7 @@ class _Stop:
             signal.signal(signal.SIGINT, self.before)
 
     def _handle(self, *_):
-        if self.asked:
+        if self.asked or not self.training:
             raise KeyboardInterrupt
         self.asked = True
 
@@ -486,11 +486,14 @@ def run(options: Options, console) -> int:
     console.print(f"[bold]gradmill demo[/bold] on {options.device}: {text['source']}, {text['files']:,} files, {text['bytes'] / 1e6:.1f} MB; "
                   f"held out: {text['held_out_bytes'] / 1e6:.2f} MB ({text['held_out']})", highlight=False)
     names = (["torch"] if options.baseline else []) + ["gradmill"]
-    with _Stop(console) as stop:
-        halves = [Remote(name, options, train, held_out) for name in names]
+    with _Stop() as stop:
+        halves = []
         try:
+            for name in names:
+                halves.append(Remote(name, options, train, held_out))
             for half in halves:
                 half.ready()
+            stop.training = True
             _train(halves, options, stop, console)
             if halves[-1].losses:
                 if stop.asked:
@@ -505,7 +508,7 @@ def run(options: Options, console) -> int:
         finally:
             for half in halves:
                 half.close()
-        if not all(half.losses for half in halves):
+        if len(halves) < len(names) or not all(half.losses for half in halves):
             console.print("Stopped before the first step: nothing was measured, nothing written.")
             return 130
         stop.asked = True  # from here Ctrl-C means: at once. The files are whole or absent.
