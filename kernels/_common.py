@@ -459,7 +459,7 @@ def store_scales(scales, zeros, at, scale, zero, mask, CODE: tl.constexpr):
 def store_blocks(codes, scales, zeros, values, old, key, row, col, limit, columns, block, CODE: tl.constexpr, SPLIT: tl.constexpr,
                  ROUND: tl.constexpr, KEEP: tl.constexpr, P2: tl.constexpr):
     """Encodes a tile whose blocks lie inside it. KEEP: a block none of whose bits changed keeps codes and scale.
-    key = (seed, step, stream, aligned)."""
+    key = (seed, step, stream, ALIGNED), the last a constexpr: see tile_words."""
     k = tl.arange(0, P2)[None, :]
     valid = k < limit[:, None]
     at = row * tl.cdiv(columns, block) + col // block
@@ -502,7 +502,7 @@ def store_blocks(codes, scales, zeros, values, old, key, row, col, limit, column
 def rounding_words(key, row, col, done, columns, ROUND: tl.constexpr, P2: tl.constexpr):
     """Words of the tile that starts ``done`` elements into the blocks at (row, col)."""
     if ROUND == STOCHASTIC:
-        return operand_words(key[0], key[1], key[2], row, col + done, columns, key[3], P2)
+        return tile_words(key[0], key[1], key[2], row * columns + col + done, key[3], P2)
     elif ROUND == DITHER:
         return dither_words(key[0], key[1], key[2], row * columns + col, done + tl.arange(0, P2)[None, :])
     else:
@@ -522,13 +522,3 @@ def store_piece(codes, values, scale, zero, key, row, col, done, limit, columns,
     """Encodes the piece ``done`` elements into a block whose parameters are known."""
     q = encode(values, scale[:, None], zero[:, None], rounding_words(key, row, col, done, columns, ROUND, P2), CODE, ROUND != NEAREST)
     store_codes(codes, q, row, col + done, limit, columns, CODE, P2)
-
-
-@triton.jit
-def operand_words(seed, step, stream, row, col, columns, aligned, P2: tl.constexpr):
-    first = row * columns + col
-    if aligned != 0:
-        words = tile_words(seed, step, stream, first, True, P2)
-    else:
-        words = tile_words(seed, step, stream, first, False, P2)
-    return words

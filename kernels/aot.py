@@ -115,7 +115,7 @@ def _optim():
             yield Variant(f"fused_step {rule} {param} {'/'.join(states[:count])}{' long' * loop}{' split' * s_split}", optim.step_kernel,
                           {"table": "*i64"},
                           {"RULE": rule, "P": CODES[param], "G": CODES[grad], "S0": codes[0], "S1": codes[1], "S2": codes[2], "P_SPLIT": p_split,
-                           "S_SPLIT": s_split, "LOOP": loop, "NB": 1 if loop else optim.TILE // p2, "P2": p2, "TILES": optim.TILES},
+                           "S_SPLIT": s_split, "LOOP": loop, "ALIGNED": True, "NB": 1 if loop else optim.TILE // p2, "P2": p2, "TILES": optim.TILES},
                           warps=8, odd=("tensors",), everywhere=rule == "adamw" and param in ("fp32", "uint8"), elementwise=True)
 
 
@@ -125,7 +125,9 @@ def _tiles(table: dict, target: str, m: int) -> dict:
 
 
 def _matmul_int8():
-    matrix = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
+    matrix = {"sm_80": "mma.sync", "sm_90": "wgmma", "gfx942": "mfma"}
+    if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9):
+        matrix["sm_100"] = "tcgen05"  # 3.6 takes mma.sync
     for m, out, bias, even, long in ((4096, "bf16", True, True, False), (64, "fp32", False, False, False), (4096, "fp16", False, False, True)):
         for target in TARGETS:
             tiles = _tiles(matmul.INT8_TILES, target, m)
@@ -135,7 +137,7 @@ def _matmul_int8():
             yield Variant(f"matmul_int8 m {m} {out}{' long' * long}", matmul.int8_kernel,
                           {"a": "*i8", "b": "*i8", "a_scales": "*fp32", "b_scales": "*fp32", "bias": "*fp32", "out": f"*{out}"},
                           {"OUT": CODES[out], "HAS_BIAS": bias, "EVEN_K": even, "LONG": long, "EXACT": matmul.EXACT_K, **tiles.pop("constants")},
-                          {target: matrix[target]}, **tiles, only=target, everywhere=m == 4096 and not long)
+                          {target: matrix[target]} if target in matrix else {}, **tiles, only=target, everywhere=m == 4096 and not long)
 
 
 def _matmul_packed():
@@ -162,9 +164,9 @@ def _projection():
             yield Variant(f"project_back {weight} from {code}{' left' * left}{' long' * loop}", projection.back_kernel,
                           {"weight": "*bf16" if plain else "*i8" if weight == "int8" else "*u8", "weight_scales": "*fp32", "weight_zeros": "*u8", "update": "*fp32",
                            "codes": "*i8" if code == "int8" else "*u8", "scales": "*fp32", "zeros": "*u8", "decay": "fp32", "alpha": "fp32"},
-                          {"W": CODES[weight], "CODE": CODES[code], "LEFT": left, "PER_ROW": True, "LOOP": loop, "PRECISION": precision,
+                          {"W": CODES[weight], "CODE": CODES[code], "LEFT": left, "PER_ROW": True, "LOOP": loop, "ALIGNED": True, "PRECISION": precision,
                            "BM": projection.ROWS, "KB": 1, "P2": p2, "BK": projection.DEPTH},
-                          {target: "mfma" if target == "gfx942" else "mma.sync"}, warps=8 if p2 > 128 else 4, stages=2, odd=("decay", "alpha", "aligned"), only=target, everywhere=weight == "uint8")
+                          {target: "mfma" if target == "gfx942" else "mma.sync"}, warps=8 if p2 > 128 else 4, stages=2, odd=("decay", "alpha"), only=target, everywhere=weight == "uint8")
 
 
 def resources(compiled, target: str) -> str:

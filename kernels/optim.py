@@ -26,9 +26,9 @@ from gradmill.kernels._common import (BF16, DELTA, DITHER, LAUNCH, NEAREST, NONE
                                       store_blocks, store_floats, store_piece, store_scales, warps_for)
 from gradmill.reference.philox import PURPOSES
 
-TILE = 2048         # elements a tile aims at: 8 a thread, or the registers spill
-LONGEST = 4096      # a longer unit is worked off in chunks, in two passes
-TILES = 8           # tiles a program works off: the search for its tensor is paid once
+TILE = 1024         # elements a tile aims at: 4 a thread keep registers below 128, so that two programs share an SM
+LONGEST = 2048      # a longer unit is worked off in chunks, in two passes
+TILES = 16          # tiles a program works off: the search for its tensor is paid once
 DITHER_PURPOSE = tl.constexpr(PURPOSES["dither"])  # the table's stream has the weight's purpose, 0
 
 
@@ -54,7 +54,7 @@ def adamw_amsgrad(p, g, m, v, vmax, h):
 
 @triton.jit
 def sign(x):
-    return tl.where(x > 0.0, 1.0, tl.where(x < 0.0, -1.0, 0.0))  # 0 for nan, as torch.sign
+    return tl.where(x > 0.0, 1.0, tl.where(x < 0.0, -1.0, tl.where(x != x, x, 0.0)))  # nan stays
 
 
 RULES = ("adamw", "adamw_amsgrad")  # the names apply_rule knows
@@ -73,11 +73,11 @@ def apply_rule(RULE: tl.constexpr, p, g, s0, s1, s2, h):
 # --- the table --------------------------------------------------------------------------------------------
 # One row of int64 words per tensor; the last 8 words hold the 16 fp32 scalars.
 FIELDS = ("param", "param_scales", "param_zeros", "grad", "state0", "scales0", "state1", "scales1", "state2", "scales2", "rows", "columns",
-          "unit", "chunk", "param_block", "state_block", "aligned", "stream", "seed", "step", "first_program", "spare")
+          "unit", "chunk", "param_block", "state_block", "stream", "seed", "step", "first_program")
 WIDTH = tl.constexpr(len(FIELDS) + 8)
 SCALARS = tl.constexpr(len(FIELDS))
-(PARAM, PARAM_SCALES, PARAM_ZEROS, GRAD, STATE0, _, STATE1, _, STATE2, _, ROWS, COLUMNS, UNIT, CHUNK, PARAM_BLOCK, STATE_BLOCK, ALIGNED,
- STREAM, SEED, STEP, FIRST_PROGRAM, _) = (tl.constexpr(i) for i in range(len(FIELDS)))
+(PARAM, PARAM_SCALES, PARAM_ZEROS, GRAD, STATE0, _, STATE1, _, STATE2, _, ROWS, COLUMNS, UNIT, CHUNK, PARAM_BLOCK, STATE_BLOCK,
+ STREAM, SEED, STEP, FIRST_PROGRAM) = (tl.constexpr(i) for i in range(len(FIELDS)))
 
 
 # --- the step ---------------------------------------------------------------------------------------------
@@ -142,7 +142,8 @@ def store_state_piece(slot, values, scale, inverse, key, row, col, done, limit, 
 
 @triton.jit
 def step_kernel(table, tensors, RULE: tl.constexpr, P: tl.constexpr, G: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr,
-                P_SPLIT: tl.constexpr, S_SPLIT: tl.constexpr, LOOP: tl.constexpr, NB: tl.constexpr, P2: tl.constexpr, TILES: tl.constexpr):
+                P_SPLIT: tl.constexpr, S_SPLIT: tl.constexpr, LOOP: tl.constexpr, ALIGNED: tl.constexpr, NB: tl.constexpr, P2: tl.constexpr,
+                TILES: tl.constexpr):
     pid = tl.program_id(0)
     # Which tensor: the last one whose first program is not after this one.
     low = pid * 0
@@ -158,8 +159,8 @@ def step_kernel(table, tensors, RULE: tl.constexpr, P: tl.constexpr, G: tl.const
     p_block, s_block = tl.load(entry + PARAM_BLOCK), tl.load(entry + STATE_BLOCK)
     param, p_scales, p_zeros = tl.load(entry + PARAM), tl.load(entry + PARAM_SCALES), tl.load(entry + PARAM_ZEROS)
     seed, step = tl.load(entry + SEED).to(tl.uint64, bitcast=True), tl.load(entry + STEP).to(tl.int32)
-    stream, aligned = tl.load(entry + STREAM).to(tl.int32), tl.load(entry + ALIGNED)
-    key, dither = (seed, step, stream, aligned), (seed, step, stream + DITHER_PURPOSE, aligned)
+    stream = tl.load(entry + STREAM).to(tl.int32)
+    key, dither = (seed, step, stream, ALIGNED), (seed, step, stream + DITHER_PURPOSE, ALIGNED)
     units_per_row = tl.cdiv(columns, unit)
     units = tl.load(entry + ROWS) * units_per_row
     first = (pid - tl.load(entry + FIRST_PROGRAM)) * (NB * TILES)
@@ -222,7 +223,7 @@ def step_kernel(table, tensors, RULE: tl.constexpr, P: tl.constexpr, G: tl.const
 
 # --- host -------------------------------------------------------------------------------------------------
 #: How a tensor is cut: tensors with the same Cut share a launch.
-Cut = namedtuple("Cut", "p_split s_split loop runs p2")
+Cut = namedtuple("Cut", "p_split s_split loop aligned runs p2")
 
 
 def _cut(rows, columns, param_format, state_blocked, state_block):
@@ -244,7 +245,8 @@ def _cut(rows, columns, param_format, state_blocked, state_block):
     if p2 > 1 << 20:
         raise ValueError(f"gradmill.fused_step: blocks of {p_block} and {s_block} elements are too long for one Triton tile; "
                          "make them equal, or one of them shorter")
-    cut = Cut(param_format.blocked and p_block < unit, state_blocked and s_block < unit, chunk < unit,
+    aligned = (rows == 1 or columns % 4 == 0) and (unit >= columns or unit % 4 == 0) and (chunk >= unit or chunk % 4 == 0)
+    cut = Cut(param_format.blocked and p_block < unit, state_blocked and s_block < unit, chunk < unit, aligned,
               1 if chunk < unit else max(1, TILE // p2), p2)
     return cut, rows, columns, unit, chunk, p_block, s_block
 
@@ -272,26 +274,26 @@ def fused_step(rule, params, param_scales, param_zeros, grads, states, state_sca
             continue
         rows = grad.shape[0] if grad.dim() > 1 else 1
         cut, rows, columns, unit, chunk, p_block, s_block = _cut(rows, grad.numel() // rows, param_format, any(blocked), state_block)
-        table, programs = launches.setdefault(cut, [[], 0])
-        aligned = (rows == 1 or columns % 4 == 0) and (unit >= columns or unit % 4 == 0) and (chunk >= unit or chunk % 4 == 0)
+        table, programs, members = launches.setdefault(cut, [[], 0, []])
+        members.append(i)
         slots = [0] * 6
         for s in range(count):
             slots[2 * s:2 * s + 2] = address(states[i * count + s]), state_scales[i * count + s].data_ptr() if blocked[s] else 0
         table.append([address(param), param_scales[i].data_ptr() if param_format.blocked else 0,
                       param_zeros[i].data_ptr() if param_format.has_zero_point else 0, address(grad, written=False), *slots, rows, columns,
-                      unit, chunk, p_block, s_block, int(aligned), (ids[i] << 8 | PURPOSES["weight"]) & 0xFFFFFFFF, seed,
-                      step & 0xFFFFFFFF, programs, i])
+                      unit, chunk, p_block, s_block, (ids[i] << 8 | PURPOSES["weight"]) & 0xFFFFFFFF, seed,
+                      step & 0xFFFFFFFF, programs])
         units = rows * triton.cdiv(columns, unit)
         launches[cut][1] = programs + triton.cdiv(units, cut.runs * TILES)
     codes = [CODES[c] for c in state_codes] + [NONE.value] * (3 - count)
-    for cut, (table, programs) in launches.items():
+    for cut, (table, programs, members) in launches.items():
         if programs >= 1 << 31:
             raise ValueError("gradmill.fused_step: too many blocks for one Triton launch; take larger blocks")
-        which = torch.tensor([entry[-1] for entry in table]) if scalars.shape[0] > 1 else torch.zeros(len(table), dtype=torch.int64)
+        which = torch.tensor(members) if scalars.shape[0] > 1 else torch.zeros(len(members), dtype=torch.int64)
         table = torch.cat([torch.tensor(table), scalars[which].contiguous().view(torch.int64)], dim=1).to(params[0].device, non_blocking=True)
         with ready(params[0]):
             step_kernel[(programs,)](table, table.shape[0], RULE=rule, P=CODES[param_code], G=CODES[float_code(grads[0].dtype)], S0=codes[0],
-                                     S1=codes[1], S2=codes[2], P_SPLIT=cut.p_split, S_SPLIT=cut.s_split, LOOP=cut.loop, NB=cut.runs,
-                                     P2=cut.p2, TILES=TILES, num_warps=warps_for(2 * cut.runs * cut.p2), **LAUNCH)
+                                     S1=codes[1], S2=codes[2], P_SPLIT=cut.p_split, S_SPLIT=cut.s_split, LOOP=cut.loop, ALIGNED=cut.aligned, NB=cut.runs,
+                                     P2=cut.p2, TILES=TILES, num_warps=warps_for(4 * cut.runs * cut.p2), **LAUNCH)
     for original, copy in copy_back:
         original.copy_(copy)

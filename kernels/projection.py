@@ -56,11 +56,11 @@ def product(update, codes, scales, zeros, first_row, first_column, rows, columns
 
 @triton.jit(do_not_specialize=KEY_ARGUMENTS)
 def back_kernel(weight, weight_scales, weight_zeros, update, codes, scales, zeros, decay, alpha, rows, columns, unit, weight_block, rank,
-                block, blocks, aligned, seed_low, seed_high, step, stream, W: tl.constexpr, CODE: tl.constexpr, LEFT: tl.constexpr,
-                PER_ROW: tl.constexpr, LOOP: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, KB: tl.constexpr, P2: tl.constexpr,
+                block, blocks, seed_low, seed_high, step, stream, W: tl.constexpr, CODE: tl.constexpr, LEFT: tl.constexpr,
+                PER_ROW: tl.constexpr, LOOP: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, KB: tl.constexpr, P2: tl.constexpr,
                 BK: tl.constexpr):
     """BM rows x one unit of columns: KB whole blocks of P2, one block of up to P2, or (LOOP) one longer block in chunks."""
-    key = (seed_of(seed_low, seed_high), step, stream, aligned)
+    key = (seed_of(seed_low, seed_high), step, stream, ALIGNED)
     units = tl.cdiv(columns, unit)
     first_row, first_column = (tl.program_id(0) // units) * BM, (tl.program_id(0) % units) * unit
     # As a tile of runs: run i is block i % KB of row i // KB.
@@ -125,7 +125,7 @@ def project_back(weight, weight_scales, weight_zeros, weight_code, weight_block,
     with ready(weight):
         back_kernel[(triton.cdiv(rows, ROWS) * triton.cdiv(columns, unit),)](
             weight, weight if weight_scales is None else weight_scales, weight if weight_zeros is None else weight_zeros, update, codes, scales,
-            zeros, decay, alpha, rows, columns, unit, weight_block, rank, block, triton.cdiv(d, block), int(aligned), *key_words(key, stream),
-            W=CODES[weight_code], CODE=CODES[code], LEFT=left, PER_ROW=per_row, LOOP=loop,
+            zeros, decay, alpha, rows, columns, unit, weight_block, rank, block, triton.cdiv(d, block), *key_words(key, stream),
+            W=CODES[weight_code], CODE=CODES[code], LEFT=left, PER_ROW=per_row, LOOP=loop, ALIGNED=aligned,
             PRECISION="ieee" if INTERPRETING or torch.version.hip else "tf32x3", BM=ROWS, KB=runs, P2=p2, BK=DEPTH, num_warps=8 if p2 * runs > 128 else 4,
             num_stages=2, **LAUNCH)

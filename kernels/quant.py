@@ -74,10 +74,10 @@ def dequantize_kernel(codes, scales, zeros, out, rows, columns, block, blocks, p
                       NB: tl.constexpr, P2: tl.constexpr):
     """NB pieces of blocks; a block longer than P2 is cut into ``pieces``."""
     index = tl.program_id(0).to(tl.int64) * NB + tl.arange(0, NB)
-    exists = index < rows.to(tl.int64) * blocks * pieces
     at = index // pieces  # number of the block
     done = (index % pieces) * P2
     row = at // blocks
+    exists = row < rows
     col = (at % blocks) * block + done
     limit = tl.where(exists, tl.minimum(block - done, columns - col), 0)
     scale = tl.load(scales + at, mask=exists, other=0.0)

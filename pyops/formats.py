@@ -72,9 +72,7 @@ class Format:
         return torch.int8 if self.code == "int8" else torch.uint8
 
     def blocks(self, columns: int) -> int:
-        """How many blocks a row of ``columns`` elements has."""
-        if columns == 0:
-            return 0
+        """How many blocks a row of ``columns`` elements has (a whole-row block is there even when the row is empty)."""
         return 1 if self.block == 0 else -(-columns // self.block)
 
     def code_columns(self, columns: int) -> int:

@@ -36,6 +36,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         raise ValueError(f"gradmill linear: x has shape {tuple(x.shape)}; its last dimension must be {weight.shape[1]}, the weight's in")
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
         raise ValueError(f"gradmill linear: bias has shape {tuple(bias.shape)}; it must be ({weight.shape[0]},)")
-    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-    y = QuantizedLinear.apply(x.reshape(-1, x.shape[-1]), weight, bias, recipe, dtype)
+    device = x.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # the meta device has none
+    dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+    y = QuantizedLinear.apply(x.reshape(x.shape[:-1].numel(), x.shape[-1]), weight, bias, recipe, dtype)
     return y.view(*x.shape[:-1], weight.shape[0])

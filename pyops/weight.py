@@ -7,6 +7,7 @@ from torch.utils._pytree import tree_map
 from gradmill import formats
 from gradmill.formats import Format
 from gradmill.ops.quant import dequantize, quantize
+from gradmill.reference.optim import as_matrix
 
 __all__ = ["QuantizedWeight", "nbytes"]
 
@@ -49,7 +50,7 @@ class QuantizedWeight(torch.Tensor):
             raise ValueError(f"x has shape {tuple(x.shape)}; a QuantizedWeight needs at least two dimensions")
         if isinstance(x, QuantizedWeight):
             x = x.dequantize()
-        stored = quantize(x.detach().reshape(x.shape[0], -1), format.code, format.block)
+        stored = quantize(as_matrix(x.detach()), format.code, format.block)
         return cls(*stored, format, x.shape, x.dtype, x.requires_grad if requires_grad is None else requires_grad)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -68,7 +69,7 @@ class QuantizedWeight(torch.Tensor):
         else:
             value = value.dequantize() if isinstance(value, QuantizedWeight) else value
             value = value.to(device=self.device, dtype=value.dtype if formats.float_code(value.dtype) else torch.float32)
-            stored = quantize(value.expand(self.shape).reshape(self.shape[0], -1), self.format.code, self.format.block)
+            stored = quantize(as_matrix(value.expand(self.shape)), self.format.code, self.format.block)
         for mine, theirs in zip((self.codes, self.scales, self.zeros), stored):
             mine.copy_(theirs)
 
@@ -102,27 +103,32 @@ class QuantizedWeight(torch.Tensor):
             args[0]._assign(args[1])
             return args[0]
         # Anything else works on the values; what it writes into a QuantizedWeight is quantised afterwards.
-        written = []
+        values = {}
 
         def plain(x):
-            if not isinstance(x, QuantizedWeight):
-                return x
-            value = x.dequantize()
-            written.append((x, value))
-            return value
+            if isinstance(x, QuantizedWeight):
+                return values.setdefault(id(x), (x, x.dequantize()))[1]
+            return x
 
-        mutates = func._schema.is_mutable
         result = func(*tree_map(plain, args), **tree_map(plain, kwargs))
-        if not mutates:
-            return result
-        targets = [a for a, schema in zip(args, func._schema.arguments) if schema.alias_info is not None and schema.alias_info.is_write]
-        targets += [kwargs[s.name] for s in func._schema.arguments if s.name in kwargs and s.alias_info is not None and s.alias_info.is_write]
-        for weight, value in written:
-            if any(t is weight for t in targets):
-                weight._assign(value)
-                if result is value:
-                    result = weight
+        for argument, schema in zip(args, func._schema.arguments):
+            _store_written(schema, argument, values)
+        for schema in func._schema.arguments:
+            if schema.name in kwargs:
+                _store_written(schema, kwargs[schema.name], values)
+        if func._schema.is_mutable:  # an in-place op returns the weight it was given, not the values it worked on
+            weights = {id(value): weight for weight, value in values.values()}
+            result = tree_map(lambda x: weights.get(id(x), x), result)
         return result
+
+
+def _store_written(schema, argument, values: dict):
+    """Quantises what an op wrote into one of its arguments: a QuantizedWeight, or a list with some in it."""
+    if schema.alias_info is None or not schema.alias_info.is_write:
+        return
+    for x in argument if isinstance(argument, (list, tuple)) else (argument,):
+        if id(x) in values:
+            x._assign(values[id(x)][1])
 
 
 torch.serialization.add_safe_globals([QuantizedWeight, Format])

@@ -1,5 +1,6 @@
 """Triton kernels: bit-equality under the interpreter (in one subprocess) and ahead-of-time compilation for GPUs."""
 import ast
+import dataclasses
 import os
 import subprocess
 import sys
@@ -70,6 +71,18 @@ def test_compiles(variant, target):
         # What bit-equality rests on: no fused multiply-add, no flushed denormals, correctly rounded division and root.
         for inexact in ("fma.rn.f32", ".ftz", "div.full", "div.approx", "sqrt.approx", "rcp.approx"):
             assert inexact not in text, f"{variant.name} on {target}: {inexact}"
+
+
+def test_arguments_equal_to_one_compile():
+    """A launch turns integers equal to 1 into constants (which have no .to()): neither the interpreter nor test_compiles sees it."""
+    seen = {}
+    for variant, target in CASES:
+        if target == "sm_90":
+            seen.setdefault((variant.kernel.__name__, *(variant.constants.get(c) for c in ("LOOP", "LONG", "TRANSPOSE", "LEFT"))), variant)
+    for variant in seen.values():
+        given = {*variant.types, *variant.constants, *(variant.kernel.do_not_specialize or ())}
+        ones = {name: 1 for name in variant.kernel.arg_names if name not in given}
+        aot.compile(dataclasses.replace(variant, constants={**variant.constants, **ones}), "sm_90")
 
 
 # --- under the interpreter --------------------------------------------------------------------------------

@@ -67,7 +67,9 @@ def _native_quantize(x, code, block=0, transpose=False, key=None, stream=0):
         x = x.contiguous()  # an expanded or overlapping view
     codes, scales, zeros = _empty_quantized(x, code, block, transpose)
     rows, columns = x.shape[::-1] if transpose else x.shape
-    if codes.numel():
+    if not codes.numel():
+        scales.zero_(), zeros.zero_()
+    else:
         native_module().quantize(*where(x), x.data_ptr(), CODES[float_code(x.dtype)], x.stride(0),
                                  matrix_tuple(codes, scales, zeros, Format(code, block), rows, columns), transpose,
                                  key_tuple(key, stream))

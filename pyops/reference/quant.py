@@ -148,7 +148,7 @@ def quantize(x, code, block=0, transpose=False, key=None, stream=0, dither=False
     zeros_shape = (rows, format.blocks(columns)) if format.has_zero_point else (0,)
     if x.numel() == 0:
         return (x.new_empty((rows, format.code_columns(columns)), dtype=format.code_dtype),
-                x.new_empty((rows, format.blocks(columns))), x.new_empty(zeros_shape, dtype=torch.uint8))
+                x.new_zeros((rows, format.blocks(columns))), x.new_zeros(zeros_shape, dtype=torch.uint8))
     blocks = _blocks(x, block)
     words = None
     if dither:
