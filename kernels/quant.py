@@ -99,7 +99,7 @@ def quantize(x, code, block=0, transpose=False, key=None, stream=0):
     scales = x.new_empty((rows, blocks), dtype=torch.float32)
     zeros = x.new_empty((rows, blocks) if format.has_zero_point else (0,), dtype=torch.uint8)
     if not x.numel():
-        return codes, scales, zeros
+        return codes, scales.zero_(), zeros.zero_()
     if rows * blocks >= 1 << 31:
         raise ValueError(f"gradmill.quantize: {rows * blocks} blocks; the Triton kernel counts them in 31 bits: take a larger block")
     size = min(block or columns, columns)

@@ -529,7 +529,7 @@ def _train(halves, options, stop, console):
     every = max(1, math.ceil(options.steps / VALIDATIONS))
     columns = [TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}"),
                TextColumn("{task.fields[speed]} tokens/s"), TimeRemainingColumn(compact=True)]
-    with Progress(*columns, console=console, disable=not console.is_terminal, expand=True) as progress:
+    with Progress(*columns, console=console, disable=not console.is_terminal, expand=True, refresh_per_second=4) as progress:
         _validate(halves, 0, options, console)
         tasks = [progress.add_task(half.name, total=options.steps, loss="  -  ", speed="    -") for half in halves]
         for step in range(1, options.steps + 1):

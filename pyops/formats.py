@@ -1,6 +1,7 @@
 """Formats: how numbers are stored. A format is data; kernels read its code and block at run time."""
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,7 @@ CODES = {
     "delta": 9,      # fused_step's params only: read as 0, the update is left there in fp32
 }
 FLOAT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_BITS = {"fp32": 32, "delta": 32, "bf16": 16, "fp16": 16, "int4": 4, "uint4": 4}  # every other code has 8
 _FLOAT_CODES = {dtype: code for code, dtype in FLOAT_DTYPES.items()}
 
 
@@ -53,7 +55,7 @@ class Format:
     @property
     def bits(self) -> int:
         """Bits per code."""
-        return {"fp32": 32, "delta": 32, "bf16": 16, "fp16": 16, "int4": 4, "uint4": 4}.get(self.code, 8)
+        return _BITS.get(self.code, 8)
 
     @property
     def blocked(self) -> bool:
@@ -83,6 +85,12 @@ class Format:
         """Exact bytes of codes, scales and zero points for (rows, columns)."""
         blocks = self.blocks(columns) if self.blocked else 0
         return rows * (-(-columns * self.bits // 8) + blocks * (5 if self.has_zero_point else 4))
+
+
+@functools.lru_cache(maxsize=None)
+def cached(code: str, block: int = 0) -> Format:
+    """Format(code, block), made once: for the paths that run at every step."""
+    return Format(code, block)
 
 
 #: Named formats.

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import torch
 
-from gradmill.formats import CODES, Format, float_code
+from gradmill.formats import CODES, cached, float_code
 from gradmill.ops._registry import Op, native_module, reject, require_matrix, where
 from gradmill.ops.quant import FLOATS, check_packed, matrix_tuple
 from gradmill.reference import matmul as reference
@@ -96,7 +96,7 @@ def _native_packed_matmul(x, codes, scales, zeros, code, block, columns, transpo
     out = _fake_packed_matmul(x, codes, scales, zeros, code, block, columns, transpose, bias, dtype)
     if out.numel():
         native_module().matmul_packed(*where(x), x.shape[0], x.data_ptr(), CODES[float_code(x.dtype)],
-                                      matrix_tuple(codes, scales, zeros, Format(code, block), codes.shape[0], columns), transpose,
+                                      matrix_tuple(codes, scales, zeros, cached(code, block), codes.shape[0], columns), transpose,
                                       _pointer(bias), out.data_ptr(), CODES[float_code(dtype)])
     return out
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import torch
 
-from gradmill.formats import CODES, FLOAT_DTYPES, Format, float_code
+from gradmill.formats import CODES, FLOAT_DTYPES, cached, float_code
 from gradmill.ops._registry import Op, native_module, reject, require_key, where
 from gradmill.ops.quant import FLOATS
 from gradmill.reference import optim as reference
@@ -41,8 +41,8 @@ def _check(rule, params, param_scales, param_zeros, grads, states, state_scales,
     if rule not in reference.RULES:
         reject(op, "rule", rule, f"one of {', '.join(reference.RULES)}")
     n, count = len(params), len(state_codes)
-    param_format = Format(param_code, param_block)
-    formats = [Format(c, state_block if Format(c).blocked else 0) for c in state_codes]
+    param_format = cached(param_code, param_block)
+    formats = [cached(c, state_block if cached(c).blocked else 0) for c in state_codes]
     for name, got, want in (("grads", len(grads), n), ("ids", len(ids), n), ("states", len(states), n * count),
                             ("param_scales", len(param_scales), n if param_format.blocked else 0),
                             ("param_zeros", len(param_zeros), n if param_format.has_zero_point else 0),
@@ -89,8 +89,8 @@ def _native(rule, params, param_scales, param_zeros, grads, states, state_scales
     if not params:
         return
     native = native_module()
-    count, param_format = len(state_codes), Format(param_code, param_block)
-    has_scales = [Format(c).blocked for c in state_codes]
+    count, param_format = len(state_codes), cached(param_code, param_block)
+    has_scales = [cached(c).blocked for c in state_codes]
     table, copies = [], []
 
     def contiguous(t):

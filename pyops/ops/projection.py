@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import torch
 
-from gradmill.formats import CODES, FLOAT_DTYPES, Format, float_code
+from gradmill.formats import CODES, cached, float_code
 from gradmill.ops._registry import Op, key_tuple, native_module, reject, require_key, require_matrix, where
 from gradmill.ops.optim import _check_stored
 from gradmill.ops.quant import FLOATS, check_packed, matrix_tuple
@@ -28,7 +28,7 @@ def _native_project(grad, codes, scales, zeros, code, block, left):
     if out.numel():
         d = grad.shape[0 if left else 1]
         native_module().project(*where(grad), *grad.shape, grad.data_ptr(), CODES[float_code(grad.dtype)],
-                                matrix_tuple(codes, scales, zeros, Format(code, block), codes.shape[0], d), left, out.data_ptr())
+                                matrix_tuple(codes, scales, zeros, cached(code, block), codes.shape[0], d), left, out.data_ptr())
     return out
 
 
@@ -47,7 +47,7 @@ B grad (rank, n). fp32 accumulation straight from the packed codes."""
 def _check_back(weight, weight_scales, weight_zeros, weight_code, weight_block, columns, update, codes, scales, zeros, code, block,
                 left, scalars, key, stream):
     op = "project_back"
-    format = Format(weight_code, weight_block)
+    format = cached(weight_code, weight_block)
     if not (weight_code != "delta" and weight_code not in ("moment8", "square8")):
         reject(op, "weight_code", weight_code, "a weight's code")
     rows = weight.shape[0] if weight.dim() > 1 else 1
@@ -75,8 +75,8 @@ def _native_back(weight, weight_scales, weight_zeros, weight_code, weight_block,
         return
     decay, alpha = scalars.tolist()
     native_module().project_back(
-        *where(weight), matrix_tuple(weight, weight_scales, weight_zeros, Format(weight_code, weight_block), rows, columns),
-        update.data_ptr(), matrix_tuple(codes, scales, zeros, Format(code, block), codes.shape[0], rows if left else columns), left,
+        *where(weight), matrix_tuple(weight, weight_scales, weight_zeros, cached(weight_code, weight_block), rows, columns),
+        update.data_ptr(), matrix_tuple(codes, scales, zeros, cached(code, block), codes.shape[0], rows if left else columns), left,
         decay, alpha, key_tuple(key, stream))
 
 

@@ -3,20 +3,20 @@ from __future__ import annotations
 
 import torch
 
-from gradmill.formats import CODES, FLOAT_DTYPES, Format, float_code
+from gradmill.formats import CODES, FLOAT_DTYPES, Format, cached, float_code
 from gradmill.ops._registry import Op, key_tuple, native_module, reject, require_key, require_matrix, where
 from gradmill.reference import quant as reference
 
-BLOCKED = tuple(code for code in CODES if Format(code).blocked)
+BLOCKED = tuple(code for code in CODES if cached(code).blocked)
 FLOATS = tuple(FLOAT_DTYPES.values())
 
 
 def check_format(op: str, code: str, block: int) -> Format:
     if code not in BLOCKED:
         reject(op, "code", code, f"one of {', '.join(BLOCKED)}")
-    if not (block >= 0 and (block % 2 == 0 or Format(code).bits == 8)):
+    if not (block >= 0 and (block % 2 == 0 or cached(code).bits == 8)):
         reject(op, "block", block, "0 (a whole row) or positive, and even for 4-bit codes")
-    return Format(code, block)
+    return cached(code, block)
 
 
 def check_packed(op: str, name: str, codes, scales, zeros, code: str, block: int, columns: int, rows: int | None = None):
@@ -46,7 +46,7 @@ def _check_quantize(x, code, block=0, transpose=False, key=None, stream=0):
 
 
 def _empty_quantized(x, code, block, transpose):
-    format = Format(code, block)
+    format = cached(code, block)
     rows, columns = x.shape[::-1] if transpose else x.shape
     shape = (rows, format.blocks(columns))
     return (x.new_empty((rows, format.code_columns(columns)), dtype=format.code_dtype), x.new_empty(shape, dtype=torch.float32),
@@ -71,7 +71,7 @@ def _native_quantize(x, code, block=0, transpose=False, key=None, stream=0):
         scales.zero_(), zeros.zero_()
     else:
         native_module().quantize(*where(x), x.data_ptr(), CODES[float_code(x.dtype)], x.stride(0),
-                                 matrix_tuple(codes, scales, zeros, Format(code, block), rows, columns), transpose,
+                                 matrix_tuple(codes, scales, zeros, cached(code, block), rows, columns), transpose,
                                  key_tuple(key, stream))
     return codes, scales, zeros
 
@@ -103,7 +103,7 @@ def _fake_dequantize(codes, scales, zeros, code, block, columns, dtype):
 def _native_dequantize(codes, scales, zeros, code, block, columns, dtype):
     out = _fake_dequantize(codes, scales, zeros, code, block, columns, dtype)
     if out.numel():
-        native_module().dequantize(*where(codes), matrix_tuple(codes, scales, zeros, Format(code, block), *out.shape),
+        native_module().dequantize(*where(codes), matrix_tuple(codes, scales, zeros, cached(code, block), *out.shape),
                                    out.data_ptr(), CODES[float_code(dtype)])
     return out
 

@@ -9,7 +9,7 @@ import torch
 from torch.optim import Optimizer
 
 from gradmill import formats
-from gradmill.formats import Format
+from gradmill.formats import Format, cached
 from gradmill.ops._registry import describe, short
 from gradmill.ops.optim import MAX_SCALARS, fused_step
 from gradmill.ops.quant import FLOATS, dequantize, quantize
@@ -113,8 +113,8 @@ class FusedOptimizer(Optimizer):
         if kind == "int8" and (dims < 2 or columns < MIN_ROW or rows * columns < group["min_quantized_numel"]):
             kind = "fp32"
         if kind != "int8":
-            return (Format(kind),) * len(rule.states)
-        return tuple(Format(code, BLOCK) for code in rule.state_codes)
+            return (cached(kind),) * len(rule.states)
+        return tuple(cached(code, BLOCK) for code in rule.state_codes)
 
     def _new_states(self, state: dict, group: dict, like: torch.Tensor):
         """Zero states for a tensor of like's shape, named as torch names them (+ _codes, _scales when quantised)."""
@@ -180,16 +180,15 @@ class FusedOptimizer(Optimizer):
         rule = RULES[name]
         buckets = defaultdict(list)
         for item in items:
-            rows, columns = as_matrix(item.grad).shape
             f = param_code or (item.param.format if isinstance(item.param, QuantizedWeight) else formats.float_code(item.param.dtype))
-            states = self._stored_formats(rule, item.state, rows, columns, group)
+            states = self._stored_formats(rule, item.state)
             buckets[f, states, item.grad.dtype, item.grad.device, item.step].append(item)
         lr = float(group["lr"]) if lr is None else lr
         options = group if decay else {**group, "weight_decay": 0.0}
         for (f, states, _, _, step), bucket in buckets.items():
             scalars = [factor * (-1.0 if group["maximize"] else 1.0), *rule.scalars(options, step, lr)]
             scalars = torch.tensor([scalars + [0.0] * (MAX_SCALARS - len(scalars))], dtype=torch.float32)
-            format = f if isinstance(f, Format) else Format(f)
+            format = f if isinstance(f, Format) else cached(f)
             params = [item.param for item in bucket]
             blocked = any(s.blocked for s in states)
             names = [(f"{n}_codes", f"{n}_scales") if s.blocked else (n, None) for n, s in zip(rule.states, states)]
@@ -202,9 +201,10 @@ class FusedOptimizer(Optimizer):
                 scalars, torch.tensor([group["seed"], step], dtype=torch.int64), [item.state["rng_id"] for item in bucket],
                 format.code, format.block, [s.code for s in states], BLOCK)
 
-    def _stored_formats(self, rule, state, rows, columns, group) -> tuple[Format, ...]:
+    @staticmethod
+    def _stored_formats(rule, state) -> tuple[Format, ...]:
         """The formats a tensor's states are in: what is stored decides, not the group's option, which may have changed."""
-        return tuple(Format(code, BLOCK) if f"{name}_codes" in state else Format(formats.float_code(state[name].dtype))
+        return tuple(cached(code, BLOCK) if f"{name}_codes" in state else cached(formats.float_code(state[name].dtype))
                      for name, code in zip(rule.states, rule.state_codes))
 
     # --- checkpoints --------------------------------------------------------------------------------------
@@ -275,7 +275,7 @@ class FusedOptimizer(Optimizer):
         wanted = self.state_formats(group, rows, columns, like.dim())
         for name, code, format in zip(RULES[self.rule(group)].states, RULES[self.rule(group)].state_codes, wanted):
             if f"{name}_codes" in saved:
-                stored = Format(code, BLOCK)
+                stored = cached(code, BLOCK)
                 codes = self._adopt_tensor(saved, f"{name}_codes", (stored.code_dtype,), (rows, stored.code_columns(columns)), like.device, index)
                 scales = self._adopt_tensor(saved, f"{name}_scales", (torch.float32,), (rows, stored.blocks(columns)), like.device, index)
                 if format.blocked:
