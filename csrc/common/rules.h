@@ -19,7 +19,7 @@ namespace {
 constexpr int kMaxStates = 3;
 constexpr int kMaxScalars = 16;
 
-GM_HD float sign_of(float x) { return x > 0.0f ? 1.0f : x < 0.0f ? -1.0f : x; }  // sign(0) = 0, nan stays nan
+GM_HD float sign_of(float x) { return x > 0.0f ? 1.0f : x < 0.0f ? -1.0f : x != x ? x : 0.0f; }  // nan stays nan
 
 // Loshchilov and Hutter, "Decoupled Weight Decay Regularization", Algorithm 2, in torch.optim.AdamW's form.
 // h: 1 decay = 1 - lr*wd, 2 = 1-beta1, 3 = beta2, 4 = 1-beta2, 5 = lr/(1-beta1^t), 6 = 1/sqrt(1-beta2^t), 7 = eps

@@ -43,6 +43,8 @@ def _check(rule, params, param_scales, param_zeros, grads, states, state_scales,
     n, count = len(params), len(state_codes)
     param_format = cached(param_code, param_block)
     formats = [cached(c, state_block if cached(c).blocked else 0) for c in state_codes]
+    if any(f.has_zero_point or f.code == "delta" for f in formats):
+        reject(op, "state_codes", list(state_codes), "codes without a zero point, and not delta")
     for name, got, want in (("grads", len(grads), n), ("ids", len(ids), n), ("states", len(states), n * count),
                             ("param_scales", len(param_scales), n if param_format.blocked else 0),
                             ("param_zeros", len(param_zeros), n if param_format.has_zero_point else 0),
