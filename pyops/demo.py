@@ -14,7 +14,6 @@ import os
 import platform
 import signal
 import statistics
-import sys
 import sysconfig
 import tempfile
 import threading

@@ -5,7 +5,7 @@ from gradmill.formats import Format
 from gradmill.ops import dequantize, matmul_int8, matmul_packed, quantize
 from hypothesis import given, strategies as st
 
-from .conftest import (BLOCKED, FLOATS, LEVELS, SPECIAL, assert_same_bits, key, layouts, misaligned, reference, running, threads, wild)
+from .conftest import (BLOCKED, FLOATS, LEVELS, SPECIAL, assert_same_bits, layouts, misaligned, reference, running, threads, wild)
 
 INT8 = (*LEVELS, "torch")
 SHAPES = [(1, 1, 1), (1, 7, 13), (2, 1, 64), (3, 5, 127), (4, 33, 32), (5, 17, 256), (17, 64, 65), (63, 31, 129), (64, 48, 257), (65, 49, 300),
