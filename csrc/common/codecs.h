@@ -70,6 +70,13 @@ GM_HD Block block_of(int code, uint32_t absmax, int32_t lo, int32_t hi) {
 
 // --- one element ------------------------------------------------------------------------------------------
 // Callers handle scale == 0 and scale == nan (every code is then 0).
+GM_HD int encode_root(float root, Block b, uint32_t word) {
+  float y = root * b.inverse;
+  y = y + 1.0f;
+  int k = static_cast<int>((float_bits(y) - 0x3f800000u + (word >> 14)) >> 18);
+  return k < 1 ? 1 : k > 255 ? 255 : k;
+}
+
 template <int CODE, bool STOCHASTIC>
 GM_HD int encode(float x, Block b, uint32_t word) {
   if constexpr (CODE == kInt8 || CODE == kInt4) {
@@ -90,10 +97,7 @@ GM_HD int encode(float x, Block b, uint32_t word) {
     uint32_t k = (float_bits(y) - 0x3f800000u + (STOCHASTIC ? word >> 13 : 0x40000u)) >> 19;
     return static_cast<int>((k > 127u ? 127u : k) | ((float_bits(x) >> 24) & 0x80u));
   } else {  // kSquare8: the same code for sqrt(x); never 0, so that no update divides by eps alone
-    float y = sqrtf(x) * b.inverse;
-    y = y + 1.0f;
-    int k = static_cast<int>((float_bits(y) - 0x3f800000u + (STOCHASTIC ? word >> 14 : 0x20000u)) >> 18);
-    return k < 1 ? 1 : k > 255 ? 255 : k;
+    return encode_root(sqrtf(x), b, STOCHASTIC ? word : 0x80000000u);  // half a step: to nearest
   }
 }
 

@@ -19,27 +19,35 @@ namespace {
 constexpr int kMaxStates = 3;
 constexpr int kMaxScalars = 16;
 
-GM_HD float sign_of(float x) { return x > 0.0f ? 1.0f : x < 0.0f ? -1.0f : x != x ? x : 0.0f; }  // nan stays nan
+// Rules are templates on T, a float or a CPU vector of them (csrc/cpu/optim.cpp), so `?:` takes whole Ts.
+GM_HD float root(float x) { return sqrtf(x); }
+template <class T>
+GM_HD T sign_of(T x) {  // nan stays nan
+  const T zero = T{}, one = zero + 1.0f, minus_one = zero - 1.0f;
+  return x > zero ? one : x < zero ? minus_one : x != x ? x : zero;
+}
 
 // Loshchilov and Hutter, "Decoupled Weight Decay Regularization", Algorithm 2, in torch.optim.AdamW's form.
 // h: 1 decay = 1 - lr*wd, 2 = 1-beta1, 3 = beta2, 4 = 1-beta2, 5 = lr/(1-beta1^t), 6 = 1/sqrt(1-beta2^t), 7 = eps
 struct AdamW {
   static constexpr int states = 2;
-  GM_HD static void apply(float& p, float g, float& m, float& v, float&, const float* h) {
+  template <class T>
+  GM_HD static void apply(T& p, T g, T& m, T& v, T&, const float* h) {
     m = m + h[2] * (g - m);
     v = v * h[3] + (h[4] * g) * g;
-    p = p * h[1] - h[5] * (m / (sqrtf(v) * h[6] + h[7]));
+    p = p * h[1] - h[5] * (m / (root(v) * h[6] + h[7]));
   }
 };
 
 // AdamW with the maximum of past v in the denominator (Reddi et al., "On the Convergence of Adam and Beyond").
 struct AdamWAmsgrad {
   static constexpr int states = 3;
-  GM_HD static void apply(float& p, float g, float& m, float& v, float& vmax, const float* h) {
+  template <class T>
+  GM_HD static void apply(T& p, T g, T& m, T& v, T& vmax, const float* h) {
     m = m + h[2] * (g - m);
     v = v * h[3] + (h[4] * g) * g;
     vmax = v > vmax || v != v ? v : vmax;
-    p = p * h[1] - h[5] * (m / (sqrtf(vmax) * h[6] + h[7]));
+    p = p * h[1] - h[5] * (m / (root(vmax) * h[6] + h[7]));
   }
 };
 

@@ -218,6 +218,39 @@ GM_HD void transpose(vf (&r)[W]) {
 
 #endif
 
+// The same lanes as unsigned integers, for code written in the compilers' vector extensions.
+typedef uint32_t vu __attribute__((vector_size(4 * W)));
+GM_HD vf root(vf x) {
+#if GM_LEVEL >= 2
+  return _mm512_sqrt_ps(x);
+#elif GM_LEVEL == 1
+  return _mm256_sqrt_ps(x);
+#else
+  for (int i = 0; i < W; ++i) x[i] = __builtin_sqrtf(x[i]);
+  return x;
+#endif
+}
+// W bytes to and from lanes (gcc 12 takes __builtin_convertvector apart into single bytes).
+GM_HD vu widened(const uint8_t* p) {
+#if GM_LEVEL >= 2
+  return (vu)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif GM_LEVEL == 1
+  return (vu)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#else
+  return vu{p[0], p[1], p[2], p[3]};
+#endif
+}
+GM_HD void store_narrowed(uint8_t* p, vu x) {
+#if GM_LEVEL >= 2
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8((vi)x));
+#elif GM_LEVEL == 1
+  const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128((vi)x), _mm256_extracti128_si256((vi)x, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
+#else
+  for (int i = 0; i < W; ++i) p[i] = static_cast<uint8_t>(x[i]);
+#endif
+}
+
 // An empty instruction that wants x in a register here: it keeps gcc from reordering an unrolled loop so that its
 // accumulators, which fill the register file exactly, spill to the stack.
 template <class V>
