@@ -11,28 +11,28 @@ from gradmill.reference import optim as reference
 MAX_SCALARS = 16
 
 
-def _check_stored(op, name, i, codes, scales, zeros, format, shape):
+def _check_stored(op, name, i, codes, scales, zeros, format, shape, device):
     rows, columns = shape
-    want = format.code_columns(columns)
-    if format.blocked:
-        if codes.dtype != format.code_dtype:
-            reject(op, f"{name}[{i}]", codes, str(format.code_dtype), TypeError)
-        if tuple(codes.shape) != (rows, want):
-            reject(op, f"{name}[{i}]", codes, f"of shape {(rows, want)}")
-        blocks = (rows, format.blocks(columns))
-        if not (scales.dtype == torch.float32 and tuple(scales.shape) == blocks):
-            reject(op, f"{name}_scales[{i}]", scales, f"fp32 of shape {blocks}")
-        if not (codes.is_contiguous() and scales.is_contiguous()):
-            reject(op, f"{name}[{i}]", codes, "contiguous, its scales too")
-        if format.has_zero_point:
-            if not (zeros.dtype == torch.uint8 and tuple(zeros.shape) == blocks and zeros.is_contiguous()):
-                reject(op, f"{name}_zeros[{i}]", zeros, f"contiguous uint8 of shape {blocks}")
-    else:
+    if codes.device != device or (format.blocked and scales.device != device):
+        reject(op, f"{name}[{i}]", codes, f"on {device}, its scales too")
+    if not format.blocked:
         dtype = FLOAT_DTYPES.get(format.code, torch.float32)
         if codes.dtype != dtype:
             reject(op, f"{name}[{i}]", codes, str(dtype), TypeError)
         if codes.numel() != rows * columns:
             reject(op, f"{name}[{i}]", codes, f"of {rows * columns} elements, as its gradient")
+        return
+    if codes.dtype != format.code_dtype:
+        reject(op, f"{name}[{i}]", codes, str(format.code_dtype), TypeError)
+    if codes.shape != (rows, format.code_columns(columns)):
+        reject(op, f"{name}[{i}]", codes, f"of shape {(rows, format.code_columns(columns))}")
+    blocks = (rows, format.blocks(columns))
+    if scales.dtype != torch.float32 or scales.shape != blocks:
+        reject(op, f"{name}_scales[{i}]", scales, f"fp32 of shape {blocks}")
+    if not (codes.is_contiguous() and scales.is_contiguous()):
+        reject(op, f"{name}[{i}]", codes, "contiguous, its scales too")
+    if format.has_zero_point and not (zeros.dtype == torch.uint8 and zeros.shape == blocks and zeros.is_contiguous()):
+        reject(op, f"{name}_zeros[{i}]", zeros, f"contiguous uint8 of shape {blocks}")
 
 
 def _check(rule, params, param_scales, param_zeros, grads, states, state_scales, scalars, key, ids, param_code, param_block,
@@ -57,29 +57,30 @@ def _check(rule, params, param_scales, param_zeros, grads, states, state_scales,
     blocks = {f.block for f in (param_format, *formats) if f.blocked and f.block}
     if not (all(max(blocks) % b == 0 for b in blocks) if blocks else True):
         reject(op, "blocks", sorted(blocks), "multiples of one another")
-    for i in range(n):
-        p, g = params[i], grads[i]
-        if not (g.dtype in FLOATS and g.dtype == grads[0].dtype):
+    dtype, device = (grads[0].dtype, params[0].device) if n else (None, None)
+    for i, (p, g) in enumerate(zip(params, grads)):
+        if g.dtype != dtype or dtype not in FLOATS:
             reject(op, f"grads[{i}]", g, "fp32, bf16 or fp16, one dtype for all", TypeError)
         if g.layout != torch.strided:
             reject(op, f"grads[{i}]", str(g.layout), "dense (strided)", TypeError)
-        if not (g.device == p.device == params[0].device):
-            reject(op, f"grads[{i}]", g, f"on {params[0].device}, as its parameter")
+        if g.device != device or p.device != device:
+            reject(op, f"grads[{i}]", g, f"on {device}, as its parameter and all the others")
         shape = _matrix_shape(g)
         if not (param_format.blocked or p.shape == g.shape):
             reject(op, f"grads[{i}]", g, f"of its parameter's shape {tuple(p.shape)}")
         _check_stored(op, "params", i, p, param_scales[i] if param_format.blocked else None,
-                      param_zeros[i] if param_format.has_zero_point else None, param_format, shape)
+                      param_zeros[i] if param_format.has_zero_point else None, param_format, shape, device)
         for s, f in enumerate(formats):
             _check_stored(op, "states", i * count + s, states[i * count + s], state_scales[i * count + s] if f.blocked else None,
-                          None, f, shape)
+                          None, f, shape, device)
 
 
 def _matrix_shape(g):
     """(rows, columns) of the 2-D view that formats see."""
-    if g.dim() < 2:
-        return 1, g.numel()
-    return g.shape[0], g.shape[1:].numel()
+    shape = g.shape
+    if len(shape) == 2:
+        return shape
+    return (1, g.numel()) if len(shape) < 2 else (shape[0], shape[1:].numel())
 
 
 def _fake(*args, **kwargs):

@@ -58,7 +58,7 @@ def _check_back(weight, weight_scales, weight_zeros, weight_code, weight_block, 
         reject(op, "update", update, f"({codes.shape[0]}, {columns})" if left else f"({rows}, {codes.shape[0]})")
     if not (weight.is_contiguous()):
         reject(op, "weight", weight, "contiguous")
-    _check_stored(op, "weight", 0, weight, weight_scales, weight_zeros, format, (rows, columns))
+    _check_stored(op, "weight", 0, weight, weight_scales, weight_zeros, format, (rows, columns), update.device)
     if not (scalars.dtype == torch.float32 and scalars.shape == (2,) and scalars.device.type in ("cpu", "meta")):
         reject(op, "scalars", scalars, "fp32 [decay, alpha] on CPU")
     require_key(op, key)

@@ -150,13 +150,13 @@ class FusedOptimizer(Optimizer):
             for p in params:
                 self._check_gradient(p)
         for group, params in work:
-            items = []
             for p in params:
                 if not self.state[p]:
                     self._init_state(p, group)
-                state = self.state[p]
-                state["step"] += 1
-                items.append(Item(p, p.grad, state, int(state["step"].item())))
+            steps = [self.state[p]["step"] for p in params]
+            if steps:
+                torch._foreach_add_(steps, 1)
+            items = [Item(p, p.grad, self.state[p], int(step.item())) for p, step in zip(params, steps)]
             self._step_group(group, items, factor)
         return loss
 
