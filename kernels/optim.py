@@ -53,11 +53,18 @@ def adamw_amsgrad(p, g, m, v, vmax, h):
 
 
 @triton.jit
+def lion(p, g, m, unused1, unused2, h):
+    p = p * tl.load(h + 1) - tl.load(h + 4) * sign(m + tl.load(h + 2) * (g - m))
+    m = m + tl.load(h + 3) * (g - m)
+    return p, m, unused1, unused2
+
+
+@triton.jit
 def sign(x):
     return tl.where(x > 0.0, 1.0, tl.where(x < 0.0, -1.0, tl.where(x != x, x, 0.0)))  # nan stays
 
 
-RULES = ("adamw", "adamw_amsgrad")  # the names apply_rule knows
+RULES = ("adamw", "adamw_amsgrad", "lion")  # the names apply_rule knows
 
 
 @triton.jit
@@ -66,6 +73,8 @@ def apply_rule(RULE: tl.constexpr, p, g, s0, s1, s2, h):
         return adamw(p, g, s0, s1, s2, h)
     elif RULE == "adamw_amsgrad":
         return adamw_amsgrad(p, g, s0, s1, s2, h)
+    elif RULE == "lion":
+        return lion(p, g, s0, s1, s2, h)
     else:
         tl.static_assert(False, "unknown rule")
 

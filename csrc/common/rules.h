@@ -51,10 +51,22 @@ struct AdamWAmsgrad {
   }
 };
 
+// Chen et al., "Symbolic Discovery of Optimization Algorithms", Algorithm 2 (Lion).
+// h: 1 decay = 1 - lr*wd, 2 = 1-beta1, 3 = 1-beta2, 4 = lr
+struct Lion {
+  static constexpr int states = 1;
+  template <class T>
+  GM_HD static void apply(T& p, T g, T& m, T&, T&, const float* h) {
+    p = p * h[1] - h[4] * sign_of(m + h[2] * (g - m));
+    m = m + h[3] * (g - m);
+  }
+};
+
 // name in Python, struct: the number native code uses is the place in this list.
 #define GM_RULES(X)                \
   X("adamw", AdamW)                \
-  X("adamw_amsgrad", AdamWAmsgrad)
+  X("adamw_amsgrad", AdamWAmsgrad) \
+  X("lion", Lion)
 
 }  // namespace
 }  // namespace gradmill

@@ -21,7 +21,13 @@ def _adam(group, step, lr):
             1 / sqrt(1 - beta2 ** step), group["eps"])
 
 
+def _lion(group, step, lr):
+    beta1, beta2 = group["betas"]
+    return 1 - lr * group["weight_decay"], 1 - beta1, 1 - beta2, lr
+
+
 RULES = {
     "adamw": Rule(("exp_avg", "exp_avg_sq"), ("moment8", "square8"), _adam),
     "adamw_amsgrad": Rule(("exp_avg", "exp_avg_sq", "max_exp_avg_sq"), ("moment8", "square8", "square8"), _adam),
+    "lion": Rule(("exp_avg",), ("moment8",), _lion),
 }

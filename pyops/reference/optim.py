@@ -33,8 +33,18 @@ def adamw_amsgrad(p, g, states, h):
     return p, [m, v, v_max]
 
 
+def lion(p, g, states, h):
+    """Chen et al., "Symbolic Discovery of Optimization Algorithms", Algorithm 2."""
+    (m,) = states
+    _, decay, one_minus_beta1, one_minus_beta2, lr = h[:5]
+    u = m + one_minus_beta1 * (g - m)
+    p = p * decay - lr * torch.where(u.isnan(), u, torch.sign(u))  # torch.sign(nan) is 0: a nan would vanish
+    m = m + one_minus_beta2 * (g - m)
+    return p, [m]
+
+
 #: name -> rule(p, g, states, scalars) -> (p, states)
-RULES = {"adamw": adamw, "adamw_amsgrad": adamw_amsgrad}
+RULES = {"adamw": adamw, "adamw_amsgrad": adamw_amsgrad, "lion": lion}
 
 
 def as_matrix(t):

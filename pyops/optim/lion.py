@@ -1,0 +1,35 @@
+"""Lion."""
+from __future__ import annotations
+
+from gradmill.optim._base import FusedOptimizer
+from gradmill.optim.adamw import check_betas, check_lr_and_decay, refuse
+
+
+class Lion(FusedOptimizer):
+    """Lion: the sign of an interpolated momentum, one state per weight.
+
+    Source: Chen et al., "Symbolic Discovery of Optimization Algorithms", Algorithm 2; defaults are the paper's. The
+    decay is decoupled; sign(0) = 0. Lion wants a 3 to 10 times smaller lr and a larger weight_decay than AdamW.
+
+    Args:
+        params, lr, betas, weight_decay: as in the paper (lr 1e-4, betas (0.9, 0.99), weight_decay 0).
+        maximize, states, min_quantized_numel, seed: see :class:`gradmill.optim.FusedOptimizer`.
+        foreach, fused: accepted and ignored. capturable, differentiable: refused if True.
+
+    Raises:
+        ValueError: for hyperparameters out of range. TypeError: for parameters of another dtype than float32,
+            bfloat16 or float16. RuntimeError at step for sparse gradients.
+    """
+
+    def __init__(self, params, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0, *, maximize=False, foreach=None, capturable=False,
+                 differentiable=False, fused=None, states="fp32", min_quantized_numel=4096, seed=None):
+        refuse("Lion", capturable=capturable, differentiable=differentiable)
+        super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay), states=states,
+                         min_quantized_numel=min_quantized_numel, maximize=maximize, seed=seed)
+
+    def check_group(self, group):
+        check_lr_and_decay(group)
+        check_betas(group)
+
+    def rule(self, group):
+        return "lion"
