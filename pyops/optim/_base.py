@@ -150,23 +150,26 @@ class FusedOptimizer(Optimizer):
             for p in params:
                 self._check_gradient(p)
         for group, params in work:
-            for p in params:
-                if not self.state[p]:
+            states = [self.state[p] for p in params]
+            for p, state in zip(params, states):
+                if not state:
                     self._init_state(p, group)
-            steps = [self.state[p]["step"] for p in params]
+            steps = [state["step"] for state in states]
             if steps:
                 torch._foreach_add_(steps, 1)
-            items = [Item(p, p.grad, self.state[p], int(step.item())) for p, step in zip(params, steps)]
+            counts = torch.stack(steps).tolist() if steps else []  # one call, not one .item() each
+            items = [Item(p, p.grad, state, int(count)) for p, state, count in zip(params, states, counts)]
             self._step_group(group, items, factor)
         return loss
 
     def _check_gradient(self, p):
         g = p.grad
+        if g.dtype in FLOATS and g.layout == torch.strided:
+            return
         what = f"the gradient of a parameter of shape {tuple(p.shape)}"
         if g.layout != torch.strided:
             raise RuntimeError(f"{type(self).__name__} does not support sparse gradients: {what} is {g.layout}")
-        if formats.float_code(g.dtype) is None:
-            raise TypeError(f"{what} is {g.dtype}; it must be float32, bfloat16 or float16")
+        raise TypeError(f"{what} is {g.dtype}; it must be float32, bfloat16 or float16")
 
     def _step_group(self, group: dict, items: list[Item], factor: float):
         self.apply_rule(group, items, factor)
@@ -179,16 +182,20 @@ class FusedOptimizer(Optimizer):
         name = self.rule(group)
         rule = RULES[name]
         buckets = defaultdict(list)
+        code_names = [f"{n}_codes" for n in rule.states]
         for item in items:
-            f = param_code or (item.param.format if isinstance(item.param, QuantizedWeight) else formats.float_code(item.param.dtype))
-            states = self._stored_formats(rule, item.state)
-            buckets[f, states, item.grad.dtype, item.grad.device, item.step].append(item)
+            param, grad, state, step = item
+            f = param_code or (param.format if isinstance(param, QuantizedWeight) else param.dtype)
+            # What is stored decides a state's format, not the group's option, which may have changed.
+            stored = tuple([None if codes in state else state[n].dtype for n, codes in zip(rule.states, code_names)])
+            buckets[f, stored, grad.dtype, grad.get_device(), step].append(item)
         lr = float(group["lr"]) if lr is None else lr
         options = group if decay else {**group, "weight_decay": 0.0}
-        for (f, states, _, _, step), bucket in buckets.items():
+        for (f, stored, _, _, step), bucket in buckets.items():
+            states = [cached(code, BLOCK) if dtype is None else cached(formats.float_code(dtype)) for dtype, code in zip(stored, rule.state_codes)]
             scalars = [factor * (-1.0 if group["maximize"] else 1.0), *rule.scalars(options, step, lr)]
             scalars = torch.tensor([scalars + [0.0] * (MAX_SCALARS - len(scalars))], dtype=torch.float32)
-            format = f if isinstance(f, Format) else cached(f)
+            format = f if isinstance(f, Format) else cached(f if isinstance(f, str) else formats.float_code(f))
             params = [item.param for item in bucket]
             blocked = any(s.blocked for s in states)
             names = [(f"{n}_codes", f"{n}_scales") if s.blocked else (n, None) for n, s in zip(rule.states, states)]
@@ -200,12 +207,6 @@ class FusedOptimizer(Optimizer):
                 [item.state[scales] if scales else empty for item in bucket for _, scales in names] if blocked else [],
                 scalars, torch.tensor([group["seed"], step], dtype=torch.int64), [item.state["rng_id"] for item in bucket],
                 format.code, format.block, [s.code for s in states], BLOCK)
-
-    @staticmethod
-    def _stored_formats(rule, state) -> tuple[Format, ...]:
-        """The formats a tensor's states are in: what is stored decides, not the group's option, which may have changed."""
-        return tuple(cached(code, BLOCK) if f"{name}_codes" in state else cached(formats.float_code(state[name].dtype))
-                     for name, code in zip(rule.states, rule.state_codes))
 
     # --- checkpoints --------------------------------------------------------------------------------------
     def load_state_dict(self, state_dict):
