@@ -144,7 +144,8 @@ void fused_step(int device, uint64_t stream, int rule, int param_code, int64_t p
                 int64_t state_block, const std::vector<int64_t>& table, const std::vector<float>& scalars, uint64_t seed, uint32_t step) {
   const size_t width = 7 + 2 * state_codes.size();
   std::vector<StepTensor> tensors(table.size() / width);
-  auto block_of_row = [](int code, int64_t block, int64_t cols) { return is_blocked(code) && block == 0 ? cols : block; };
+  // A block longer than a row is the whole row.
+  auto block_of_row = [](int code, int64_t block, int64_t cols) { return is_blocked(code) && (block == 0 || block > cols) ? cols : block; };
   for (size_t i = 0; i < tensors.size(); ++i) {
     const int64_t* t = table.data() + i * width;
     StepTensor& s = tensors[i];

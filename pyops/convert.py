@@ -26,6 +26,7 @@ class Report:
     skipped: list[tuple[str, str]] = field(default_factory=list)  #: (name, why)
     bytes_before: int = 0  #: of the replaced layers' weights
     bytes_after: int = 0
+    new_parameters: bool = False  #: the recipe stores weights in low precision, so an optimizer made before is out of date
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -40,8 +41,9 @@ class Report:
             table.add_row(name, f"skipped: {why}")
         text = io.StringIO()
         Console(file=text, width=100).print(table)
+        after = "\nThe converted weights are new parameters: make the optimizer after this." if self.new_parameters else ""
         return (f"gradmill.convert, recipe {self.recipe}: {len(self.replaced)} replaced, {len(self.skipped)} skipped; replaced weights "
-                f"{self.bytes_before:,} -> {self.bytes_after:,} bytes\n{text.getvalue().rstrip()}")
+                f"{self.bytes_before:,} -> {self.bytes_after:,} bytes\n{text.getvalue().rstrip()}{after}")
 
 
 def convert(model: torch.nn.Module, recipe: str | recipes.Recipe = "int8",
@@ -75,11 +77,13 @@ def convert(model: torch.nn.Module, recipe: str | recipes.Recipe = "int8",
         for child_name, child in list(parent._modules.items()):  # not named_children: it hides the second name of a tie
             name = f"{parent_name}.{child_name}" if parent_name else child_name
             if isinstance(child, Linear):
-                report.skipped.append((name, "already a gradmill layer"))
+                report.skipped.append((name, f"already a gradmill layer, recipe {child.recipe.name}"))
             elif isinstance(child, torch.nn.Linear) and type(child) is not torch.nn.Linear:
                 report.skipped.append((name, f"a subclass of nn.Linear ({type(child).__name__})"))
+            elif isinstance(child, torch.nn.MultiheadAttention) and child.in_proj_weight is not None:
+                report.skipped.append((f"{name}.in_proj_weight", "a bare Parameter of nn.MultiheadAttention, which calls no nn.Linear for it"))
             elif type(child) is torch.nn.Linear:
-                why = _why_not(name, child_name, child, filter, embeddings)
+                why = _why_not(name, child_name, child, filter, embeddings, recipe)
                 if why:
                     report.skipped.append((name, why))
                     continue
@@ -87,6 +91,7 @@ def convert(model: torch.nn.Module, recipe: str | recipes.Recipe = "int8",
                     before = id(child.weight)
                     report.bytes_before += nbytes(child.weight)
                     new = Linear.from_linear(child, recipe)
+                    report.new_parameters |= recipe.weight is not None
                     if recipe.weight is not None:  # tied weights stay tied
                         new.weight = packed.setdefault(before, new.weight)
                     report.bytes_after += nbytes(new.weight)
@@ -96,7 +101,11 @@ def convert(model: torch.nn.Module, recipe: str | recipes.Recipe = "int8",
     return report
 
 
-def _why_not(name, child_name, child, filter, embeddings) -> str:
+def _why_not(name, child_name, child, filter, embeddings, recipe) -> str:
+    if child._parameters.get("weight") is None:
+        return "its weight is computed (weight_norm, prune or a parametrisation)"
+    if "forward" in child.__dict__ or child._compiled_call_impl is not None:
+        return "its forward was replaced or compiled"
     if filter is not None:
         if not filter(name, child):
             return "the filter said no"
@@ -104,10 +113,10 @@ def _why_not(name, child_name, child, filter, embeddings) -> str:
         return "the head (pass filter= to convert it)"
     elif id(child.weight) in embeddings:
         return "its weight is an embedding's (pass filter= to convert it)"
+    if recipe.weight is not None and id(child.weight) in embeddings:
+        return "its weight is an embedding's, which cannot be stored quantised"
     if formats.float_code(child.weight.dtype) is None:
         return f"its weight is {child.weight.dtype}; float32, bfloat16 or float16 can be converted"
-    if "parametrizations" in child._modules:
-        return "its weight is parametrised"
     if child.weight.is_sparse:
         return "its weight is sparse"
     return ""

@@ -28,6 +28,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     """
     recipe = recipes.get(recipe)
     for name, t in (("x", x), ("weight", weight)) + ((("bias", bias),) if bias is not None else ()):
+        if not isinstance(t, torch.Tensor):
+            raise TypeError(f"gradmill linear: {name} is a {type(t).__module__}.{type(t).__qualname__}; it must be a torch.Tensor")
         if formats.float_code(t.dtype) is None:
             raise TypeError(f"gradmill linear: {name} is {t.dtype}; it must be float32, bfloat16 or float16")
     if weight.dim() != 2:

@@ -20,8 +20,13 @@ class QuantizedWeight(torch.Tensor):
     An integer Parameter cannot require a gradient; this wrapper can. Its dtype (float32, bfloat16 or float16) is the
     gradient's; ``codes``, ``scales`` and ``zeros`` are what exists in memory (see :class:`gradmill.formats.Format`; a
     weight of more than two dimensions counts as ``flatten(1)``). gradmill's layers and optimizers read and write the
-    codes; any other torch op sees the dequantised values, and one that writes into the weight (``copy_``, ``nn.init``)
-    quantises what it wrote, rounding to nearest.
+    codes; any other torch op sees the dequantised values, and one that writes into the weight (``copy_``, ``mul_``,
+    ``nn.init.normal_``, ``w[i] = x``, ``w.data = x``) quantises what it wrote, rounding to nearest. Two things follow.
+    Train it with gradmill.optim, which rounds stochastically: under torch.optim updates smaller than half a step vanish.
+    And a view (``w[0]``, ``w.t()``, ``w.chunk(2)``) is a copy of values: what is written into it does not reach the
+    weight, which concerns ``nn.init.orthogonal_`` and ``sparse_`` too (initialise, then quantise).
+
+    ``torch.load`` of a checkpoint that holds one needs ``import gradmill`` first.
 
     Build one with :meth:`quantize`.
     """
@@ -85,6 +90,23 @@ class QuantizedWeight(torch.Tensor):
                 f"dtype={self.dtype}, device='{self.device}', requires_grad={self.requires_grad})")
 
     __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @property
+    def data(self):
+        return torch.Tensor.data.__get__(self)
+
+    @data.setter
+    def data(self, value):
+        if isinstance(value, QuantizedWeight):
+            torch.Tensor.data.__set__(self, value)
+            self.codes, self.scales, self.zeros, self.format = value.codes, value.scales, value.zeros, value.format
+        else:
+            self._assign(value)
+
+    def __setitem__(self, index, value):
+        values = self.dequantize()
+        values[index] = value.dequantize() if isinstance(value, QuantizedWeight) else value
+        self._assign(values)
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):

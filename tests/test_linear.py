@@ -560,7 +560,7 @@ def test_convert_replaces_exact_linears_and_reports_the_rest(recipe):
     assert "4 replaced, 4 skipped" in text and "block.2" in text and recipe in text
     once = copy.deepcopy(dict(model.named_parameters()))
     second = convert(model, recipe)
-    assert not second.replaced and ("first", "already a gradmill layer") in second.skipped
+    assert not second.replaced and ("first", f"already a gradmill layer, recipe {recipe}") in second.skipped
     assert_same_bits({k: v.detach() for k, v in model.named_parameters()}, {k: v.detach() for k, v in once.items()})
 
 
@@ -713,3 +713,27 @@ def test_clip_grad_norm_and_parameters_to_vector_see_quantised_weights():
     norm = nn.utils.clip_grad_norm_(model.parameters(), 0.1)
     assert norm > 0.1 and torch.stack([p.grad.norm() for p in model.parameters()]).norm() <= 0.1001
     assert nn.utils.parameters_to_vector(model.parameters()).shape == (16 * 16 + 16 + 4 * 16 + 4,)
+
+
+def test_items_and_data_of_a_quantized_weight_can_be_assigned():
+    weight = nn.Parameter(QuantizedWeight.quantize(torch.randn(8, 32)))
+    with torch.no_grad():
+        weight[:4] = 0
+        weight[5, 3] = 2.0
+    assert weight.dequantize()[:4].abs().max() == 0 and abs(weight.dequantize()[5, 3].item() - 2) < 0.05
+    weight.data = torch.ones(8, 32)
+    assert torch.equal(weight.dequantize(), torch.ones(8, 32))
+    nn.utils.vector_to_parameters(torch.full((256,), 3.0), [weight])
+    assert torch.equal(weight.dequantize(), torch.full((8, 32), 3.0))
+
+
+def test_convert_leaves_layers_alone_whose_weight_or_forward_is_not_their_own():
+    model = nn.Sequential(nn.Linear(8, 8), nn.utils.weight_norm(nn.Linear(8, 8)), nn.Linear(8, 8))
+    model[2].forward = lambda x: x
+    report = convert(model, "int8")
+    assert report.replaced == ["0"] and [name for name, _ in report.skipped] == ["1", "2"]
+    embedding = nn.Embedding(16, 8)
+    tied = nn.ModuleDict({"e": embedding, "out": nn.Linear(8, 16, bias=False)})
+    tied["out"].weight = embedding.weight
+    report = convert(tied, "int8_weights", filter=lambda name, module: True)
+    assert not report.replaced and tied["out"].weight is embedding.weight

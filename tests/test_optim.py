@@ -7,6 +7,8 @@ from math import sqrt
 
 import pytest
 import torch
+
+import gradmill
 from gradmill import CheckpointError, QuantizedWeight, optim
 from gradmill.formats import FLOAT_DTYPES, Format
 from gradmill.ops import dequantize, fused_step, quantize
@@ -669,7 +671,6 @@ DAMAGE = {
     "step not a number": lambda d: d["state"][0].update(step="three"),
     "step of two elements": lambda d: d["state"][0].update(step=torch.zeros(2)),
     "rng_id not an int": lambda d: d["state"][0].update(rng_id="x"),
-    "unknown states option": lambda d: d["param_groups"][0].update(states="int3"),
     "fewer parameters": lambda d: d["param_groups"][0]["params"].pop(),
     "more groups": lambda d: d["param_groups"].append(d["param_groups"][0]),
     "negative lr": lambda d: d["param_groups"][0].update(lr=-1.0),
@@ -722,3 +723,55 @@ def test_no_warning_in_an_ordinary_step():
         warnings.simplefilter("error")
         params = weights_of("int8")
         train(params, AdamW(params, states="int8", min_quantized_numel=1), 0, 2)
+
+
+def test_a_rule_wants_its_number_of_states():
+    p, g, s = torch.zeros(4), torch.ones(4), torch.zeros(4)
+    for count in (1, 40):
+        with pytest.raises(ValueError, match="state_codes"):
+            gradmill.ops.fused_step("adamw", [p], [], [], [g], [s] * count, [], torch.ones(1, 16), torch.tensor([0, 1]), [0], "fp32", 0,
+                                    ["fp32"] * count, 0)
+
+
+def test_scalar_rows_follow_their_tensors_past_empty_ones():
+    params, scalars = [torch.zeros(0), torch.zeros(2)], torch.zeros(2, 16)
+    scalars[:, :3], scalars[0, 4], scalars[1, 4] = 1, 100, 1  # decay 1, 1 - beta1 = 1, then lr
+    gradmill.ops.fused_step("lion", params, [], [], [torch.ones(0), torch.ones(2)], [torch.zeros(0), torch.zeros(2)], [], scalars,
+                            torch.tensor([0, 1]), [0, 1], "fp32", 0, ["fp32"], 0)
+    assert torch.equal(params[1], torch.full((2,), -1.0))
+
+
+def test_torchs_default_dtype_and_device_do_not_reach_the_state():
+    p = torch.nn.Parameter(torch.randn(80, 128))
+    p.grad = torch.randn_like(p)
+    for dtype in (torch.bfloat16, torch.float64):
+        optimizer = gradmill.optim.AdamW([p], states="int8")
+        torch.set_default_dtype(dtype)
+        try:
+            for _ in range(300):
+                optimizer.step()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert optimizer.state[p]["step"].item() == 300 and optimizer.state[p]["exp_avg_scales"].dtype == torch.float32
+
+
+def test_a_step_is_seen_by_autograd():
+    w = torch.nn.Parameter(torch.ones(3))
+    loss = (w * w * torch.ones(3, requires_grad=True)).sum()
+    loss.backward(retain_graph=True)
+    gradmill.optim.AdamW([w]).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_checkpoint_does_not_change_how_states_are_stored():
+    p = torch.nn.Parameter(torch.randn(80, 128))
+    p.grad = torch.randn_like(p)
+    plain, packed = gradmill.optim.AdamW([p]), gradmill.optim.AdamW([p], states="int8")
+    plain.step()
+    packed.load_state_dict(plain.state_dict())
+    assert packed.param_groups[0]["states"] == "int8" and "exp_avg_codes" in packed.state[p]
+    with pytest.raises(gradmill.CheckpointError, match="another optimizer's"):
+        gradmill.optim.Lion([p]).load_state_dict(plain.state_dict())
+    with pytest.raises(gradmill.CheckpointError, match="not projected"):
+        gradmill.optim.QGaLoreAdamW([p], rank=16).load_state_dict(plain.state_dict())

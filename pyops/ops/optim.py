@@ -40,7 +40,11 @@ def _check(rule, params, param_scales, param_zeros, grads, states, state_scales,
     op = "fused_step"
     if rule not in reference.RULES:
         reject(op, "rule", rule, f"one of {', '.join(reference.RULES)}")
+    from gradmill.optim.rules import RULES  # here: gradmill.optim imports this module
+
     n, count = len(params), len(state_codes)
+    if count != len(RULES[rule].states):
+        reject(op, "state_codes", list(state_codes), f"{len(RULES[rule].states)} codes, one for each state of {rule}")
     param_format = cached(param_code, param_block)
     formats = [cached(c, state_block if cached(c).blocked else 0) for c in state_codes]
     if any(f.has_zero_point or f.code == "delta" for f in formats):
@@ -65,7 +69,7 @@ def _check(rule, params, param_scales, param_zeros, grads, states, state_scales,
             reject(op, f"grads[{i}]", str(g.layout), "dense (strided)", TypeError)
         if g.device != device or p.device != device:
             reject(op, f"grads[{i}]", g, f"on {device}, as its parameter and all the others")
-        shape = _matrix_shape(g)
+        shape = as_matrix_shape(g)
         if not (param_format.blocked or p.shape == g.shape):
             reject(op, f"grads[{i}]", g, f"of its parameter's shape {tuple(p.shape)}")
         _check_stored(op, "params", i, p, param_scales[i] if param_format.blocked else None,
@@ -75,7 +79,7 @@ def _check(rule, params, param_scales, param_zeros, grads, states, state_scales,
                           None, f, shape, device)
 
 
-def _matrix_shape(g):
+def as_matrix_shape(g):
     """(rows, columns) of the 2-D view that formats see."""
     shape = g.shape
     if len(shape) == 2:
@@ -94,7 +98,7 @@ def _native(rule, params, param_scales, param_zeros, grads, states, state_scales
     native = native_module()
     count, param_format = len(state_codes), cached(param_code, param_block)
     has_scales = [cached(c).blocked for c in state_codes]
-    table, copies = [], []
+    table, copies, kept = [], [], []
 
     def contiguous(t):
         # Elements are numbered in logical order (Philox, blocks): any other layout works on a copy.
@@ -107,12 +111,17 @@ def _native(rule, params, param_scales, param_zeros, grads, states, state_scales
     for i, (p, g) in enumerate(zip(params, grads)):
         if not g.numel():
             continue
+        kept.append(i)
         g, p = g.contiguous(), contiguous(p)
         copies.append((None, g))  # keeps a temporary alive until the call
         table += (p.data_ptr(), param_scales[i].data_ptr() if param_format.blocked else 0,
-                  param_zeros[i].data_ptr() if param_format.has_zero_point else 0, *_matrix_shape(g), g.data_ptr(), ids[i])
+                  param_zeros[i].data_ptr() if param_format.has_zero_point else 0, *as_matrix_shape(g), g.data_ptr(), ids[i])
         for s in range(i * count, (i + 1) * count):
             table += (contiguous(states[s]).data_ptr(), state_scales[s].data_ptr() if has_scales[s - i * count] else 0)
+    if not kept:
+        return
+    if scalars.shape[0] > 1 and len(kept) < len(params):
+        scalars = scalars[kept]
     seed, step = key.tolist()
     native.fused_step(*where(params[0]), native.rules[rule][0], CODES[param_code], param_block, CODES[float_code(grads[0].dtype)],
                       [CODES[c] for c in state_codes], state_block, table, scalars.flatten().tolist(), seed & 0xFFFFFFFFFFFFFFFF,
@@ -130,7 +139,7 @@ fused_step = Op(
     _check, _fake,
     backends={"native": _native, "triton": "gradmill.kernels.optim:fused_step", "reference": reference.fused_step},
     order={"cpu": ("native", "triton", "reference"), "cuda": ("native", "triton", "reference")})
-"""fused_step(rule, params, param_scales, param_zeros, grads, states, state_scales, scalars, key, ids, param_code,
+fused_step.__doc__ = """fused_step(rule, params, param_scales, param_zeros, grads, states, state_scales, scalars, key, ids, param_code,
 param_block, state_codes, state_block)
 
 Steps every tensor in place by ``rule``. All tensors of a call share formats and gradient dtype. params are stored in

@@ -37,7 +37,7 @@ project = Op(
     _check_project, _fake_project,
     backends={"native": _native_project, "triton": "gradmill.kernels.projection:project", "reference": reference.project},
     order={"cpu": ("native", "triton", "reference"), "cuda": ("native", "triton", "reference")})
-"""project(grad, codes, scales, zeros, code, block, left) -> fp32
+project.__doc__ = """project(grad, codes, scales, zeros, code, block, left) -> fp32
 
 Basis B (rank, d) packed, rows are the basis vectors. right: grad (m, d) -> grad B^T (m, rank); left: grad (d, n) ->
 B grad (rank, n). fp32 accumulation straight from the packed codes."""
@@ -88,7 +88,7 @@ project_back = Op(
     _check_back, _fake_back,
     backends={"native": _native_back, "triton": "gradmill.kernels.projection:project_back", "reference": reference.project_back},
     order={"cpu": ("native", "triton", "reference"), "cuda": ("native", "triton", "reference")})
-"""project_back(weight, weight_scales, weight_zeros, weight_code, weight_block, columns, update, codes, scales, zeros,
+project_back.__doc__ = """project_back(weight, weight_scales, weight_zeros, weight_code, weight_block, columns, update, codes, scales, zeros,
 code, block, left, scalars, key, stream)
 
 weight <- decay * weight + alpha * (update B, or B^T update when left), in place, tile by tile: the full-size product is
@@ -143,7 +143,7 @@ subspace_basis = Op(
     _check_basis, _fake_basis,
     backends={"torch": _torch_basis, "reference": reference.subspace_basis},
     order={"cpu": ("torch", "reference"), "cuda": ("torch", "reference")})
-"""subspace_basis(grad, previous, rank, iterations, left, key, stream) -> (rank, d) fp32, orthonormal rows
+subspace_basis.__doc__ = """subspace_basis(grad, previous, rank, iterations, left, key, stream) -> (rank, d) fp32, orthonormal rows
 
 Block power iteration: Q <- orth(G^T G Q), ``iterations`` times, from ``previous`` (rank, d) or from Gaussian rows drawn
 with ``key``. The rows approach the leading singular vectors of the projected side."""

@@ -35,7 +35,7 @@ def check_packed(op: str, name: str, codes, scales, zeros, code: str, block: int
 def matrix_tuple(codes, scales, zeros, format: Format, rows: int, columns: int):
     """A stored matrix for native code: (codes, scales, zeros, code, rows, columns, block)."""
     return (codes.data_ptr(), scales.data_ptr() if scales is not None else 0, zeros.data_ptr() if zeros is not None else 0,
-            CODES[format.code], rows, columns, format.block or columns)
+            CODES[format.code], rows, columns, min(format.block or columns, columns))
 
 
 # --- quantize ---------------------------------------------------------------------------------------------
@@ -81,7 +81,7 @@ quantize = Op(
     _check_quantize, _fake_quantize,
     backends={"native": _native_quantize, "triton": "gradmill.kernels.quant:quantize", "reference": reference.quantize},
     order={"cpu": ("native", "triton", "reference"), "cuda": ("native", "triton", "reference")})
-"""quantize(x, code, block=0, transpose=False, key=None, stream=0) -> (codes, scales, zeros)
+quantize.__doc__ = """quantize(x, code, block=0, transpose=False, key=None, stream=0) -> (codes, scales, zeros)
 
 x (rows, columns) fp32, bf16 or fp16 in the format ``Format(code, block)``; with ``transpose``, x^T (a scale per
 column of x when block is 0). Rounds half to even, or stochastically with ``key`` = int64 CPU tensor [seed, step] and
@@ -113,4 +113,4 @@ dequantize = Op(
     _check_dequantize, _fake_dequantize,
     backends={"native": _native_dequantize, "triton": "gradmill.kernels.quant:dequantize", "reference": reference.dequantize},
     order={"cpu": ("native", "triton", "reference"), "cuda": ("native", "triton", "reference")})
-"""dequantize(codes, scales, zeros, code, block, columns, dtype) -> (rows, columns) of ``dtype``."""
+dequantize.__doc__ = """dequantize(codes, scales, zeros, code, block, columns, dtype) -> (rows, columns) of ``dtype``."""

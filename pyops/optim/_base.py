@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from gradmill import formats
 from gradmill.formats import Format, cached
 from gradmill.ops._registry import describe, short
-from gradmill.ops.optim import MAX_SCALARS, fused_step
+from gradmill.ops.optim import MAX_SCALARS, as_matrix_shape, fused_step
 from gradmill.ops.quant import FLOATS, dequantize, quantize
 from gradmill.optim.rules import RULES
 from gradmill.reference.optim import as_matrix
@@ -20,6 +20,10 @@ from gradmill.weight import QuantizedWeight
 STATES = ("fp32", "bf16", "int8")
 BLOCK = 256            # elements per scale of an int8 state
 MIN_ROW = 64           # rows shorter than this stay fp32: a scale per row would cost as much as it saves
+
+
+# Group options that say how states are stored: a loaded checkpoint does not change them.
+STORAGE = ("states", "min_quantized_numel", "rank", "bits", "group_size")
 
 
 class CheckpointError(ValueError):
@@ -116,20 +120,26 @@ class FusedOptimizer(Optimizer):
             return (cached(kind),) * len(rule.states)
         return tuple(cached(code, BLOCK) for code in rule.state_codes)
 
+    def _formats_like(self, group, like) -> tuple[Format, ...]:
+        """state_formats for a tensor shaped like ``like``; fp32 where its own blocks and the states' do not nest."""
+        block = like.format.block if isinstance(like, QuantizedWeight) else 0
+        if block and max(block, BLOCK) % min(block, BLOCK):
+            group = {**group, "states": "fp32"}
+        return self.state_formats(group, *as_matrix_shape(like), like.dim())
+
     def _new_states(self, state: dict, group: dict, like: torch.Tensor):
         """Zero states for a tensor of like's shape, named as torch names them (+ _codes, _scales when quantised)."""
-        matrix = as_matrix(like)
-        for name, format in zip(RULES[self.rule(group)].states, self.state_formats(group, *matrix.shape, like.dim())):
+        rows, columns = as_matrix_shape(like)
+        for name, format in zip(RULES[self.rule(group)].states, self._formats_like(group, like)):
             if format.blocked:
-                rows, columns = matrix.shape
                 state[f"{name}_codes"] = torch.zeros(rows, format.code_columns(columns), dtype=format.code_dtype, device=like.device)
-                state[f"{name}_scales"] = torch.zeros(rows, format.blocks(columns), device=like.device)
+                state[f"{name}_scales"] = torch.zeros(rows, format.blocks(columns), dtype=torch.float32, device=like.device)
             else:
                 state[name] = torch.zeros(like.shape, dtype=format.code_dtype, device=like.device)
 
     def _init_state(self, p, group):
         state = self.state[p]
-        state["step"] = torch.tensor(0.0)
+        state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
         state["rng_id"] = self._rng_id(p)
         self._new_states(state, group, p)
 
@@ -160,6 +170,8 @@ class FusedOptimizer(Optimizer):
             counts = torch.stack(steps).tolist() if steps else []  # one call, not one .item() each
             items = [Item(p, p.grad, state, int(count)) for p, state, count in zip(params, states, counts)]
             self._step_group(group, items, factor)
+            if params:
+                torch.autograd.graph.increment_version(params)  # so that autograd refuses a stale saved weight
         return loss
 
     def _check_gradient(self, p):
@@ -194,7 +206,7 @@ class FusedOptimizer(Optimizer):
         for (f, stored, _, _, step), bucket in buckets.items():
             states = [cached(code, BLOCK) if dtype is None else cached(formats.float_code(dtype)) for dtype, code in zip(stored, rule.state_codes)]
             scalars = [factor * (-1.0 if group["maximize"] else 1.0), *rule.scalars(options, step, lr)]
-            scalars = torch.tensor([scalars + [0.0] * (MAX_SCALARS - len(scalars))], dtype=torch.float32)
+            scalars = torch.tensor([scalars + [0.0] * (MAX_SCALARS - len(scalars))], dtype=torch.float32, device="cpu")
             format = f if isinstance(f, Format) else cached(f if isinstance(f, str) else formats.float_code(f))
             params = [item.param for item in bucket]
             blocked = any(s.blocked for s in states)
@@ -205,16 +217,18 @@ class FusedOptimizer(Optimizer):
                 [p.zeros for p in params] if format.has_zero_point else [], [item.grad for item in bucket],
                 [item.state[codes] for item in bucket for codes, _ in names],
                 [item.state[scales] if scales else empty for item in bucket for _, scales in names] if blocked else [],
-                scalars, torch.tensor([group["seed"], step], dtype=torch.int64), [item.state["rng_id"] for item in bucket],
+                scalars, torch.tensor([group["seed"], step], dtype=torch.int64, device="cpu"), [item.state["rng_id"] for item in bucket],
                 format.code, format.block, [s.code for s in states], BLOCK)
 
     # --- checkpoints --------------------------------------------------------------------------------------
     def load_state_dict(self, state_dict):
         """Loads a state_dict of this optimizer, or of the torch.optim optimizer of the same rule.
 
-        Quantised states keep their dtypes (torch's own method would cast codes to the parameter's dtype). States saved
-        in another format than the group's ``states`` are converted. Raises :class:`CheckpointError` for a state that
-        does not fit its parameter; the optimizer is then as it was.
+        As in torch the checkpoint's hyperparameters win, but how states are stored is this optimizer's choice
+        (``states``, ``min_quantized_numel``, for projections also ``rank``, ``bits`` and ``group_size``): what was saved
+        in another format is converted. Quantised states keep their dtypes (torch's own method would cast codes to the
+        parameter's dtype). Raises :class:`CheckpointError` for a state that does not fit its parameter or is another
+        optimizer's; the optimizer is then as it was.
         """
         state_dict = state_dict.copy()
         for hook in list(self._optimizer_load_state_dict_pre_hooks.values()):
@@ -225,7 +239,8 @@ class FusedOptimizer(Optimizer):
             raise ValueError("loaded state dict has a different number of parameter groups")
         if any(len(a["params"]) != len(b["params"]) for a, b in zip(groups, self.param_groups)):
             raise ValueError("loaded state dict contains a parameter group that doesn't match the size of optimizer's group")
-        merged = [{**{k: v for k, v in mine.items() if k != "params"}, **saved} for mine, saved in zip(self.param_groups, groups)]
+        merged = [{**{k: v for k, v in mine.items() if k != "params"}, **saved, **{k: mine[k] for k in STORAGE if k in mine}}
+                  for mine, saved in zip(self.param_groups, groups)]
         state = {}
         for saved, group, mine in zip(groups, merged, self.param_groups):
             try:
@@ -259,8 +274,12 @@ class FusedOptimizer(Optimizer):
             step = -1.0
         if not step >= 0:
             raise CheckpointError(f"state {index}: step is {saved['step']!r}; it must be one number of at least 0")
-        saved["step"] = torch.tensor(step)
+        saved["step"] = torch.tensor(step, dtype=torch.float32, device="cpu")
         self._adopt_states(saved, p, group, index)
+        foreign = {n for rule in RULES.values() for n in rule.states} - set(RULES[self.rule(group)].states)
+        foreign = sorted(k for k in saved if k.removesuffix("_codes").removesuffix("_scales") in foreign)
+        if foreign:
+            raise CheckpointError(f"state {index} is another optimizer's: {type(self).__name__} has no {', '.join(foreign)}")
         return {k: _Kept(v) if isinstance(v, torch.Tensor) else v for k, v in saved.items()}
 
     @staticmethod
@@ -272,8 +291,8 @@ class FusedOptimizer(Optimizer):
         return value.detach().to(device, copy=True)
 
     def _adopt_states(self, saved, like, group, index):
-        rows, columns = as_matrix(like).shape
-        wanted = self.state_formats(group, rows, columns, like.dim())
+        rows, columns = as_matrix_shape(like)
+        wanted = self._formats_like(group, like)
         for name, code, format in zip(RULES[self.rule(group)].states, RULES[self.rule(group)].state_codes, wanted):
             if f"{name}_codes" in saved:
                 stored = cached(code, BLOCK)

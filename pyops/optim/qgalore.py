@@ -1,6 +1,8 @@
 """Q-GaLore."""
 from __future__ import annotations
 
+import warnings
+
 import torch
 
 from gradmill.formats import Format, float_code
@@ -53,6 +55,14 @@ class QGaLoreAdamW(AdamW):
                                max_refresh_every=max_refresh_every, bits=bits, group_size=group_size, iterations=iterations),
             states=states, min_quantized_numel=min_quantized_numel, maximize=maximize, seed=seed)
 
+    def add_param_group(self, param_group):
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        small = [tuple(p.shape) for p in group["params"] if group["rank"] is not None and p.dim() >= 2 and not self._projects(p, group)]
+        if small:
+            warnings.warn(f"rank {group['rank']} is not below the smaller side of {len(small)} parameters (the first of shape {small[0]}): "
+                          "they take plain AdamW steps, with full-size states and without scale", stacklevel=3)
+
     def check_group(self, group):
         super().check_group(group)
         want = {"rank": group["rank"] is None or (isinstance(group["rank"], int) and group["rank"] >= 1), "scale": group["scale"] > 0,
@@ -83,12 +93,12 @@ class QGaLoreAdamW(AdamW):
         if not self._projects(p, group):
             return super()._init_state(p, group)
         state = self.state[p]
-        state["step"] = torch.tensor(0.0)
+        state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
         state["rng_id"] = self._rng_id(p)
-        self._new_states(state, group, torch.empty(self._compressed(p, group), device=p.device))
+        self._new_states(state, group, torch.empty(self._compressed(p, group), dtype=torch.float32, device=p.device))
         state["refresh_interval"] = group["refresh_every"]
         state["next_refresh"] = 1
-        state["cosines"] = torch.zeros(0)
+        state["cosines"] = torch.zeros(0, dtype=torch.float32, device="cpu")
 
     def _step_group(self, group, items, factor):
         projected = [item for item in items if "next_refresh" in item.state]
@@ -113,7 +123,7 @@ class QGaLoreAdamW(AdamW):
     def _refresh(self, state, g, left, group, step):
         d = g.shape[0] if left else g.shape[1]
         format = self._basis_format(group)
-        key = torch.tensor([group["seed"], step], dtype=torch.int64)
+        key = torch.tensor([group["seed"], step], dtype=torch.int64, device="cpu")
         old = self._basis(state, format, d)
         if old is not None and not torch.isfinite(old).all():
             old = None  # a nan gradient spoilt it: start again
@@ -124,7 +134,7 @@ class QGaLoreAdamW(AdamW):
             if len(state["cosines"]) == QUEUE and float(state["cosines"].mean()) >= group["cosine_threshold"]:
                 cap = 16 * group["refresh_every"] if group["max_refresh_every"] is None else group["max_refresh_every"]
                 state["refresh_interval"] = min(2 * state["refresh_interval"], cap)
-                state["cosines"] = torch.zeros(0)
+                state["cosines"] = torch.zeros(0, dtype=torch.float32, device="cpu")
         state["next_refresh"] = step + state["refresh_interval"]
         state["basis_codes"], state["basis_scales"], state["basis_zeros"] = quantize(basis, format.code, format.block)
 
@@ -139,8 +149,8 @@ class QGaLoreAdamW(AdamW):
         rows, columns = p.shape[0], p.shape[1:].numel()
         left = self._left(rows, columns)
         basis = self._basis_format(group)
-        scalars = torch.tensor([decay, alpha], dtype=torch.float32)
-        key = torch.tensor([group["seed"], step], dtype=torch.int64)
+        scalars = torch.tensor([decay, alpha], dtype=torch.float32, device="cpu")
+        key = torch.tensor([group["seed"], step], dtype=torch.int64, device="cpu")
         if isinstance(p, QuantizedWeight):
             weight = (p.codes, p.scales, p.zeros if p.format.has_zero_point else None, p.format.code, p.format.block)
             target = None
@@ -154,12 +164,14 @@ class QGaLoreAdamW(AdamW):
 
     # --- checkpoints --------------------------------------------------------------------------------------
     def _adopt_states(self, saved, like, group, index):
+        if "next_refresh" not in saved and self._projects(like, group):
+            raise CheckpointError(f"state {index} is not projected; its parameter of shape {tuple(like.shape)} is, with rank {group['rank']}")
         if "next_refresh" not in saved:
             return super()._adopt_states(saved, like, group, index)
         if not self._projects(like, group):
             raise CheckpointError(f"state {index} is a projected one; its parameter of shape {tuple(like.shape)} is not projected "
                                   f"with rank {group['rank']}")
-        super()._adopt_states(saved, torch.empty(self._compressed(like, group), device=like.device), group, index)
+        super()._adopt_states(saved, torch.empty(self._compressed(like, group), dtype=torch.float32, device=like.device), group, index)
         left = self._left(like.shape[0], like.shape[1:].numel())
         d = like.shape[0] if left else like.shape[1:].numel()
         format = self._basis_format(group)
