@@ -110,8 +110,6 @@ class TorchLion(torch.optim.Optimizer):
 @case("optim")
 def lion_int8_states(ctx):
     def make():
-        if not hasattr(gradmill.optim, "Lion"):
-            raise NotImplementedError("this gradmill has no Lion yet")
         return _stepper(gradmill.optim.Lion(_parameters(ctx), **SETTINGS, states="int8"))
     return _bench(ctx, "Lion, 8-bit states", 14 + 2 * BLOCK_SCALE, [
         ours(make), baseline("torch foreach ops, fp32 states", lambda: _stepper(TorchLion(_parameters(ctx), **SETTINGS))),

@@ -79,7 +79,7 @@ class QGaLoreAdamW(AdamW):
     # --- a projected parameter ----------------------------------------------------------------------------
     @staticmethod
     def _projects(p, group) -> bool:
-        return group["rank"] is not None and p.dim() >= 2 and min(p.shape[0], p[0].numel() if p.shape[0] else 0) > group["rank"]
+        return group["rank"] is not None and p.dim() >= 2 and min(p.shape[0], p.shape[1:].numel()) > group["rank"]
 
     @staticmethod
     def _left(rows, columns) -> bool:
