@@ -104,9 +104,10 @@ Key make_key(const KeyTuple& k) {
 #endif
 
 // --- ops --------------------------------------------------------------------------------------------------
-void quantize(int device, uint64_t stream, uint64_t x, int x_code, int64_t stride, const MatrixTuple& out, bool transpose, const KeyTuple& key) {
+void quantize(int device, uint64_t stream, uint64_t x, int x_code, int64_t stride, const MatrixTuple& out, bool transpose, const KeyTuple& key,
+              bool given) {
   Key k = make_key(key);
-  QuantizeArgs a{pointer(x), x_code, stride, matrix(out), transpose, key ? &k : nullptr};
+  QuantizeArgs a{pointer(x), x_code, stride, matrix(out), transpose, key ? &k : nullptr, given};
   GM_RUN(cpu().quant->quantize(a), cuda::quantize(a, launch))
 }
 
@@ -122,9 +123,9 @@ void matmul_int8(int device, uint64_t stream, int64_t m, int64_t n, int64_t k, u
   GM_RUN(cpu().matmul->int8(args), cuda::matmul_int8(args, launch))
 }
 
-void matmul_packed(int device, uint64_t stream, int64_t m, uint64_t x, int x_code, const MatrixTuple& w, bool transpose, uint64_t bias,
-                   uint64_t out, int out_code) {
-  PackedMatmulArgs args{m, pointer(x), x_code, matrix(w), transpose, pointer<const float>(bias), pointer(out), out_code};
+void matmul_packed(int device, uint64_t stream, const MatrixTuple& x, const MatrixTuple& w, bool transpose, uint64_t bias, uint64_t out, int out_code) {
+  const Matrix left = matrix(x);
+  PackedMatmulArgs args{left.rows, left, matrix(w), transpose, pointer<const float>(bias), pointer(out), out_code};
   GM_RUN(cpu().matmul->packed(args), cuda::matmul_packed(args, launch))
 }
 

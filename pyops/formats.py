@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -18,9 +19,24 @@ CODES = {
     "moment8": 7,    # signed 8-bit float code of a first moment (sign, 3 exponent bits, 4 mantissa bits)
     "square8": 8,    # 8-bit float code of sqrt(second moment) (3 exponent, 5 mantissa bits), never 0 in a nonzero block
     "delta": 9,      # fused_step's params only: read as 0, the update is left there in fp32
+    "e4m3": 10,      # float8_e4m3fn, saturating, scale = absmax/448
+    "e5m2": 11,      # float8_e5m2, saturating, scale = absmax/57344
+    "e2m1": 12,      # fp4: 0, .5, 1, 1.5, 2, 3, 4, 6 and their negatives, scale = absmax/6, low nibble first
+    "int7": 13,      # int8 with codes in [-63, 63], scale = absmax/63: products add up in 16 bits
+    "uint3": 14,     # zero point, scale = (max-min)/7, a row is one little-endian stream of 3-bit codes
+    "uint2": 15,     # zero point, scale = (max-min)/3, lowest bits first
+    "int3": 16,      # symmetric, scale = absmax/3, codes in [-3, 3], two's complement
+    "int2": 17,      # symmetric, scale = absmax, codes in [-1, 1], two's complement
+    "int4_outlier": 18,  # int4 whose two largest magnitudes per block are kept in fp32 beside it (Stable-SPAM)
 }
+#: What fused_step and project_back can write, and project can read, in every backend; the others are matmul operands.
+STEPPED = tuple(CODES)[:CODES["delta"] + 1]
 FLOAT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_BITS = {"fp32": 32, "delta": 32, "bf16": 16, "fp16": 16, "int4": 4, "uint4": 4}  # every other code has 8
+_BITS = {"fp32": 32, "delta": 32, "bf16": 16, "fp16": 16, "int4": 4, "uint4": 4, "e2m1": 4, "int4_outlier": 4,
+         "int3": 3, "uint3": 3, "int2": 2, "uint2": 2}  # every other code has 8
+_DTYPES = {"int8": torch.int8, "int7": torch.int8, "e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}  # every other blocked code: uint8
+#: Bytes an int4_outlier block keeps beside its codes: two fp32 values, their two positions, two bytes unused.
+OUTLIER_BYTES = 12
 _FLOAT_CODES = {dtype: code for code, dtype in FLOAT_DTYPES.items()}
 
 
@@ -36,21 +52,37 @@ class Format:
     Args:
         code: element code, a key of :data:`CODES`.
         block: elements sharing one scale, along the last dimension and never across rows; 0 for a whole row.
-            The last block of a row may be shorter. Even, for the 4-bit codes.
+            The last block of a row may be shorter. A block fills whole bytes: even for 4-bit codes, a multiple of 4 for
+            2-bit and of 8 for 3-bit ones; at most 256, and not 0, for int4_outlier.
+        rows: rows that share their blocks' scales (0: all of them), as FP8's 128 x 128 weight blocks do. Every row still
+            stores its scales, so that kernels know one layout only.
+        scale: "fp32" (the largest magnitude decides), "pow2" (the next power of two up: MX formats' e8m0) or "e4m3"
+            (rounded to float8 under one fp32 scale for the whole tensor: NVFP4).
+        least: smallest absmax a block counts with (FP8 recipes: 1e-12 or 1e-4).
 
-    Stored as ``codes`` (rows, ceil(columns * bits / 8)), fp32 ``scales`` (rows, ceil(columns / block)) and, for the
-    codes with a zero point, uint8 ``zeros`` of the same shape. A block of zeros has scale 0; a block that holds a
-    nan or an inf has scale nan, so that it decodes to nan.
+    Stored as ``codes`` (rows, ceil(columns * bits / 8)), fp32 ``scales`` (rows, ceil(columns / block)) and ``zeros``:
+    uint8 zero points of the same shape for the codes that have one, for int4_outlier 12 bytes a block. A block of zeros
+    has scale 0; a block that holds a nan or an inf has scale nan, so that it decodes to nan.
     """
 
     code: str
     block: int = 0
+    rows: int = 1
+    scale: str = "fp32"
+    least: float = 0.0
 
     def __post_init__(self):
         if self.code not in CODES:
             raise ValueError(f"code is {self.code!r}; it must be one of {', '.join(CODES)}")
-        if self.block < 0 or (self.bits == 4 and self.block % 2):
-            raise ValueError(f"block is {self.block}; it must be 0 (a whole row) or positive, and even for 4-bit codes")
+        if self.block < 0 or self.block * self.bits % 8:
+            raise ValueError(f"block is {self.block}; it must be 0 (a whole row) or positive, and fill whole bytes: a multiple of {self.multiple}")
+        if self.code == "int4_outlier" and self.block > 256:
+            raise ValueError(f"block is {self.block}; int4_outlier needs 2 to 256, because positions are stored in a byte")
+        if self.rows < 0 or self.scale not in ("fp32", "pow2", "e4m3") or self.least < 0:
+            raise ValueError(f"rows, scale and least are {self.rows}, {self.scale!r} and {self.least}; they must be 0 or more, "
+                             "'fp32', 'pow2' or 'e4m3', and 0 or more")
+        if self.shared and (self.has_zero_point or self.code in ("int4_outlier", "moment8", "square8") or not self.blocked):
+            raise ValueError(f"code is {self.code!r}; rows, scale and least need a symmetric integer or a float8 or fp4 code")
 
     @property
     def bits(self) -> int:
@@ -58,20 +90,30 @@ class Format:
         return _BITS.get(self.code, 8)
 
     @property
+    def multiple(self) -> int:
+        """Blocks are multiples of so many elements: whole bytes."""
+        return {4: 2, 3: 8, 2: 4}.get(self.bits, 1)
+
+    @property
     def blocked(self) -> bool:
         """Whether the codes need scales."""
         return self.code not in ("fp32", "bf16", "fp16", "delta")
 
     @property
+    def shared(self) -> bool:
+        """Whether a scale depends on more than its own block."""
+        return self.rows != 1 or self.scale != "fp32" or self.least > 0
+
+    @property
     def has_zero_point(self) -> bool:
-        return self.code in ("uint8", "uint4")
+        return self.code in ("uint8", "uint4", "uint3", "uint2")
 
     @property
     def code_dtype(self) -> torch.dtype:
         """torch dtype of the stored codes."""
         if not self.blocked:
             return FLOAT_DTYPES.get(self.code, torch.float32)
-        return torch.int8 if self.code == "int8" else torch.uint8
+        return _DTYPES.get(self.code, torch.uint8)
 
     def blocks(self, columns: int) -> int:
         """How many blocks a row of ``columns`` elements has (a whole-row block is there even when the row is empty)."""
@@ -79,12 +121,18 @@ class Format:
 
     def code_columns(self, columns: int) -> int:
         """How many elements of ``code_dtype`` store a row of ``columns``."""
-        return -(-columns // 2) if self.bits == 4 else columns
+        return columns if self.bits >= 8 else -(-columns * self.bits // 8)
+
+    def zeros_shape(self, rows: int, columns: int) -> tuple[int, ...]:
+        """Shape of ``zeros`` for (rows, columns): (0,) for codes that need none."""
+        if self.has_zero_point:
+            return rows, self.blocks(columns)
+        return (rows, self.blocks(columns) * OUTLIER_BYTES) if self.code == "int4_outlier" else (0,)
 
     def nbytes(self, rows: int, columns: int) -> int:
         """Exact bytes of codes, scales and zero points for (rows, columns)."""
         blocks = self.blocks(columns) if self.blocked else 0
-        return rows * (-(-columns * self.bits // 8) + blocks * (5 if self.has_zero_point else 4))
+        return rows * (-(-columns * self.bits // 8) + blocks * 4) + math.prod(self.zeros_shape(rows, columns))
 
 
 @functools.lru_cache(maxsize=None)
@@ -99,8 +147,23 @@ FORMATS = {
     "bf16": Format("bf16"),
     "fp16": Format("fp16"),
     "int8_row": Format("int8"),             # matmul operands
+    "int7_row": Format("int7"),
+    "int8_tensor": Format("int8", 0, rows=0),
+    "e4m3_row": Format("e4m3", least=1e-12),
+    "e4m3_tensor": Format("e4m3", 0, rows=0, least=1e-12),
+    "e5m2_tensor": Format("e5m2", 0, rows=0, least=1e-12),
+    "e4m3_1x128": Format("e4m3", 128, least=1e-4),
+    "e4m3_128x128": Format("e4m3", 128, rows=128, least=1e-4),
+    "nvfp4": Format("e2m1", 16, scale="e4m3"),
+    "nvfp4_16x16": Format("e2m1", 16, rows=16, scale="e4m3"),
+    "mxfp4": Format("e2m1", 32, scale="pow2"),
+    "int4_outlier": Format("int4_outlier", 256),
     "int8": Format("uint8", 256),           # trainable INT8 weights (Q-GaLore)
     "int4": Format("uint4", 256),           # projection bases (Q-GaLore)
+    "w8": Format("uint8", 128),             # weight-only
+    "w4": Format("uint4", 128),
+    "w3": Format("uint3", 128),
+    "w2": Format("uint2", 64),
     "moment8": Format("moment8", 256),      # optimizer states
     "square8": Format("square8", 256),
 }

@@ -27,6 +27,14 @@ _NAMES = ("portable", "avx2", "avx512", "avx512_vnni")
 LEVELS = _NAMES[:_NAMES.index(_C.detected_isa()) + 1] if _C else ()
 BLOCKED = tuple(code for code in CODES if Format(code).blocked)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def fit(code: str, block: int) -> int:
+    """The nearest block length from ``block`` up that the code can have."""
+    block += -block % Format(code).multiple
+    return min(block or 256, 256) if code == "int4_outlier" else block
+
+
 FLT_MAX = torch.finfo(torch.float32).max
 #: nan, infinities, both zeros, denormals, the smallest normal number, the largest, ties.
 SPECIAL = (float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1.4e-45, -1e-40, 1.1754944e-38, FLT_MAX, -FLT_MAX, 1.0, -1.0, 0.5, 1.5,

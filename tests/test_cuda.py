@@ -27,9 +27,12 @@ from gradmill.reference import projection as reference_projection
 from gradmill.reference import quant as reference_quant
 from gradmill.reference.philox import stream
 
+from .conftest import fit
+
 ROOT = Path(__file__).resolve().parent.parent
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-BLOCKED = ("int8", "uint8", "int4", "uint4", "moment8", "square8")
+BLOCKED = ("int8", "uint8", "int4", "uint4", "moment8", "square8", "e4m3", "e5m2", "e2m1", "int7", "uint2", "int2", "uint3", "int3", "int4_outlier")
+NOT_WRITTEN = ("uint3", "int3", "int4_outlier")  # quantised by the reference on CUDA
 KEY = torch.tensor([0x123456789ABCDEF, 7])
 FAMILIES = [sys.modules[f"gradmill.ops.{name}"] for name in ("quant", "matmul", "optim", "projection")]
 
@@ -129,7 +132,7 @@ def same(got, want, what=""):
     got, want = got.cpu(), want.cpu()
     assert got.dtype == want.dtype and got.shape == want.shape, what
     if want.is_floating_point():
-        integer = {4: torch.int32, 2: torch.int16, 8: torch.int64}[want.element_size()]
+        integer = {1: torch.int8, 4: torch.int32, 2: torch.int16, 8: torch.int64}[want.element_size()]
         equal = (got.contiguous().view(integer) == want.contiguous().view(integer)) | (got.isnan() & want.isnan())
     else:
         equal = got == want
@@ -215,6 +218,9 @@ QUANT_SHAPES = [(7, 70, 32), (1, 1, 0), (7, 1030, 256), (3, 3001, 0), (9, 37, 0)
 @pytest.mark.parametrize("code", BLOCKED)
 @pytest.mark.parametrize("rows, columns, block", QUANT_SHAPES)
 def test_quantize(place, code, rows, columns, block):
+    if code in NOT_WRITTEN:
+        pytest.skip("quantised by the reference on CUDA")
+    block = fit(code, block)
     for number, (dtype, transpose, key) in enumerate([(torch.float32, False, None), (torch.bfloat16, False, KEY), (torch.float16, True, None),
                                                       (torch.float32, True, KEY)]):
         x = sample(rows, columns, number, dtype)
@@ -233,9 +239,27 @@ def test_quantize(place, code, rows, columns, block):
                 same(g, w, f"{name} of {code} {dtype} transpose={transpose} key={key is not None} strided={strided}")
 
 
+@pytest.mark.parametrize("code", ["int8", "int7", "e4m3", "e5m2", "e2m1", "int2"])
+@pytest.mark.parametrize("rows, columns, block", QUANT_SHAPES)
+def test_quantize_with_given_scales(place, code, rows, columns, block):
+    block = fit(code, block)
+    for transpose in (False, True):
+        x = sample(rows, columns, 3, torch.float32)
+        x.view(-1)[-1] = torch.inf
+        scales = torch.rand(rows, Format(code, block).blocks(columns)) / 50
+        scales[0, 0] = 0
+        x = x.t().contiguous() if transpose else x
+        want = reference_quant.quantize(x, code, block, transpose, KEY, 3, scales)
+        with place.context():
+            got = ops.quantize(place.put(x), code, block, transpose, KEY, 3, place.put(scales))
+        for g, w, name in zip(got, want, ("codes", "scales", "zeros")):
+            same(g, w, f"{name} of {code} transpose={transpose}")
+
+
 @pytest.mark.parametrize("code", BLOCKED)
 @pytest.mark.parametrize("rows, columns, block", [*QUANT_SHAPES, (2, 9001, 0)])
 def test_dequantize(place, code, rows, columns, block):
+    block = fit(code, block)
     codes, scales, zeros = quantised(rows, columns, code, block, 5)
     scales.view(-1)[::3] = torch.tensor([torch.nan, 0.0, 3e38])[torch.arange(scales.view(-1)[::3].numel()) % 3]
     for dtype in FLOATS:
@@ -285,6 +309,7 @@ PACKED_SHAPES = [(1, 33, 64, 32), (3, 10, 96, 32), (13, 7, 128, 0), (17, 65, 66,
 def test_matmul_packed(place, code, m, rows, columns, block):
     if place.emulated and columns > 4000 and code not in ("int8", "uint4"):
         pytest.skip("slow in the emulation; two codes are enough")
+    block = fit(code, block)
     codes, scales, zeros = quantised(rows, columns, code, block, 3)
     if rows > 4:
         scales[2, 0] = torch.nan
@@ -305,6 +330,24 @@ def test_matmul_packed(place, code, m, rows, columns, block):
             if bias is not None:
                 size = size + bias.abs()
             close(got, want, size * (k + 8) * 2.0 ** -22 + want.abs() * torch.finfo(dtype).eps, f"{code} {dtype} transpose={transpose}")
+
+
+@pytest.mark.parametrize("a_code, a_block, b_code, b_block", [("e4m3", 0, "e4m3", 0), ("e5m2", 128, "e4m3", 128), ("e2m1", 16, "e2m1", 16),
+                                                               ("int4_outlier", 64, "uint4", 64), ("fp32", 0, "int4_outlier", 64), ("bf16", 0, "bf16", 0)])
+def test_matmul_scaled(place, a_code, a_block, b_code, b_block):
+    def operand(rows, columns, code, block, seed):
+        if not Format(code).blocked:
+            return torch.randn(rows, columns).to(Format(code).code_dtype), None, None
+        return quantised(rows, columns, code, block, seed)
+
+    for transpose in (False, True):
+        m, rows, columns = 19, 70, 136
+        a, b = operand(m, rows if transpose else columns, a_code, a_block, 1), operand(rows, columns, b_code, b_block, 2)
+        rest = (b_code, b_block, columns, transpose, None)
+        want = reference_matmul.matmul_scaled(*a, a_code, a_block, *b, *rest, torch.float64)
+        with place.context():
+            got = ops.matmul_scaled(*map(place.put, a), a_code, a_block, *map(place.put, b), *rest, torch.float32)
+        close(got, want, want.abs().max() * 2.0 ** -15, f"transpose={transpose}")  # k * 2^-24 of the sum of magnitudes
 
 
 # --- optim ------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from gradmill.formats import Format
 from gradmill.ops import dequantize, matmul_int8, matmul_packed, quantize
 from hypothesis import given, strategies as st
 
-from .conftest import (BLOCKED, FLOATS, LEVELS, SPECIAL, assert_same_bits, layouts, misaligned, reference, running, threads, wild)
+from .conftest import (BLOCKED, FLOATS, LEVELS, SPECIAL, assert_same_bits, fit, layouts, misaligned, reference, running, threads, wild)
 
 INT8 = (*LEVELS, "torch")
 SHAPES = [(1, 1, 1), (1, 7, 13), (2, 1, 64), (3, 5, 127), (4, 33, 32), (5, 17, 256), (17, 64, 65), (63, 31, 129), (64, 48, 257), (65, 49, 300),
@@ -136,7 +136,7 @@ def check_packed(x, packed, code, block, columns, transpose, bias, dtype, what="
 @pytest.mark.parametrize("transpose", [False, True], ids=["xWt", "xW"])
 def test_packed_is_within_the_bound_of_fp32_accumulation(code, transpose):
     for m, n, k in [*SHAPES, *EMPTY, (3, 300, 64), (17, 19, 1100)]:
-        for block in (0, 32, 256, 54):
+        for block in sorted({fit(code, b) for b in (0, 32, 256, 54)}):
             w = torch.randn(n, k)
             packed = quantize(w.abs() if code == "square8" else w, code, block)
             for dtype in FLOATS:
@@ -148,8 +148,9 @@ def test_packed_is_within_the_bound_of_fp32_accumulation(code, transpose):
        transpose=st.booleans(), seed=st.integers(0, 2 ** 30))
 def test_packed_any_shape_and_block(m, n, k, half_block, code, transpose, seed):
     torch.manual_seed(seed)
-    packed = quantize(torch.rand(n, k) - (0 if code == "square8" else 0.3), code, 2 * half_block)
-    check_packed(torch.randn(m, n if transpose else k), packed, code, 2 * half_block, k, transpose, None, torch.float32)
+    block = fit(code, 2 * half_block)
+    packed = quantize(torch.rand(n, k) - (0 if code == "square8" else 0.3), code, block)
+    check_packed(torch.randn(m, n if transpose else k), packed, code, block, k, transpose, None, torch.float32)
 
 
 @pytest.mark.parametrize("code", ["int8", "uint8", "int4", "uint4"])

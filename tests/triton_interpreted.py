@@ -272,7 +272,7 @@ def exact_basis(rank, d, code, block):
     """A packed basis whose values are small multiples of 1/4: products with small integers are exact in any order."""
     format = Format(code, block)
     q = torch.randint(-7, 8, (rank, d)) if code in ("int8", "int4") else torch.randint(0, 16, (rank, d))
-    codes = ref_quant.pack_nibbles(q) if format.bits == 4 else q.to(format.code_dtype)
+    codes = ref_quant.pack_bits(q, format.bits) if format.bits < 8 else q.to(format.code_dtype)
     shape = (rank, format.blocks(d))
     zeros = torch.randint(0, 16, shape, dtype=torch.uint8) if format.has_zero_point else torch.empty(0, dtype=torch.uint8)
     return codes, 0.25 * 2.0 ** torch.randint(0, 3, shape), zeros

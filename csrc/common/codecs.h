@@ -51,12 +51,10 @@ GM_HD Block block_of(int code, uint32_t absmax, int32_t lo, int32_t hi) {
     return b;
   }
   float amax = bits_float(absmax);
-  if (code == kInt8) {
-    b.scale = amax / 127.0f;
-  } else if (code == kInt4) {
-    b.scale = amax / 7.0f;
+  if (code != kMoment8 && code != kSquare8 && !has_zero_point(code)) {
+    b.scale = amax / code_top(code);
   } else if (has_zero_point(code)) {
-    float top = code == kUInt8 ? 255.0f : 15.0f;
+    float top = code_top(code);
     float min = from_ordered_bits(lo), max = from_ordered_bits(hi);
     b.scale = (max * 0.5f - min * 0.5f) / (top * 0.5f);  // halves: max - min may overflow
     if (b.scale > 0.0f) b.zero = static_cast<int>(clampf(-round_even(min / b.scale), 0.0f, top));
@@ -77,17 +75,43 @@ GM_HD int encode_root(float root, Block b, uint32_t word) {
   return k < 1 ? 1 : k > 255 ? 255 : k;
 }
 
+// Small floats: mantissa bits and the exponent of the smallest normal number.
+template <int CODE>
+struct SmallFloat {
+  static constexpr bool is = CODE == kE4M3 || CODE == kE5M2 || CODE == kE2M1;
+  static constexpr int mantissa = CODE == kE4M3 ? 3 : CODE == kE5M2 ? 2 : 1;
+  static constexpr int exponent = CODE == kE4M3 ? -6 : CODE == kE5M2 ? -14 : 0;
+  static constexpr int shift = 23 - mantissa;
+  static constexpr uint32_t sign = CODE == kE2M1 ? 8u : 128u;
+  static constexpr uint32_t first_normal = static_cast<uint32_t>(exponent + 127) << mantissa;  // the float's top bits
+};
+template <int CODE>
+constexpr bool kZeroPoint = CODE == kUInt8 || CODE == kUInt4 || CODE == kUInt3 || CODE == kUInt2;
+
 template <int CODE, bool STOCHASTIC>
 GM_HD int encode(float x, Block b, uint32_t word) {
-  if constexpr (CODE == kInt8 || CODE == kInt4) {
-    constexpr float top = CODE == kInt8 ? 127.0f : 7.0f;
-    float y = clampf(x / b.scale, -top, top);
-    return static_cast<int>(STOCHASTIC ? round_stochastic(y, word) : round_even(y));
-  } else if constexpr (CODE == kUInt8 || CODE == kUInt4) {
-    constexpr float top = CODE == kUInt8 ? 255.0f : 15.0f;
+  if constexpr (SmallFloat<CODE>::is) {
+    // Below the smallest normal number, adding it lines the value up so that its top bits are the code as well.
+    typedef SmallFloat<CODE> F;
+    constexpr float top = code_top(CODE);
+    const float normal = bits_float(F::first_normal << F::shift);
+    float y = fabsf(x / b.scale);
+    y = y > top ? top : y;
+    const bool small = y < normal;
+    const uint32_t bits = float_bits(small ? y + normal : y);
+    const uint32_t rounding = STOCHASTIC ? word >> (9 + F::mantissa) : (1u << (F::shift - 1)) - 1u + (bits >> F::shift & 1u);
+    const uint32_t base = F::first_normal - (small ? 0u : 1u << F::mantissa);
+    const uint32_t magnitude = ((bits + rounding) >> F::shift) - base;
+    return static_cast<int>(magnitude | (float_bits(x) >> 31 ? F::sign : 0u));
+  } else if constexpr (kZeroPoint<CODE>) {
+    constexpr float top = code_top(CODE);
     float y = clampf(x / b.scale, -top, top);
     y = STOCHASTIC ? round_stochastic(y, word) : round_even(y);
     return static_cast<int>(clampf(y + static_cast<float>(b.zero), 0.0f, top));
+  } else if constexpr (CODE != kMoment8 && CODE != kSquare8) {  // symmetric integers
+    constexpr float top = code_top(CODE);
+    float y = clampf(x / b.scale, -top, top);
+    return static_cast<int>(STOCHASTIC ? round_stochastic(y, word) : round_even(y));
   } else if constexpr (CODE == kMoment8) {
     // Adding 1 turns the value into a float of exponent 0..7 whose top bits are the code ("offset float"): steps are
     // fine near zero, 1/32 of the value from there on, and encoding costs no division, root or table. Chosen against
@@ -103,8 +127,15 @@ GM_HD int encode(float x, Block b, uint32_t word) {
 
 template <int CODE>
 GM_HD float decode(int q, Block b) {
-  if constexpr (CODE == kUInt8 || CODE == kUInt4) {
+  if constexpr (kZeroPoint<CODE>) {
     return static_cast<float>(q - b.zero) * b.scale;
+  } else if constexpr (SmallFloat<CODE>::is) {
+    typedef SmallFloat<CODE> F;
+    const uint32_t magnitude = static_cast<uint32_t>(q) & (F::sign - 1u);
+    const bool small = magnitude < (1u << F::mantissa);
+    float y = bits_float((magnitude + F::first_normal - (small ? 0u : 1u << F::mantissa)) << F::shift);
+    if (small) y = y - bits_float(F::first_normal << F::shift);
+    return bits_float(float_bits(y) | (static_cast<uint32_t>(q) & F::sign ? 0x80000000u : 0u)) * b.scale;
   } else if constexpr (CODE == kMoment8) {
     float y = bits_float((static_cast<uint32_t>(q & 127) << 19) + 0x3f800000u) - 1.0f;
     return bits_float(float_bits(y) | (static_cast<uint32_t>(q & 128) << 24)) * b.scale;

@@ -29,6 +29,22 @@ enum Code : int {
   kMoment8 = 7,  // signed 8-bit float code (state exp_avg): sign, 3 exponent bits, 4 mantissa bits
   kSquare8 = 8,  // 8-bit float code of the square root (state exp_avg_sq): 3 exponent bits, 5 mantissa bits
   kDelta = 9,    // weights only: reads as 0 and stores fp32, so that a step leaves its update there
+  kE4M3 = 10,    // float8_e4m3fn, saturating, scale = absmax/448
+  kE5M2 = 11,    // float8_e5m2, saturating, scale = absmax/57344
+  kE2M1 = 12,    // fp4 {0, .5, 1, 1.5, 2, 3, 4, 6} and sign, scale = absmax/6, low nibble first
+  kInt7 = 13,    // int8 with codes in [-63, 63], scale = absmax/63
+  kUInt3 = 14,   // zero point, scale = (max-min)/7; a row is one little-endian stream of 3-bit codes
+  kUInt2 = 15,   // zero point, scale = (max-min)/3, lowest bits first
+  kInt3 = 16,    // symmetric, scale = absmax/3, two's complement
+  kInt2 = 17,    // symmetric, scale = absmax, codes in [-1, 1], two's complement
+  kInt4Outlier = 18,  // int4, the two largest magnitudes of a block apart: Outliers, where others have zero points
+};
+
+// What an int4 block with outliers keeps in Matrix::zeros, 12 bytes a block.
+struct Outliers {
+  float value[2];
+  uint8_t position[2];
+  uint8_t unused[2];
 };
 
 // What a random word is used for (DESIGN: "purposes are numbered in one table"; the Python one is
@@ -61,10 +77,19 @@ GM_HD float bits_float(uint32_t u) {
 #endif
 }
 
-GM_HD bool is_blocked(int code) { return code >= kInt8 && code <= kSquare8; }  // has scales
-GM_HD bool has_zero_point(int code) { return code == kUInt8 || code == kUInt4; }
+GM_HD bool is_blocked(int code) { return code >= kInt8 && code != kDelta; }  // has scales
+GM_HD bool has_zero_point(int code) { return code == kUInt8 || code == kUInt4 || code == kUInt3 || code == kUInt2; }
 GM_HD int code_bits(int code) {
-  return code == kF32 || code == kDelta ? 32 : code == kBF16 || code == kF16 ? 16 : code == kInt4 || code == kUInt4 ? 4 : 8;
+  if (code == kF32 || code == kDelta) return 32;
+  if (code == kBF16 || code == kF16) return 16;
+  if (code == kInt4 || code == kUInt4 || code == kE2M1 || code == kInt4Outlier) return 4;
+  return code == kUInt3 || code == kInt3 ? 3 : code == kUInt2 || code == kInt2 ? 2 : 8;
+}
+// The largest magnitude of a symmetric integer or small-float code, or the largest zero-point code, in units of the scale.
+GM_HD constexpr float code_top(int code) {
+  return code == kInt8 ? 127.0f : code == kInt7 ? 63.0f : code == kInt4 || code == kInt4Outlier || code == kUInt3 ? 7.0f
+       : code == kUInt8 ? 255.0f : code == kUInt4 ? 15.0f : code == kInt3 || code == kUInt2 ? 3.0f : code == kInt2 ? 1.0f
+       : code == kE4M3 ? 448.0f : code == kE5M2 ? 57344.0f : 6.0f;
 }
 
 }  // namespace

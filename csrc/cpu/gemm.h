@@ -139,15 +139,24 @@ inline int64_t decode_vectors(const char* codes, Block b, int64_t n, float* __re
 inline void decode_run(int code, const char* codes, Block b, int64_t n, float* __restrict out) {
   int64_t done = 0;
 #if GM_LEVEL >= 1
-  if (code == kInt4) done = decode_vectors<NibbleDecoder<true>>(codes, b, n, out);
-  else if (code == kUInt4) done = decode_vectors<NibbleDecoder<false>>(codes, b, n, out);
-  else if (code == kInt8) done = decode_vectors<ByteDecoder<true>>(codes, b, n, out);
-  else if (code == kUInt8) done = decode_vectors<ByteDecoder<false>>(codes, b, n, out);
+  switch (code) {
+    case kInt4: case kInt4Outlier: done = decode_vectors<BitsDecoder<4, true>>(codes, b, n, out); break;
+    case kUInt4: done = decode_vectors<BitsDecoder<4, false>>(codes, b, n, out); break;
+    case kInt3: done = decode_vectors<BitsDecoder<3, true>>(codes, b, n, out); break;
+    case kUInt3: done = decode_vectors<BitsDecoder<3, false>>(codes, b, n, out); break;
+    case kInt2: done = decode_vectors<BitsDecoder<2, true>>(codes, b, n, out); break;
+    case kUInt2: done = decode_vectors<BitsDecoder<2, false>>(codes, b, n, out); break;
+    case kInt8: case kInt7: done = decode_vectors<ByteDecoder<true>>(codes, b, n, out); break;
+    case kUInt8: done = decode_vectors<ByteDecoder<false>>(codes, b, n, out); break;
+    case kE4M3: done = decode_vectors<Float8Decoder<3>>(codes, b, n, out); break;
+    case kE5M2: done = decode_vectors<Float8Decoder<2>>(codes, b, n, out); break;
+    case kE2M1: done = decode_vectors<Float4Decoder>(codes, b, n, out); break;
+  }
 #endif
   decode_one_block(code, codes + done * code_bits(code) / 8, b, n - done, out + done);
 }
 
-// Reads any stored matrix as floats. `from` must be even where two codes share a byte.
+// Reads any stored matrix as floats. `from` must be a multiple of 8 where codes share bytes.
 struct FloatReader {
   Matrix m;
   const lane* read(int64_t row, int64_t from, int64_t n, lane* buffer) const {
@@ -160,9 +169,9 @@ struct FloatReader {
     }
     for (int64_t at = from, end = from + n; at < end;) {
       const int64_t index = at / m.block, stop = min_of(end, (index + 1) * m.block);
-      const int64_t scale = row * m.blocks_per_row() + index;
-      const Block b{m.scales[scale], has_zero_point(m.code) ? m.zeros[scale] : 0, 0.0f};
-      decode_run(m.code, tile_address(m, row, at), b, stop - at, out + (at - from));
+      const int64_t number = row * m.blocks_per_row() + index;
+      decode_run(m.code, tile_address(m, row, at), block_at(m, number), stop - at, out + (at - from));
+      if (m.code == kInt4Outlier) put_outliers(m, number, at - index * m.block, stop - at, out + (at - from));
       at = stop;
     }
     return buffer;
@@ -211,7 +220,7 @@ void multiply_panels(int64_t kc, const lane* __restrict a, const lane* __restric
 
 struct Extent {
   int64_t m, n, k;    // k in lanes
-  int64_t unit = NR;  // an epilogue's rows start at multiples of this and end there or at n
+  int64_t unit = GM_LEVEL == 0 ? 2 * NR : NR;  // an epilogue's rows start at multiples of this (of 8: see FloatReader) and end there or at n
 };
 
 // epilogue(row, col, n, sums, spare): the finished sums of columns [col, col + n) of one row, to read or overwrite,

@@ -30,6 +30,7 @@ struct QuantizeArgs {
   Matrix out;
   bool transpose;
   const Key* key;  // null: nearest
+  bool given;      // out.scales holds the scales to use; a block with a nan or an inf still gets nan
 };
 struct DequantizeArgs {
   Matrix in;
@@ -47,10 +48,10 @@ struct Int8MatmulArgs {
 };
 
 // transpose=false: out (m x w.rows) = x (m x w.cols) w^T;  transpose=true: out (m x w.cols) = x (m x w.rows) w.
+// x may be any stored matrix, plain floats or codes.
 struct PackedMatmulArgs {
   int64_t m;
-  const void* x;  // contiguous, dtype x_code
-  int x_code;
+  Matrix x;
   Matrix w;
   bool transpose;
   const float* bias;  // may be null

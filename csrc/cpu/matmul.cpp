@@ -214,7 +214,7 @@ void gemv(const PackedMatmulArgs& p, const StoreFloats& epilogue) {
   const int64_t k = p.w.cols, n = p.w.rows;
   Scratch floats(p.m * k);
   float* const x = reinterpret_cast<float*>(floats.data);
-  decode_floats(p.x_code, p.x, p.m * k, x);
+  decode_floats(p.x.code, p.x.codes, p.m * k, x);
   const bool parallel = static_cast<double>(n) * static_cast<double>(k) > 3e4;
 #pragma omp parallel for schedule(static) if (parallel)
   for (int64_t t = 0; t < divide_up(n, chunk); ++t) {
@@ -234,16 +234,22 @@ void gemv(const PackedMatmulArgs& p, const StoreFloats& epilogue) {
 void packed_matmul(const PackedMatmulArgs& p) {
   const int64_t n = p.transpose ? p.w.cols : p.w.rows, k = p.transpose ? p.w.rows : p.w.cols;
   const Extent extent{p.m, n, k};
-  const Rows<FloatReader> x{{plain_matrix(p.x, p.x_code, p.m, k)}}, rows{{p.w}};
+  const Rows<FloatReader> x{{p.x}}, rows{{p.w}};
   const Columns<FloatReader> columns{{p.w}};
   const StoreFloats epilogue{p.out, p.out_code, n, p.bias};
 #if GM_LEVEL >= 1
-  if (!p.transpose && p.m > 0 && p.m <= kGemvRows && k > 0 && p.w.code >= kInt8 && p.w.code <= kUInt4) {
-    if (p.w.code == kInt4) gemv<NibbleDecoder<true>>(p, epilogue);
-    else if (p.w.code == kUInt4) gemv<NibbleDecoder<false>>(p, epilogue);
-    else if (p.w.code == kInt8) gemv<ByteDecoder<true>>(p, epilogue);
-    else gemv<ByteDecoder<false>>(p, epilogue);
-    return;
+  if (!p.transpose && p.m > 0 && p.m <= kGemvRows && k > 0 && !is_blocked(p.x.code)) switch (p.w.code) {
+    case kInt4: return gemv<BitsDecoder<4, true>>(p, epilogue);
+    case kUInt4: return gemv<BitsDecoder<4, false>>(p, epilogue);
+    case kInt3: return gemv<BitsDecoder<3, true>>(p, epilogue);
+    case kUInt3: return gemv<BitsDecoder<3, false>>(p, epilogue);
+    case kInt2: return gemv<BitsDecoder<2, true>>(p, epilogue);
+    case kUInt2: return gemv<BitsDecoder<2, false>>(p, epilogue);
+    case kInt8: case kInt7: return gemv<ByteDecoder<true>>(p, epilogue);
+    case kUInt8: return gemv<ByteDecoder<false>>(p, epilogue);
+    case kE4M3: return gemv<Float8Decoder<3>>(p, epilogue);
+    case kE5M2: return gemv<Float8Decoder<2>>(p, epilogue);
+    case kE2M1: return gemv<Float4Decoder>(p, epilogue);
   }
 #endif
   if (p.transpose && p.m <= kFewRows) add_scaled_rows(extent, x, columns, epilogue);

@@ -39,7 +39,7 @@ void quantize(const QuantizeArgs& a) {
         const float* x = buffer;
         if (a.x_code == kF32) x = static_cast<const float*>(a.x) + row * a.stride + col;  // no copy
         else load_row(a, row, col, n, buffer);
-        encode_tile(m, row, col, n, x, a.key);
+        encode_tile(m, row, col, n, x, a.key, false, a.given);
       }
       free(buffer);
     }
@@ -69,7 +69,7 @@ void quantize(const QuantizeArgs& a) {
         for (int64_t c = 0; c < m.cols; ++c)
           for (int64_t r = 0; r < w; ++r) buffer[r * pitch + c] = load_one(a, c, row0 + r);
       }
-      for (int64_t r = 0; r < w; ++r) encode_tile(m, row0 + r, 0, m.cols, buffer + r * pitch, a.key);
+      for (int64_t r = 0; r < w; ++r) encode_tile(m, row0 + r, 0, m.cols, buffer + r * pitch, a.key, false, a.given);
     }
     free(buffer);
   }

@@ -101,24 +101,50 @@ struct ByteDecoder {
     return _mm512_mul_ps(_mm512_cvtepi32_ps(value), scale);
   }
 };
-// The sixteen values a nibble can stand for are a table in a register; vpermps, which looks at the low four bits of
-// its indices, picks them.
-template <bool SIGNED>
-struct NibbleDecoder {
+// Codes of 4, 3 or 2 bits, 16 of them a stream of bits. The values they can stand for are a table of 16 in a register,
+// repeated for the shorter codes; vpermps, which looks at the low four bits of its indices, picks them.
+template <int BITS>
+struct TableDecoder {
+  static constexpr int bits = BITS;
   vf table;
-  GM_HD NibbleDecoder(int zero, float scale) {
-    const vi codes = SIGNED ? _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1)
-                            : _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    table = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(codes, _mm512_set1_epi32(zero))), _mm512_set1_ps(scale));
-  }
-  static constexpr int bits = 4;
   GM_HD vf operator()(const void* p) const {
-    const vi shifts = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
-    int32_t low, high;
-    memcpy(&low, p, 4);
-    memcpy(&high, static_cast<const char*>(p) + 4, 4);
+    const vi shifts = _mm512_setr_epi32(0, BITS, 2 * BITS, 3 * BITS, 4 * BITS, 5 * BITS, 6 * BITS, 7 * BITS, 0, BITS, 2 * BITS, 3 * BITS, 4 * BITS,
+                                        5 * BITS, 6 * BITS, 7 * BITS);
+    int32_t low = 0, high = 0;
+    memcpy(&low, p, BITS);
+    memcpy(&high, static_cast<const char*>(p) + BITS, BITS);
     const vi both = _mm512_mask_set1_epi32(_mm512_set1_epi32(low), 0xff00, high);
     return _mm512_permutexvar_ps(_mm512_srlv_epi32(both, shifts), table);
+  }
+};
+template <int BITS, bool SIGNED>
+struct BitsDecoder : TableDecoder<BITS> {
+  GM_HD BitsDecoder(int zero, float scale) {
+    const vi index = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const vi top = _mm512_slli_epi32(index, 32 - BITS);
+    const vi code = SIGNED ? _mm512_srai_epi32(top, 32 - BITS) : _mm512_srli_epi32(top, 32 - BITS);
+    this->table = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(code, _mm512_set1_epi32(zero))), _mm512_set1_ps(scale));
+  }
+};
+struct Float4Decoder : TableDecoder<4> {
+  GM_HD Float4Decoder(int, float scale) {
+    const vf values = _mm512_setr_ps(0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f, -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f);
+    table = _mm512_mul_ps(values, _mm512_set1_ps(scale));
+  }
+};
+// e4m3 (MANTISSA 3) and e5m2 (2): moved into place as float16, which vcvtph2ps reads exactly, denormals included; e4m3's
+// smaller exponent bias is made up by 2^8 in the scale.
+template <int MANTISSA>
+struct Float8Decoder {
+  static constexpr int bits = 8;
+  vf scale;
+  GM_HD Float8Decoder(int, float x) : scale(_mm512_set1_ps(MANTISSA == 3 ? x * 256.0f : x)) {}
+  GM_HD vf operator()(const void* p) const {
+    const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+    const __m256i half = MANTISSA == 2 ? _mm256_slli_epi16(wide, 8)
+                                       : _mm256_or_si256(_mm256_and_si256(wide, _mm256_set1_epi16(-32768)),
+                                                         _mm256_slli_epi16(_mm256_and_si256(wide, _mm256_set1_epi16(127)), 7));
+    return _mm512_mul_ps(_mm512_cvtph_ps(half), scale);
   }
 };
 
@@ -176,20 +202,53 @@ struct ByteDecoder {
     return _mm256_mul_ps(_mm256_cvtepi32_ps(value), scale);
   }
 };
-// The same 32 bits in every lane, shifted until the lane's own nibble is at the top, then down again, with or without
-// its sign.
-template <bool SIGNED>
-struct NibbleDecoder {
+// Codes of 4, 3 or 2 bits, 8 of them a stream of bits: the same 32 bits in every lane, shifted until the lane's own code
+// is at the top, then down again, with or without its sign.
+template <int BITS>
+GM_HD vi codes_on_top(const void* p) {
+  int32_t codes = 0;
+  memcpy(&codes, p, BITS);
+  constexpr int top = 32 - BITS;
+  return _mm256_sllv_epi32(_mm256_set1_epi32(codes), _mm256_setr_epi32(top, top - BITS, top - 2 * BITS, top - 3 * BITS, top - 4 * BITS,
+                                                                       top - 5 * BITS, top - 6 * BITS, top - 7 * BITS));
+}
+template <int BITS, bool SIGNED>
+struct BitsDecoder {
+  static constexpr int bits = BITS;
   vi zero;
   vf scale;
-  GM_HD NibbleDecoder(int z, float x) : zero(_mm256_set1_epi32(z)), scale(_mm256_set1_ps(x)) {}
-  static constexpr int bits = 4;
+  GM_HD BitsDecoder(int z, float x) : zero(_mm256_set1_epi32(z)), scale(_mm256_set1_ps(x)) {}
   GM_HD vf operator()(const void* p) const {
-    int32_t codes;
-    memcpy(&codes, p, 4);
-    const vi top = _mm256_sllv_epi32(_mm256_set1_epi32(codes), _mm256_setr_epi32(28, 24, 20, 16, 12, 8, 4, 0));
-    const vi value = SIGNED ? _mm256_srai_epi32(top, 28) : _mm256_sub_epi32(_mm256_srli_epi32(top, 28), zero);
+    const vi top = codes_on_top<BITS>(p);
+    const vi value = SIGNED ? _mm256_srai_epi32(top, 32 - BITS) : _mm256_sub_epi32(_mm256_srli_epi32(top, 32 - BITS), zero);
     return _mm256_mul_ps(_mm256_cvtepi32_ps(value), scale);
+  }
+};
+// The eight magnitudes are a table; vpermps looks at the low three bits of its indices. The sign is already in place.
+struct Float4Decoder {
+  static constexpr int bits = 4;
+  vf table;
+  GM_HD Float4Decoder(int, float scale)
+      : table(_mm256_mul_ps(_mm256_setr_ps(0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f), _mm256_set1_ps(scale))) {}
+  GM_HD vf operator()(const void* p) const {
+    const vi top = codes_on_top<4>(p);
+    return _mm256_xor_ps(_mm256_permutevar8x32_ps(table, _mm256_srli_epi32(top, 28)),
+                         _mm256_castsi256_ps(_mm256_and_si256(top, _mm256_set1_epi32(INT32_MIN))));
+  }
+};
+// e4m3 (MANTISSA 3) and e5m2 (2): moved into place as float16, which vcvtph2ps reads exactly, denormals included; e4m3's
+// smaller exponent bias is made up by 2^8 in the scale.
+template <int MANTISSA>
+struct Float8Decoder {
+  static constexpr int bits = 8;
+  vf scale;
+  GM_HD Float8Decoder(int, float x) : scale(_mm256_set1_ps(MANTISSA == 3 ? x * 256.0f : x)) {}
+  GM_HD vf operator()(const void* p) const {
+    const __m128i wide = _mm_cvtepi8_epi16(_mm_loadl_epi64(static_cast<const __m128i*>(p)));
+    const __m128i half = MANTISSA == 2 ? _mm_slli_epi16(wide, 8)
+                                       : _mm_or_si128(_mm_and_si128(wide, _mm_set1_epi16(-32768)),
+                                                      _mm_slli_epi16(_mm_and_si128(wide, _mm_set1_epi16(127)), 7));
+    return _mm256_mul_ps(_mm256_cvtph_ps(half), scale);
   }
 };
 

@@ -103,21 +103,27 @@ inline void philox_fill(const Key& key, uint64_t first, int64_t n, uint32_t* __r
 }
 
 // --- one block --------------------------------------------------------------------------------------------
+// Codes of fewer than 8 bits are one little-endian stream of bits: eight of them fill BITS bytes.
+template <int CODE>
+constexpr int kBits = CODE == kUInt3 || CODE == kInt3 ? 3 : CODE == kUInt2 || CODE == kInt2 ? 2 : CODE == kInt4 || CODE == kUInt4 || CODE == kE2M1 ? 4 : 8;
+template <int CODE>
+constexpr bool kSigned = CODE == kInt8 || CODE == kInt7 || CODE == kInt4 || CODE == kInt3 || CODE == kInt2;
+
 template <int CODE>
 inline void decode_block(const char* codes, Block b, int64_t n, float* __restrict out) {
-  if constexpr (CODE == kInt4 || CODE == kUInt4) {
-    const uint8_t* c = reinterpret_cast<const uint8_t*>(codes);
-    for (int64_t i = 0; i < n / 2; ++i) {
-      int low = c[i] & 15, high = c[i] >> 4;
-      if (CODE == kInt4) low = (low ^ 8) - 8, high = (high ^ 8) - 8;
-      out[2 * i] = decode<CODE>(low, b);
-      out[2 * i + 1] = decode<CODE>(high, b);
+  constexpr int bits = kBits<CODE>;
+  if constexpr (bits < 8) {
+    for (int64_t i = 0; i < n; i += 8, codes += bits) {
+      const int live = static_cast<int>(n - i < 8 ? n - i : 8);
+      uint32_t stream = 0;
+      memcpy(&stream, codes, static_cast<size_t>(live * bits + 7) / 8);
+      for (int k = 0; k < live; ++k) {
+        int q = static_cast<int>(stream >> k * bits & ((1u << bits) - 1u));
+        if (kSigned<CODE>) q = (q ^ 1 << (bits - 1)) - (1 << (bits - 1));
+        out[i + k] = decode<CODE>(q, b);
+      }
     }
-    if (n & 1) {
-      int low = c[n / 2] & 15;
-      out[n - 1] = decode<CODE>(CODE == kInt4 ? (low ^ 8) - 8 : low, b);
-    }
-  } else if constexpr (CODE != kInt8) {
+  } else if constexpr (!kSigned<CODE>) {
     const uint8_t* c = reinterpret_cast<const uint8_t*>(codes);
     for (int64_t i = 0; i < n; ++i) out[i] = decode<CODE>(c[i], b);
   } else {
@@ -128,14 +134,26 @@ inline void decode_block(const char* codes, Block b, int64_t n, float* __restric
 
 template <int CODE, bool STOCHASTIC>
 inline void encode_block(const float* __restrict x, const uint32_t* __restrict words, Block b, int64_t n, char* codes) {
+  constexpr int bits = kBits<CODE>;
   uint8_t* __restrict c = reinterpret_cast<uint8_t*>(codes);
-  if constexpr (CODE == kInt4 || CODE == kUInt4) {
-    for (int64_t i = 0; i < n / 2; ++i) {
-      int low = encode<CODE, STOCHASTIC>(x[2 * i], b, STOCHASTIC ? words[2 * i] : 0);
-      int high = encode<CODE, STOCHASTIC>(x[2 * i + 1], b, STOCHASTIC ? words[2 * i + 1] : 0);
-      c[i] = static_cast<uint8_t>((low & 15) | ((high & 15) << 4));
+  if constexpr (bits < 8) {
+    constexpr int part = 256;  // codes made at a time: that loop becomes vector code, packing them does not
+    uint8_t q[part];
+    for (int64_t i = 0; i < n; i += part) {
+      const int live = static_cast<int>(n - i < part ? n - i : part);
+      for (int k = 0; k < live; ++k)
+        q[k] = static_cast<uint8_t>(encode<CODE, STOCHASTIC>(x[i + k], b, STOCHASTIC ? words[i + k] : 0)) & ((1u << bits) - 1u);
+      for (int k = live; k % 8 != 0; ++k) q[k] = 0;
+      if constexpr (bits == 4) {
+        for (int k = 0; k < (live + 1) / 2; ++k) *c++ = static_cast<uint8_t>(q[2 * k] | q[2 * k + 1] << 4);
+      } else {
+        for (int k = 0; k < live; k += 8, c += bits) {
+          uint32_t stream = 0;
+          for (int j = 0; j < 8; ++j) stream |= static_cast<uint32_t>(q[k + j]) << j * bits;
+          memcpy(c, &stream, static_cast<size_t>((live - k < 8 ? live - k : 8) * bits + 7) / 8);
+        }
+      }
     }
-    if (n & 1) c[n / 2] = static_cast<uint8_t>(encode<CODE, STOCHASTIC>(x[n - 1], b, STOCHASTIC ? words[n - 1] : 0) & 15);
   } else {
     for (int64_t i = 0; i < n; ++i) c[i] = static_cast<uint8_t>(encode<CODE, STOCHASTIC>(x[i], b, STOCHASTIC ? words[i] : 0));
   }
@@ -157,9 +175,37 @@ inline Block measure_block(int code, const float* x, int64_t n) {
   return block_of(code, absmax, lo, hi);
 }
 
-// words: n random words, or null for round-to-nearest.
-inline Block encode_one_block(int code, const float* x, const uint32_t* words, int64_t n, char* codes) {
-  Block b = measure_block(code, x, n);
+// The two largest magnitudes of a block, the first of equals first; rest: the block without them.
+inline Outliers find_outliers(const float* x, int64_t n, float* rest) {
+  int64_t at[2] = {0, 0};
+  for (int k = 0; k < 2; ++k) {
+    uint32_t largest = 0;
+    bool found = false;
+    for (int64_t i = 0; i < n; ++i) {
+      const uint32_t magnitude = magnitude_bits(x[i]);
+      if ((k == 1 && i == at[0]) || (found && magnitude <= largest)) continue;
+      largest = magnitude, at[k] = i, found = true;
+    }
+    if (!found) at[k] = at[0];
+  }
+  memcpy(rest, x, static_cast<size_t>(n) * 4);
+  rest[at[0]] = rest[at[1]] = 0.0f;
+  return {{x[at[0]], x[at[1]]}, {static_cast<uint8_t>(at[0]), static_cast<uint8_t>(at[1])}, {0, 0}};
+}
+
+// words: n random words, or null for round-to-nearest. given: a scale to take instead of measuring, or null.
+inline Block encode_one_block(int code, const float* x, const uint32_t* words, int64_t n, char* codes, Outliers* outliers = nullptr,
+                              const float* given = nullptr) {
+  Block b;
+  float rest[256];
+  if (code == kInt4Outlier) {
+    *outliers = find_outliers(x, n, rest);
+    b = measure_block(kInt4, magnitude_bits(outliers->value[0]) >= 0x7f800000u ? x : rest, n);
+    x = rest, code = kInt4;
+  } else {
+    b = measure_block(code, x, n);
+    if (given && b.scale == b.scale) b.scale = *given;
+  }
   if (!(b.scale > 0.0f)) {  // all zero, or a nan or inf inside: every code is 0
     memset(codes, 0, static_cast<size_t>((n * code_bits(code) + 7) / 8));
     return b;
@@ -173,20 +219,32 @@ inline Block encode_one_block(int code, const float* x, const uint32_t* words, i
     break;
   switch (code) {
     GM_ENCODE(kInt8) GM_ENCODE(kUInt8) GM_ENCODE(kInt4) GM_ENCODE(kUInt4) GM_ENCODE(kMoment8) GM_ENCODE(kSquare8)
+    GM_ENCODE(kE4M3) GM_ENCODE(kE5M2) GM_ENCODE(kE2M1) GM_ENCODE(kInt7) GM_ENCODE(kUInt3) GM_ENCODE(kUInt2) GM_ENCODE(kInt3) GM_ENCODE(kInt2)
   }
 #undef GM_ENCODE
   return b;
 }
 
 inline void decode_one_block(int code, const char* codes, Block b, int64_t n, float* out) {
+#define GM_DECODE(CODE) \
+  case CODE: return decode_block<CODE>(codes, b, n, out);
   switch (code) {
-    case kInt8: return decode_block<kInt8>(codes, b, n, out);
-    case kUInt8: return decode_block<kUInt8>(codes, b, n, out);
-    case kInt4: return decode_block<kInt4>(codes, b, n, out);
-    case kUInt4: return decode_block<kUInt4>(codes, b, n, out);
-    case kMoment8: return decode_block<kMoment8>(codes, b, n, out);
-    case kSquare8: return decode_block<kSquare8>(codes, b, n, out);
+    GM_DECODE(kInt8) GM_DECODE(kUInt8) GM_DECODE(kInt4) GM_DECODE(kUInt4) GM_DECODE(kMoment8) GM_DECODE(kSquare8)
+    GM_DECODE(kE4M3) GM_DECODE(kE5M2) GM_DECODE(kE2M1) GM_DECODE(kUInt3) GM_DECODE(kUInt2) GM_DECODE(kInt3) GM_DECODE(kInt2)
+    case kInt7: return decode_block<kInt8>(codes, b, n, out);
+    case kInt4Outlier: return decode_block<kInt4>(codes, b, n, out);
   }
+#undef GM_DECODE
+}
+
+// Block `at` of a matrix: what its codes are decoded with.
+inline Block block_at(const Matrix& m, int64_t at) { return {m.scales[at], has_zero_point(m.code) ? m.zeros[at] : 0, 0.0f}; }
+// Puts the outliers of block `at` into out, which holds its elements [from, from + n).
+inline void put_outliers(const Matrix& m, int64_t at, int64_t from, int64_t n, float* out) {
+  if (m.scales[at] != m.scales[at]) return;  // a block with a nan or an inf is all nan
+  const Outliers& o = reinterpret_cast<const Outliers*>(m.zeros)[at];
+  for (int k = 0; k < 2; ++k)
+    if (o.position[k] >= from && o.position[k] < from + n) out[o.position[k] - from] = o.value[k];
 }
 
 // --- tiles ------------------------------------------------------------------------------------------------
@@ -211,17 +269,18 @@ inline void encode_floats(int code, const float* __restrict in, const uint32_t* 
 inline void decode_tile(const Matrix& m, int64_t row, int64_t col, int64_t n, float* out) {
   if (!is_blocked(m.code)) return decode_floats(m.code, tile_address(m, row, col), n, out);
   for (int64_t i = 0; i < n; i += m.block) {
-    int64_t at = row * m.blocks_per_row() + (col + i) / m.block;
-    Block b{m.scales[at], has_zero_point(m.code) ? m.zeros[at] : 0, 0.0f};
-    decode_one_block(m.code, tile_address(m, row, col + i), b, n - i < m.block ? n - i : m.block, out + i);
+    const int64_t at = row * m.blocks_per_row() + (col + i) / m.block, part = n - i < m.block ? n - i : m.block;
+    decode_one_block(m.code, tile_address(m, row, col + i), block_at(m, at), part, out + i);
+    if (m.code == kInt4Outlier) put_outliers(m, at, 0, part, out + i);
   }
 }
 
 constexpr int64_t kWords = 1024;  // random words made at a time, kept in L1
 
-inline void encode_block_at(const Matrix& m, int64_t row, int64_t col, int64_t n, const float* in, const uint32_t* words) {
-  int64_t at = row * m.blocks_per_row() + col / m.block;
-  Block b = encode_one_block(m.code, in, words, n, tile_address(m, row, col));
+inline void encode_block_at(const Matrix& m, int64_t row, int64_t col, int64_t n, const float* in, const uint32_t* words, bool given) {
+  const int64_t at = row * m.blocks_per_row() + col / m.block;
+  Block b = encode_one_block(m.code, in, words, n, tile_address(m, row, col), reinterpret_cast<Outliers*>(m.zeros) + at,
+                             given ? m.scales + at : nullptr);
   m.scales[at] = b.scale;
   if (has_zero_point(m.code)) m.zeros[at] = static_cast<uint8_t>(b.zero);
 }
@@ -234,8 +293,9 @@ inline void dither_fill(const Key& key, uint64_t first, int64_t n, uint32_t* __r
 
 // Writes a tile. old_values non-null: a block none of whose values changed keeps its codes and its scale
 // (rounding it again would move codes although nothing was learnt). key null: round to nearest; dither: with dither
-// words instead of a Philox word per element.
-inline void store_tile(const Matrix& m, int64_t row, int64_t col, int64_t n, const float* old_values, const float* in, const Key* key, bool dither) {
+// words instead of a Philox word per element. given: m.scales holds the scales to use.
+inline void store_tile(const Matrix& m, int64_t row, int64_t col, int64_t n, const float* old_values, const float* in, const Key* key, bool dither,
+                       bool given = false) {
   uint32_t stack_words[kWords];
   const uint64_t first = static_cast<uint64_t>(row * m.cols + col);
   if (!is_blocked(m.code)) {
@@ -253,13 +313,13 @@ inline void store_tile(const Matrix& m, int64_t row, int64_t col, int64_t n, con
     int64_t part = n - i < m.block ? n - i : m.block;
     if (old_values && memcmp(old_values + i, in + i, static_cast<size_t>(part) * 4) == 0) continue;
     if (key) (dither ? dither_fill : philox_fill)(*key, first + static_cast<uint64_t>(i), part, words);
-    encode_block_at(m, row, col + i, part, in + i, key ? words : nullptr);
+    encode_block_at(m, row, col + i, part, in + i, key ? words : nullptr, given);
   }
   if (words != stack_words) free(words);
 }
 
-inline void encode_tile(const Matrix& m, int64_t row, int64_t col, int64_t n, const float* in, const Key* key, bool dither = false) {
-  store_tile(m, row, col, n, nullptr, in, key, dither);
+inline void encode_tile(const Matrix& m, int64_t row, int64_t col, int64_t n, const float* in, const Key* key, bool dither = false, bool given = false) {
+  store_tile(m, row, col, n, nullptr, in, key, dither, given);
 }
 inline void update_tile(const Matrix& m, int64_t row, int64_t col, int64_t n, const float* old_values, const float* new_values, const Key* key) {
   store_tile(m, row, col, n, old_values, new_values, key, false);

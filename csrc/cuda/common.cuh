@@ -178,7 +178,12 @@ __device__ __forceinline__ void decode_chunk(int code, const int (&q)[kChunk], B
     case kInt4: return decode_all<kInt4>(q, b, x);
     case kUInt4: return decode_all<kUInt4>(q, b, x);
     case kMoment8: return decode_all<kMoment8>(q, b, x);
-    default: return decode_all<kSquare8>(q, b, x);
+    case kSquare8: return decode_all<kSquare8>(q, b, x);
+    case kE4M3: return decode_all<kE4M3>(q, b, x);
+    case kE5M2: return decode_all<kE5M2>(q, b, x);
+    case kE2M1: return decode_all<kE2M1>(q, b, x);
+    case kUInt3: case kUInt2: return decode_all<kUInt8>(q, b, x);
+    default: return decode_all<kInt8>(q, b, x);  // every symmetric integer decodes alike
   }
 }
 
@@ -188,60 +193,39 @@ __device__ __forceinline__ void encode_all(const float (&x)[kChunk], Block b, bo
   for (int i = 0; i < kChunk; ++i) q[i] = stochastic ? encode<CODE, true>(x[i], b, w[i]) : encode<CODE, false>(x[i], b, 0);
 }
 
-// The codes of n elements at p as integers; the rest 0. A 4-bit chunk starts at an even column.
-__device__ __forceinline__ void load_codes(int code, const uint8_t* p, int n, int (&q)[kChunk]) {
+// The codes of n elements at p as integers; the rest 0. A chunk of 2- or 4-bit codes fills one or two bytes; of 3-bit
+// codes 12 bits, which start in the middle of a byte where `shift` is 4.
+__device__ __forceinline__ void load_codes(int code, const uint8_t* p, int n, int (&q)[kChunk], int shift = 0) {
+  const int bits = code_bits(code), bytes = (shift + n * bits + 7) / 8;
   uint32_t raw = 0;
-  if (code_bits(code) == 4) {
-    if (n == kChunk && aligned(p, 2)) {
-      raw = *reinterpret_cast<const uint16_t*>(p);
-    } else {
-      if (n > 0) raw = p[0];
-      if (n > 2) raw |= static_cast<uint32_t>(p[1]) << 8;
-    }
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i) {
-      const int u = static_cast<int>(raw >> 4 * i & 15);
-      q[i] = code == kInt4 ? (u ^ 8) - 8 : u;
-    }
+  if (bits == 8 && n == kChunk && aligned(p, 4)) {
+    raw = *reinterpret_cast<const uint32_t*>(p);
+  } else if (bits == 4 && n == kChunk && aligned(p, 2)) {
+    raw = *reinterpret_cast<const uint16_t*>(p);
   } else {
-    if (n == kChunk && aligned(p, 4)) {
-      raw = *reinterpret_cast<const uint32_t*>(p);
-    } else {
 #pragma unroll
-      for (int i = 0; i < kChunk; ++i)
-        if (i < n) raw |= static_cast<uint32_t>(p[i]) << 8 * i;
-    }
-    const bool is_unsigned = code != kInt8;
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i) {
-      const uint8_t u = static_cast<uint8_t>(raw >> 8 * i);
-      q[i] = is_unsigned ? static_cast<int>(u) : static_cast<int>(static_cast<int8_t>(u));
-    }
+    for (int i = 0; i < kChunk; ++i)
+      if (i < bytes) raw |= static_cast<uint32_t>(p[i]) << 8 * i;
   }
+  raw >>= shift;
+  const int sign = code == kInt8 || code == kInt7 || code == kInt4 || code == kInt4Outlier || code == kInt3 || code == kInt2 ? 1 << (bits - 1) : 0;
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) q[i] = i < n ? (static_cast<int>(raw >> bits * i & ((1u << bits) - 1u)) ^ sign) - sign : 0;
 }
 
 __device__ __forceinline__ void store_codes(int code, uint8_t* p, int n, const int (&q)[kChunk]) {
-  if (code_bits(code) == 4) {
-    uint32_t raw = 0;
+  const int bits = code_bits(code), bytes = (n * bits + 7) / 8;
+  uint32_t raw = 0;
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) raw |= i < n ? (static_cast<uint32_t>(q[i]) & 15u) << 4 * i : 0u;
-    if (n == kChunk && aligned(p, 2)) {
-      *reinterpret_cast<uint16_t*>(p) = static_cast<uint16_t>(raw);
-    } else {
-      if (n > 0) p[0] = static_cast<uint8_t>(raw);
-      if (n > 2) p[1] = static_cast<uint8_t>(raw >> 8);
-    }
+  for (int i = 0; i < kChunk; ++i) raw |= i < n ? (static_cast<uint32_t>(q[i]) & ((1u << bits) - 1u)) << bits * i : 0u;
+  if (bits == 8 && n == kChunk && aligned(p, 4)) {
+    *reinterpret_cast<uint32_t*>(p) = raw;
+  } else if (bits == 4 && n == kChunk && aligned(p, 2)) {
+    *reinterpret_cast<uint16_t*>(p) = static_cast<uint16_t>(raw);
   } else {
-    uint32_t raw = 0;
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) raw |= (static_cast<uint32_t>(q[i]) & 255u) << 8 * i;
-    if (n == kChunk && aligned(p, 4)) {
-      *reinterpret_cast<uint32_t*>(p) = raw;
-    } else {
-#pragma unroll
-      for (int i = 0; i < kChunk; ++i)
-        if (i < n) p[i] = static_cast<uint8_t>(raw >> 8 * i);
-    }
+    for (int i = 0; i < kChunk; ++i)
+      if (i < bytes) p[i] = static_cast<uint8_t>(raw >> 8 * i);
   }
 }
 
@@ -261,10 +245,10 @@ __device__ __forceinline__ void store_block(const Matrix& m, int64_t row, int64_
 // Functions that are called, not inlined: kernels read and write several operands in any of nine formats, and a copy
 // of the switch for each would cost registers and compile time; a call is some 30 instructions per four elements.
 // Arguments are scalars, so that they travel in registers.
-__device__ __noinline__ float4 decode_call(int code, const uint8_t* p, int n, float scale, int zero) {
+__device__ __noinline__ float4 decode_call(int code, const uint8_t* p, int n, float scale, int zero, int shift) {
   int q[kChunk];
   float x[kChunk];
-  load_codes(code, p, n, q);
+  load_codes(code, p, n, q, shift);
   decode_chunk(code, q, Block{scale, zero, 0.0f}, x);
   return make_float4(x[0], x[1], x[2], x[3]);
 }
@@ -285,6 +269,21 @@ __device__ __noinline__ float4 decode_mixed_call(int code, const uint8_t* p, int
   return make_float4(x[0], x[1], x[2], x[3]);
 }
 
+// Replaces what a chunk holds of its block's outliers. A block with a nan or an inf is all nan.
+__device__ __forceinline__ void put_outliers(const Matrix& m, int64_t row, int64_t col, int n, float (&x)[kChunk]) {
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) {
+    const int64_t block = divide(col + i, m.block), at = row * divide(m.cols + m.block - 1, m.block) + block;
+    if (i >= n || m.scales[at] != m.scales[at]) continue;
+    const Outliers& o = reinterpret_cast<const Outliers*>(m.zeros)[at];
+    for (int k = 0; k < 2; ++k)
+      if (o.position[k] == col + i - block * m.block) x[i] = o.value[k];
+  }
+}
+
+// Where in its first byte a chunk begins: 0 but for 3-bit codes.
+GM_HD int bit_offset(const Matrix& m, int64_t col) { return static_cast<int>(col * code_bits(m.code) % 8); }
+
 // Any stored matrix as fp32: elements [col, col + n) of a row, the rest of x is unspecified, but 0 for n = 0. The
 // chunk starts a multiple of 4 after the start of a block, so with block % 4 == 0 it has one scale.
 __device__ __forceinline__ void read_chunk(const Matrix& m, int64_t row, int64_t col, int n, float (&x)[kChunk]) {
@@ -296,12 +295,13 @@ __device__ __forceinline__ void read_chunk(const Matrix& m, int64_t row, int64_t
     const int64_t first = row * blocks_in_row(m);
     if (m.block % kChunk == 0 || m.block >= m.cols) {
       const int64_t at = first + divide(col, m.block);
-      v = decode_call(m.code, codes, n, m.scales[at], has_zero_point(m.code) ? static_cast<int>(m.zeros[at]) : 0);
+      v = decode_call(m.code, codes, n, m.scales[at], has_zero_point(m.code) ? static_cast<int>(m.zeros[at]) : 0, bit_offset(m, col));
     } else {
       v = decode_mixed_call(m.code, codes, n, m.scales + first, m.zeros + (has_zero_point(m.code) ? first : 0), col, m.block);
     }
   }
   x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
+  if (m.code == kInt4Outlier && n > 0) put_outliers(m, row, col, n, x);
 }
 
 // How codes are rounded: kStochastic with a Philox word per element, kDithered with words that differ by kDitherStep
@@ -327,6 +327,12 @@ __device__ __forceinline__ void encode_chunk(int code, uint8_t* p, int n, Block 
       case kInt4: encode_all<kInt4>(x, b, stochastic, w, q); break;
       case kUInt4: encode_all<kUInt4>(x, b, stochastic, w, q); break;
       case kMoment8: encode_all<kMoment8>(x, b, stochastic, w, q); break;
+      case kE4M3: encode_all<kE4M3>(x, b, stochastic, w, q); break;
+      case kE5M2: encode_all<kE5M2>(x, b, stochastic, w, q); break;
+      case kE2M1: encode_all<kE2M1>(x, b, stochastic, w, q); break;
+      case kInt7: encode_all<kInt7>(x, b, stochastic, w, q); break;
+      case kUInt2: encode_all<kUInt2>(x, b, stochastic, w, q); break;
+      case kInt2: encode_all<kInt2>(x, b, stochastic, w, q); break;
       default: encode_all<kSquare8>(x, b, stochastic, w, q); break;
     }
   }

@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(kFewThreads) few_rows_kernel(const __grid_cons
   __shared__ float partial[warps][NROWS][M];
   const Matrix& w = a.p.w;
   const int m = static_cast<int>(a.p.m);
-  const int64_t k = a.k, groups = divide_up(w.rows, NROWS), per_row = blocks_in_row(w), x_bytes = code_bits(a.p.x_code) / 8;
+  const int64_t k = a.k, groups = divide_up(w.rows, NROWS), per_row = blocks_in_row(w), x_bytes = code_bits(a.p.x.code) / 8;
   const uint32_t flip = w.code == kInt8 ? 0x80808080u : w.code == kInt4 ? 0x88888888u : 0u;
   const bool whole = w.block >= w.cols;
   for (int64_t group = blockIdx.x; group < groups; group += gridDim.x) {
@@ -174,7 +174,7 @@ __global__ void __launch_bounds__(kFewThreads) few_rows_kernel(const __grid_cons
         for (int j = 0; j < M; ++j) {
           if (j >= m) break;
           float x[kChunk];
-          load_floats(a.p.x_code, static_cast<const char*>(a.p.x) + (j * k + at + i) * x_bytes, kChunk, x);
+          load_floats(a.p.x.code, static_cast<const char*>(a.p.x.codes) + (j * k + at + i) * x_bytes, kChunk, x);
 #pragma unroll
           for (int r = 0; r < NROWS; ++r)
 #pragma unroll
@@ -218,7 +218,7 @@ void few_rows(const PackedMatmulArgs& p, const Launch& where) {
 }
 
 bool fits_few_rows(const PackedMatmulArgs& p) {
-  if (p.transpose || p.m > kFewRows || p.w.code < kInt8 || p.w.code > kUInt4) return false;
+  if (p.transpose || p.m > kFewRows || p.w.code < kInt8 || p.w.code > kUInt4 || is_blocked(p.x.code)) return false;
   const int64_t per_piece = 128 / code_bits(p.w.code);
   return p.w.cols > 0 && p.w.cols % per_piece == 0 && (p.w.block >= p.w.cols || p.w.block % per_piece == 0) &&
          reinterpret_cast<uintptr_t>(p.w.codes) % 16 == 0;
@@ -293,8 +293,8 @@ void matmul_int8(const Int8MatmulArgs& p, const Launch& where) {
 void matmul_packed(const PackedMatmulArgs& p, const Launch& where) {
   if (fits_few_rows(p)) return code_bits(p.w.code) == 8 ? few_rows<8>(p, where) : few_rows<4>(p, where);
   const int64_t n = p.transpose ? p.w.cols : p.w.rows, k = p.transpose ? p.w.rows : p.w.cols;
-  const Product product_args{{plain_matrix(p.x, p.x_code, p.m, k), true}, {p.w, !p.transpose}, p.m, n, k, p.bias, static_cast<char*>(p.out), p.out_code};
-  if (p.x_code == kF32) return product("matmul_packed", product_args, where);
+  const Product product_args{{p.x, true}, {p.w, !p.transpose}, p.m, n, k, p.bias, static_cast<char*>(p.out), p.out_code};
+  if (p.x.code != kBF16 && p.x.code != kF16) return product("matmul_packed", product_args, where);
   launch("matmul_packed (tensor cores)", tf32_kernel, divide_up(p.m, kTfTile) * divide_up(n, kTfTile), dim3(kGemmThreads), where, product_args);
 }
 

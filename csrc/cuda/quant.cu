@@ -22,9 +22,15 @@ struct Input {  // x: row-major with a stride
   }
 };
 
+// The scale that out.scales was given beforehand, but for a block with a nan or an inf.
+__device__ __forceinline__ Block with_given_scale(const Matrix& out, int64_t row, int64_t col, Block measured) {
+  if (measured.scale == measured.scale) measured.scale = block_at(out, row, col).scale;
+  return measured;
+}
+
 // TEAM 8 or 32 lanes, or kThreads: a thread block.
 template <int TEAM>
-__global__ void __launch_bounds__(kThreads) quantize_kernel(Input x, Matrix out, Key key, bool stochastic) {
+__global__ void __launch_bounds__(kThreads) quantize_kernel(Input x, Matrix out, Key key, bool stochastic, bool given) {
   constexpr int teams = kThreads / TEAM;
   const int member = threadIdx.x % TEAM;
   const int64_t per_row = blocks_in_row(out), blocks = out.rows * per_row;
@@ -42,7 +48,8 @@ __global__ void __launch_bounds__(kThreads) quantize_kernel(Input x, Matrix out,
     }
     if constexpr (TEAM == kThreads) stats = reduce_block<kThreads>(stats);
     else stats = reduce_lanes<TEAM>(stats);
-    const Block b = stats.block(out.code);
+    Block b = stats.block(out.code);
+    if (given && live) b = with_given_scale(out, row, begin, b);
     for (int64_t col = begin + member * kChunk; col < end; col += TEAM * kChunk) {
       const int n = chunk_length(col, end);
       load_floats(x.code, x.at(row, col), n, v);
@@ -56,7 +63,7 @@ __global__ void __launch_bounds__(kThreads) quantize_kernel(Input x, Matrix out,
 // out = x^T. Thread block (32, 8 or 32): 32 rows of out, one quantisation block long.
 constexpr int kTileRows = 32, kTileCols = 64;
 
-__global__ void __launch_bounds__(1024) quantize_transposed_kernel(Input x, Matrix out, Key key, bool stochastic) {
+__global__ void __launch_bounds__(1024) quantize_transposed_kernel(Input x, Matrix out, Key key, bool stochastic, bool given) {
   __shared__ float tile[kTileRows][kTileCols + 1];  // odd pitch: no bank conflicts, written by column or read by row
   __shared__ uint32_t absmax[32][kTileRows];
   __shared__ int32_t lo[32][kTileRows], hi[32][kTileRows];
@@ -96,7 +103,8 @@ __global__ void __launch_bounds__(1024) quantize_transposed_kernel(Input x, Matr
           part.absmax = absmax[y][r], part.lo = lo[y][r], part.hi = hi[y][r];
           all.add(part);
         }
-        const Block b = all.block(out.code);
+        Block b = all.block(out.code);
+        if (given) b = with_given_scale(out, row0 + r, begin, b);
         if (col0 == begin && chunk_lane == 0) store_block(out, row0 + r, begin, b);
         for (int c = chunk_lane * kChunk; c < cols; c += 8 * kChunk) {
           const int n = chunk_length(c, cols);
@@ -128,8 +136,9 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(Matrix in, char* o
       const int n = chunk_length(col, end);
       int q[kChunk];
       float v[kChunk];
-      load_codes(in.code, reinterpret_cast<const uint8_t*>(address(in, row, col)), n, q);
+      load_codes(in.code, reinterpret_cast<const uint8_t*>(address(in, row, col)), n, q, bit_offset(in, col));
       decode_chunk(in.code, q, b, v);
+      if (in.code == kInt4Outlier) put_outliers(in, row, col, n, v);
       store_floats(out_code, out + (row * in.cols + col) * (code_bits(out_code) / 8), n, v, false, Key{0, 0, 0}, 0);
     }
   }
@@ -146,13 +155,13 @@ void quantize(const QuantizeArgs& a, const Launch& where) {
   const int64_t length = min_of(out.block, out.cols), blocks = out.rows * blocks_in_row(out);
   if (a.transpose) {
     const int64_t work = divide_up(out.rows, kTileRows) * blocks_in_row(out);
-    launch("quantize (transposed)", quantize_transposed_kernel, work, dim3(32, length > 1024 ? 32 : 8), where, x, out, key, stochastic);
+    launch("quantize (transposed)", quantize_transposed_kernel, work, dim3(32, length > 1024 ? 32 : 8), where, x, out, key, stochastic, a.given);
   } else if (length <= 64) {
-    launch("quantize", quantize_kernel<8>, divide_up(blocks, kThreads / 8), dim3(kThreads), where, x, out, key, stochastic);
+    launch("quantize", quantize_kernel<8>, divide_up(blocks, kThreads / 8), dim3(kThreads), where, x, out, key, stochastic, a.given);
   } else if (length <= 1024) {
-    launch("quantize", quantize_kernel<32>, divide_up(blocks, kThreads / 32), dim3(kThreads), where, x, out, key, stochastic);
+    launch("quantize", quantize_kernel<32>, divide_up(blocks, kThreads / 32), dim3(kThreads), where, x, out, key, stochastic, a.given);
   } else {
-    launch("quantize", quantize_kernel<kThreads>, blocks, dim3(kThreads), where, x, out, key, stochastic);
+    launch("quantize", quantize_kernel<kThreads>, blocks, dim3(kThreads), where, x, out, key, stochastic, a.given);
   }
 }
 

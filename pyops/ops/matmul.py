@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import torch
 
-from gradmill.formats import CODES, cached, float_code
+from gradmill.formats import CODES, FLOAT_DTYPES, cached, float_code
 from gradmill.ops._registry import Op, native_module, reject, require_matrix, where
 from gradmill.ops.quant import FLOATS, check_packed, matrix_tuple
 from gradmill.reference import matmul as reference
@@ -95,7 +95,7 @@ def _native_packed_matmul(x, codes, scales, zeros, code, block, columns, transpo
     x, bias = x.contiguous(), _fp32_bias(bias)
     out = _fake_packed_matmul(x, codes, scales, zeros, code, block, columns, transpose, bias, dtype)
     if out.numel():
-        native_module().matmul_packed(*where(x), x.shape[0], x.data_ptr(), CODES[float_code(x.dtype)],
+        native_module().matmul_packed(*where(x), matrix_tuple(x, None, None, cached(float_code(x.dtype)), *x.shape),
                                       matrix_tuple(codes, scales, zeros, cached(code, block), codes.shape[0], columns), transpose,
                                       _pointer(bias), out.data_ptr(), CODES[float_code(dtype)])
     return out
@@ -111,3 +111,54 @@ matmul_packed.__doc__ = """matmul_packed(x, codes, scales, zeros, code, block, c
 
 x (m, columns) times the transpose of a packed (rows, columns) weight -> (m, rows); with ``transpose``, x (m, rows)
 times the weight itself -> (m, columns). fp32 accumulation; x fp32, bf16 or fp16."""
+
+
+# --- two stored operands ----------------------------------------------------------------------------------
+def _check_operand(op, name, codes, scales, zeros, code, block, columns, device=None):
+    if code in FLOAT_DTYPES:
+        require_matrix(op, f"{name}codes", codes, (FLOAT_DTYPES[code],), (None, columns), device, contiguous=True)
+    else:
+        if scales is None:
+            reject(op, f"{name}scales", scales, f"a tensor: {code} needs scales")
+        check_packed(op, name, codes, scales, zeros, code, block, columns)
+        if device is not None and codes.device != device:
+            reject(op, f"{name}codes", codes, f"on {device}")
+
+
+def _check_scaled(a, a_scales, a_zeros, a_code, a_block, b, b_scales, b_zeros, b_code, b_block, columns, transpose, bias, dtype):
+    op = "matmul_scaled"
+    for name, code in (("a_code", a_code), ("b_code", b_code)):
+        if code not in OPERAND_CODES:
+            reject(op, name, code, f"one of {', '.join(OPERAND_CODES)}")
+    _check_operand(op, "b ", b, b_scales, b_zeros, b_code, b_block, columns)
+    _check_operand(op, "a ", a, a_scales, a_zeros, a_code, a_block, b.shape[0] if transpose else columns, b.device)
+    _check_out(op, bias, dtype, columns if transpose else b.shape[0], a.device)
+
+
+def _fake_scaled(a, a_scales, a_zeros, a_code, a_block, b, b_scales, b_zeros, b_code, b_block, columns, transpose, bias, dtype):
+    return a.new_empty((a.shape[0], columns if transpose else b.shape[0]), dtype=dtype)
+
+
+def _native_scaled(a, a_scales, a_zeros, a_code, a_block, b, b_scales, b_zeros, b_code, b_block, columns, transpose, bias, dtype):
+    out = _fake_scaled(a, a_scales, a_zeros, a_code, a_block, b, b_scales, b_zeros, b_code, b_block, columns, transpose, bias, dtype)
+    bias = _fp32_bias(bias)
+    if out.numel():
+        native_module().matmul_packed(
+            *where(a), matrix_tuple(a, a_scales, a_zeros, cached(a_code, a_block), a.shape[0], b.shape[0] if transpose else columns),
+            matrix_tuple(b, b_scales, b_zeros, cached(b_code, b_block), b.shape[0], columns), transpose, _pointer(bias), out.data_ptr(),
+            CODES[float_code(dtype)])
+    return out
+
+
+OPERAND_CODES = tuple(code for code in CODES if code not in ("moment8", "square8", "delta"))
+matmul_scaled = Op(
+    "matmul_scaled", "(Tensor a, Tensor? a_scales, Tensor? a_zeros, str a_code, int a_block, Tensor b, Tensor? b_scales, Tensor? b_zeros, "
+    "str b_code, int b_block, int columns, bool transpose, Tensor? bias, ScalarType dtype) -> Tensor",
+    _check_scaled, _fake_scaled,
+    backends={"native": _native_scaled, "reference": reference.matmul_scaled},
+    order={"cpu": ("native", "reference"), "cuda": ("native", "reference")})
+matmul_scaled.__doc__ = """matmul_scaled(a, a_scales, a_zeros, a_code, a_block, b, b_scales, b_zeros, b_code, b_block, columns, transpose, bias, dtype)
+
+a (m, k) times the transpose of b (n, k) -> (m, n), both stored in any format (plain floats: scales and zeros None);
+``columns`` are b's, so k; with ``transpose``, a (m, k) times b (k, columns) -> (m, columns). The values that the codes
+stand for are multiplied and added in fp32. Raises TypeError for dtypes, ValueError for shapes, layout and codes."""

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import torch
 
-from gradmill.formats import CODES, FLOAT_DTYPES, cached, float_code
+from gradmill.formats import STEPPED, CODES, FLOAT_DTYPES, cached, float_code
 from gradmill.ops._registry import Op, native_module, reject, require_key, where
 from gradmill.ops.quant import FLOATS
 from gradmill.reference import optim as reference
@@ -45,6 +45,9 @@ def _check(rule, params, param_scales, param_zeros, grads, states, state_scales,
     n, count = len(params), len(state_codes)
     if count != len(RULES[rule].states):
         reject(op, "state_codes", list(state_codes), f"{len(RULES[rule].states)} codes, one for each state of {rule}")
+    for name, codes in (("param_code", [param_code]), ("state_codes", state_codes)):
+        if not set(codes) <= set(STEPPED):
+            reject(op, name, codes, f"of {', '.join(STEPPED)}")
     param_format = cached(param_code, param_block)
     formats = [cached(c, state_block if cached(c).blocked else 0) for c in state_codes]
     if any(f.has_zero_point or f.code == "delta" for f in formats):

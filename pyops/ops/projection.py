@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import torch
 
-from gradmill.formats import CODES, cached, float_code
+from gradmill.formats import STEPPED, CODES, cached, float_code
 from gradmill.ops._registry import Op, key_tuple, native_module, reject, require_key, require_matrix, where
 from gradmill.ops.optim import _check_stored
 from gradmill.ops.quant import FLOATS, check_packed, matrix_tuple
@@ -12,6 +12,8 @@ from gradmill.reference import projection as reference
 
 # --- project ----------------------------------------------------------------------------------------------
 def _check_project(grad, codes, scales, zeros, code, block, left):
+    if code not in STEPPED:
+        reject("project", "code", code, f"one of {', '.join(STEPPED)}")
     require_matrix("project", "grad", grad, FLOATS)
     check_packed("project", "basis ", codes, scales, zeros, code, block, grad.shape[0 if left else 1])
     if codes.device != grad.device:
@@ -48,8 +50,10 @@ def _check_back(weight, weight_scales, weight_zeros, weight_code, weight_block, 
                 left, scalars, key, stream):
     op = "project_back"
     format = cached(weight_code, weight_block)
-    if not (weight_code != "delta" and weight_code not in ("moment8", "square8")):
-        reject(op, "weight_code", weight_code, "a weight's code")
+    if weight_code not in STEPPED or weight_code in ("delta", "moment8", "square8"):
+        reject(op, "weight_code", weight_code, "a trainable weight's code: fp32, bf16, fp16, int8, uint8, int4 or uint4")
+    if code not in STEPPED:
+        reject(op, "code", code, f"one of {', '.join(STEPPED)}")
     rows = weight.shape[0] if weight.dim() > 1 else 1
     require_matrix(op, "update", update, (torch.float32,), device=weight.device, contiguous=True)
     d = rows if left else columns

@@ -14,8 +14,11 @@ FLOATS = tuple(FLOAT_DTYPES.values())
 def check_format(op: str, code: str, block: int) -> Format:
     if code not in BLOCKED:
         reject(op, "code", code, f"one of {', '.join(BLOCKED)}")
-    if not (block >= 0 and (block % 2 == 0 or cached(code).bits == 8)):
-        reject(op, "block", block, "0 (a whole row) or positive, and even for 4-bit codes")
+    if code == "int4_outlier":
+        if not (0 < block <= 256 and block % 2 == 0):
+            reject(op, "block", block, "even and 2 to 256 for int4_outlier")
+    elif not (block >= 0 and block % cached(code).multiple == 0):
+        reject(op, "block", block, f"0 (a whole row) or positive, and a multiple of {cached(code).multiple} for {code}")
     return cached(code, block)
 
 
@@ -27,8 +30,8 @@ def check_packed(op: str, name: str, codes, scales, zeros, code: str, block: int
     require_matrix(op, f"{name}codes", codes, (format.code_dtype,), (rows, format.code_columns(columns)), contiguous=True)
     shape = (codes.shape[0], format.blocks(columns))
     require_matrix(op, f"{name}scales", scales, (torch.float32,), shape, codes.device, contiguous=True)
-    if format.has_zero_point:
-        require_matrix(op, f"{name}zeros", zeros, (torch.uint8,), shape, codes.device, contiguous=True)
+    if format.has_zero_point or code == "int4_outlier":
+        require_matrix(op, f"{name}zeros", zeros, (torch.uint8,), format.zeros_shape(codes.shape[0], columns), codes.device, contiguous=True)
     return format
 
 
@@ -39,25 +42,33 @@ def matrix_tuple(codes, scales, zeros, format: Format, rows: int, columns: int):
 
 
 # --- quantize ---------------------------------------------------------------------------------------------
-def _check_quantize(x, code, block=0, transpose=False, key=None, stream=0):
-    check_format("quantize", code, block)
+def _check_quantize(x, code, block=0, transpose=False, key=None, stream=0, scales=None):
+    format = check_format("quantize", code, block)
     require_matrix("quantize", "x", x, FLOATS)
     require_key("quantize", key)
+    if scales is not None:
+        if format.has_zero_point or code in ("int4_outlier", "moment8", "square8"):
+            reject("quantize", "scales", scales, f"None for {code}: only symmetric integer, float8 and fp4 codes take given scales")
+        rows, columns = x.shape[::-1] if transpose else x.shape
+        require_matrix("quantize", "scales", scales, (torch.float32,), (rows, format.blocks(columns)), x.device)
 
 
-def _empty_quantized(x, code, block, transpose):
+def empty_quantized(x, code, block, transpose=False, scales=None):
+    """codes, scales (a copy of those given) and zeros for x, to be written."""
     format = cached(code, block)
     rows, columns = x.shape[::-1] if transpose else x.shape
-    shape = (rows, format.blocks(columns))
-    return (x.new_empty((rows, format.code_columns(columns)), dtype=format.code_dtype), x.new_empty(shape, dtype=torch.float32),
-            x.new_empty(shape if format.has_zero_point else (0,), dtype=torch.uint8))
+    scales = x.new_empty((rows, format.blocks(columns)), dtype=torch.float32) if scales is None else scales.clone(memory_format=torch.contiguous_format)
+    return (x.new_empty((rows, format.code_columns(columns)), dtype=format.code_dtype), scales,
+            x.new_empty(format.zeros_shape(rows, columns), dtype=torch.uint8))
 
 
-def _fake_quantize(x, code, block=0, transpose=False, key=None, stream=0):
-    return _empty_quantized(x, code, block, transpose)
+def _fake_quantize(x, code, block=0, transpose=False, key=None, stream=0, scales=None):
+    return empty_quantized(x, code, block, transpose)
 
 
-def _native_quantize(x, code, block=0, transpose=False, key=None, stream=0):
+def _native_quantize(x, code, block=0, transpose=False, key=None, stream=0, scales=None):
+    if x.is_cuda and code in ("uint3", "int3", "int4_outlier"):  # a thread writes 4 codes, which 3 bits leave in the middle of a byte
+        return reference.quantize(x, code, block, transpose, key, stream)
     if x.stride(1) != 1 and x.shape[1] > 1:
         if x.stride(0) == 1 or x.shape[0] == 1:
             x, transpose = x.t(), not transpose  # a transposed view: read it the other way, no copy
@@ -65,28 +76,31 @@ def _native_quantize(x, code, block=0, transpose=False, key=None, stream=0):
             x = x.contiguous()
     if x.stride(0) < x.shape[1] and x.shape[0] > 1:
         x = x.contiguous()  # an expanded or overlapping view
-    codes, scales, zeros = _empty_quantized(x, code, block, transpose)
+    given = scales is not None
+    codes, scales, zeros = empty_quantized(x, code, block, transpose, scales)
     rows, columns = x.shape[::-1] if transpose else x.shape
     if not codes.numel():
         scales.zero_(), zeros.zero_()
     else:
         native_module().quantize(*where(x), x.data_ptr(), CODES[float_code(x.dtype)], x.stride(0),
                                  matrix_tuple(codes, scales, zeros, cached(code, block), rows, columns), transpose,
-                                 key_tuple(key, stream))
+                                 key_tuple(key, stream), given)
     return codes, scales, zeros
 
 
 quantize = Op(
-    "quantize", "(Tensor x, str code, int block=0, bool transpose=False, Tensor? key=None, int stream=0) -> (Tensor, Tensor, Tensor)",
+    "quantize", "(Tensor x, str code, int block=0, bool transpose=False, Tensor? key=None, int stream=0, Tensor? scales=None) -> (Tensor, Tensor, Tensor)",
     _check_quantize, _fake_quantize,
     backends={"native": _native_quantize, "triton": "gradmill.kernels.quant:quantize", "reference": reference.quantize},
     order={"cpu": ("native", "triton", "reference"), "cuda": ("native", "triton", "reference")})
-quantize.__doc__ = """quantize(x, code, block=0, transpose=False, key=None, stream=0) -> (codes, scales, zeros)
+quantize.__doc__ = """quantize(x, code, block=0, transpose=False, key=None, stream=0, scales=None) -> (codes, scales, zeros)
 
 x (rows, columns) fp32, bf16 or fp16 in the format ``Format(code, block)``; with ``transpose``, x^T (a scale per
 column of x when block is 0). Rounds half to even, or stochastically with ``key`` = int64 CPU tensor [seed, step] and
-``stream`` = tensor id << 8 | purpose. zeros is empty for codes without a zero point. A nan or inf makes its block's
-scale nan. Raises TypeError for dtypes, ValueError for shapes, code and block."""
+``stream`` = tensor id << 8 | purpose. ``scales`` (rows, blocks) fp32, of the result, are taken instead of measured ones;
+values beyond them saturate (:func:`gradmill.formats.quantize_to` finds them for formats that share scales). zeros is
+empty for codes that need none. A nan or inf makes its block's scale nan. Raises TypeError for dtypes, ValueError for
+shapes, code and block."""
 
 
 # --- dequantize -------------------------------------------------------------------------------------------

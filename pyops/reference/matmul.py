@@ -23,3 +23,16 @@ def matmul_packed(x, codes, scales, zeros, code, block, columns, transpose, bias
     if bias is not None:
         out = out + bias.to(torch.float64)
     return out.to(dtype)
+
+
+def matmul_scaled(a, a_scales, a_zeros, a_code, a_block, b, b_scales, b_zeros, b_code, b_block, columns, transpose, bias, dtype):
+    """The values of a times those of b^T (of b if ``transpose``), plus bias: see gradmill.ops.matmul."""
+    def values(codes, scales, zeros, code, block, columns):
+        return codes.to(torch.float64) if scales is None else dequantize(codes, scales, zeros, code, block, columns, torch.float64)
+
+    x = values(a, a_scales, a_zeros, a_code, a_block, b.shape[0] if transpose else columns)
+    w = values(b, b_scales, b_zeros, b_code, b_block, columns)
+    out = x @ (w if transpose else w.t())
+    if bias is not None:
+        out = out + bias.to(torch.float64)
+    return out.to(dtype)

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import torch
 
-from gradmill.formats import FLOAT_DTYPES, Format
+from gradmill.formats import FLOAT_DTYPES, OUTLIER_BYTES, Format
 from gradmill.reference import philox
 
 
@@ -24,8 +24,13 @@ def round_stochastic(x, words):
     return torch.where(x - down > u, down + 1, down)
 
 
-def _top(code: str) -> float:
-    return {"int8": 127.0, "uint8": 255.0, "int4": 7.0, "uint4": 15.0}[code]
+#: The largest magnitude of each integer and small-float code, in units of its scale.
+TOPS = {"int8": 127.0, "int7": 63.0, "int4": 7.0, "int4_outlier": 7.0, "int3": 3.0, "int2": 1.0, "uint8": 255.0, "uint4": 15.0, "uint3": 7.0,
+        "uint2": 3.0, "e4m3": 448.0, "e5m2": 57344.0, "e2m1": 6.0}
+#: Small floats: mantissa bits and the exponent of the smallest normal number.
+SMALL_FLOATS = {"e4m3": (3, -6), "e5m2": (2, -14), "e2m1": (1, 0)}
+ZERO_POINT = ("uint8", "uint4", "uint3", "uint2")
+SYMMETRIC = ("int8", "int7", "int4", "int4_outlier", "int3", "int2")
 
 
 #: The largest values the two float codes stand for, in units of their scale.
@@ -48,21 +53,52 @@ def float_code_root(absmax, code):
 def block_parameters(x, code):
     """Scale and zero point of each block: x (..., block) fp32 -> (...), (...)."""
     absmax = x.abs().amax(-1)
-    if code in ("int8", "int4"):
-        scale = divide(absmax, _top(code))
-    elif code in ("uint8", "uint4"):
+    if code in SYMMETRIC or code in SMALL_FLOATS:
+        scale = divide(absmax, TOPS[code])
+    elif code in ZERO_POINT:
         # The range includes zero: otherwise the zero point's clamp destroys a one-sided block. Halves: the
         # difference of two large values may overflow.
         low, high = x.amin(-1).clamp(max=0), x.amax(-1).clamp(min=0)
-        scale = divide(high * 0.5 - low * 0.5, _top(code) * 0.5)
+        scale = divide(high * 0.5 - low * 0.5, TOPS[code] * 0.5)
     else:
         scale = divide(float_code_root(absmax, code), SQUARE_TOP if code == "square8" else MOMENT_TOP)
     bad = ~torch.isfinite(absmax)
     scale = torch.where(bad, torch.nan, scale)
     zero = torch.zeros_like(scale)
-    if code in ("uint8", "uint4"):
-        zero = torch.where(scale > 0, (-round_even(low / scale)).clamp(0, _top(code)), zero)
+    if code in ZERO_POINT:
+        zero = torch.where(scale > 0, (-round_even(low / scale)).clamp(0, TOPS[code]), zero)
     return scale, zero
+
+
+def shared_scales(x, format, stochastic=False):
+    """Scales (rows, blocks) fp32 of a format whose scales depend on more than their own block, from the blocks' largest
+    magnitudes x (rows, blocks). Plain torch, the same in every backend.
+
+    "e4m3" rounds each scale to float8 under the tensor's scale, amax / (448 * top): to nearest, so that a block's largest
+    value may saturate by up to 1/16, as NVFP4 has it; up if the codes are to be rounded stochastically, which saturation
+    would bias."""
+    rows, top = x.shape[0], TOPS[format.code]
+    absmax = x
+    if format.rows != 1:
+        group = format.rows or max(rows, 1)
+        padded = torch.nn.functional.pad(absmax, (0, 0, 0, -rows % group)).view(-1, group, absmax.shape[1])
+        absmax = padded.amax(1).repeat_interleave(group, 0)[:rows]  # amax keeps nan
+    if format.least:
+        absmax = torch.where(absmax > 0, absmax.clamp(min=format.least), absmax)  # a block of zeros stays one
+    scale = divide(absmax, top)
+    scale = torch.where(torch.isfinite(scale), scale, torch.nan)
+    if format.scale == "pow2":  # the next power of two up: nothing saturates
+        up = ((scale.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
+        scale = torch.where(torch.isnan(scale), scale, up)
+    elif format.scale == "e4m3":
+        tensor = divide(absmax.amax() if absmax.numel() else absmax.new_zeros(()), 448.0 * top)
+        share = divide(scale, tensor).clamp(max=448.0)
+        rounded = share.to(torch.float8_e4m3fn)
+        if stochastic:
+            above = (rounded.view(torch.uint8) + 1).clamp(max=0x7E).view(torch.float8_e4m3fn)
+            rounded = torch.where(rounded.to(torch.float32) < share, above.to(torch.float32), rounded.to(torch.float32))
+        scale = torch.where(scale > 0, rounded.to(torch.float32) * tensor, scale)
+    return scale.contiguous()
 
 
 def _bits(x):
@@ -78,10 +114,21 @@ def encode(x, scale, zero, code, words=None):
     def rounded(y):
         return round_even(y) if words is None else round_stochastic(y, words)
 
-    if code in ("int8", "int4"):
-        q = rounded((x / scale).clamp(-_top(code), _top(code)))
-    elif code in ("uint8", "uint4"):
-        q = (rounded((x / scale).clamp(-_top(code), _top(code))) + zero).clamp(0, _top(code))
+    if code in SYMMETRIC:
+        q = rounded((x / scale).clamp(-TOPS[code], TOPS[code]))
+    elif code in ZERO_POINT:
+        q = (rounded((x / scale).clamp(-TOPS[code], TOPS[code])) + zero).clamp(0, TOPS[code])
+    elif code in SMALL_FLOATS:
+        # Below the smallest normal number, adding it lines the value up so that its top bits are the code as well.
+        mantissa, exponent = SMALL_FLOATS[code]
+        shift, normal = 23 - mantissa, 2.0 ** exponent
+        y = (x / scale).abs().clamp(max=TOPS[code])
+        small = y < normal
+        bits = _bits(torch.where(small, y + normal, y))
+        half = (1 << shift - 1) - 1 + (bits >> shift & 1)  # half to even
+        base = (exponent + 127 << mantissa) - torch.where(small, 0, 1 << mantissa)
+        q = (bits + (half if words is None else words >> 9 + mantissa) >> shift) - base
+        q = q | torch.where(_bits(x) >> 31 == 1, 128 if code != "e2m1" else 8, 0)
     else:
         # Adding 1 turns the value into a float of exponent 0..7 whose top bits are the code ("offset float").
         root = float_code_root(x.abs().amax(-1, keepdim=True), code)
@@ -105,8 +152,16 @@ def decode(q, scale, zero, code):
     if code == "square8":
         r = (_from_bits((q << 18) + 0x3F800000) - 1) * scale
         return r * r
+    if code in SMALL_FLOATS:
+        mantissa, exponent = SMALL_FLOATS[code]
+        sign = 8 if code == "e2m1" else 128
+        mag = q & sign - 1
+        small = mag < 1 << mantissa
+        y = _from_bits(mag + (exponent + 127 << mantissa) - torch.where(small, 0, 1 << mantissa) << 23 - mantissa)
+        y = torch.where(small, y - 2.0 ** exponent, y)
+        return torch.where(q & sign != 0, -y, y) * scale
     q = q.to(torch.float32)
-    if code in ("uint8", "uint4"):
+    if code in ZERO_POINT:
         return (q - zero) * scale
     return q * scale
 
@@ -128,27 +183,49 @@ def _blocks(x, block):
     return torch.nn.functional.pad(x, (0, padded - columns)).view(rows, padded // block, block)
 
 
-def pack_nibbles(q):
-    """Integers (rows, columns) -> uint8 (rows, ceil(columns / 2)), low nibble first."""
-    q = torch.nn.functional.pad(q & 15, (0, q.shape[1] % 2)).view(q.shape[0], -1, 2)
-    return (q[..., 0] | q[..., 1] << 4).to(torch.uint8)
+def pack_bits(q, bits):
+    """Integers (rows, columns) -> uint8 (rows, ceil(columns * bits / 8)): each row one little-endian stream of codes,
+    so that 4-bit codes lie low nibble first."""
+    rows, columns = q.shape
+    stream = (q[..., None] >> torch.arange(bits, device=q.device)) & 1
+    stream = torch.nn.functional.pad(stream.reshape(rows, columns * bits), (0, -columns * bits % 8)).view(rows, -1, 8)
+    return (stream << torch.arange(8, device=q.device)).sum(-1).to(torch.uint8)
 
 
-def unpack_nibbles(packed, columns, signed):
-    """uint8 (rows, ceil(columns / 2)) -> int64 (rows, columns)."""
-    q = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1)[:, :columns].to(torch.int64)
-    return (q ^ 8) - 8 if signed else q
+def unpack_bits(packed, bits, columns, signed):
+    """uint8 (rows, ceil(columns * bits / 8)) -> int64 (rows, columns)."""
+    stream = (packed[..., None].to(torch.int64) >> torch.arange(8, device=packed.device)) & 1
+    stream = stream.flatten(1)[:, :columns * bits].reshape(packed.shape[0], columns, bits)
+    q = (stream << torch.arange(bits, device=packed.device)).sum(-1)
+    return (q ^ 1 << bits - 1) - (1 << bits - 1) if signed else q
 
 
-def quantize(x, code, block=0, transpose=False, key=None, stream=0, dither=False):
+def _outliers(blocks, sizes):
+    """The two largest magnitudes of each block (..., block), the first of equals first: values (..., 2), positions (..., 2).
+    A block of one element has it twice. Sizes (...): elements that exist."""
+    mag = (_bits(blocks) & 0x7FFFFFFF).masked_fill(torch.arange(blocks.shape[-1], device=blocks.device) >= sizes[..., None], -1)
+    first = mag.max(-1).values
+    i = (mag == first[..., None]).to(torch.uint8).argmax(-1)
+    rest = mag.scatter(-1, i[..., None], -1)
+    j = (rest == rest.max(-1).values[..., None]).to(torch.uint8).argmax(-1)
+    at = torch.stack((i, torch.where(sizes > 1, j, i)), -1)
+    return blocks.gather(-1, at), at
+
+
+def _pack_outliers(values, at):
+    """(rows, blocks, 2) twice -> (rows, blocks * 12) uint8: two fp32, two positions, two zeros."""
+    positions = torch.nn.functional.pad(at.to(torch.uint8), (0, 2))
+    return torch.cat((values.contiguous().view(torch.uint8), positions), -1).flatten(1)
+
+
+def quantize(x, code, block=0, transpose=False, key=None, stream=0, scales=None, dither=False):
     """See gradmill.ops.quant.quantize; ``dither`` is how fused_step rounds second moments."""
     format = Format(code, block)
     x = (x.t() if transpose else x).to(torch.float32).contiguous()
     rows, columns = x.shape
-    zeros_shape = (rows, format.blocks(columns)) if format.has_zero_point else (0,)
     if x.numel() == 0:
         return (x.new_empty((rows, format.code_columns(columns)), dtype=format.code_dtype),
-                x.new_zeros((rows, format.blocks(columns))), x.new_zeros(zeros_shape, dtype=torch.uint8))
+                x.new_zeros((rows, format.blocks(columns))), x.new_zeros(format.zeros_shape(rows, columns), dtype=torch.uint8))
     blocks = _blocks(x, block)
     words = None
     if dither:
@@ -156,10 +233,25 @@ def quantize(x, code, block=0, transpose=False, key=None, stream=0, dither=False
     elif key is not None:
         seed, step = key.tolist()
         words = _blocks(philox.words(seed, step, stream, 0, x.numel(), x.device).view(rows, columns), block)
-    scale, zero = block_parameters(blocks, code)
-    q = encode(blocks, scale[..., None], zero[..., None], code, words).flatten(1)[:, :columns]
-    codes = pack_nibbles(q) if format.bits == 4 else q.to(format.code_dtype)
-    zeros = zero.to(torch.uint8) if format.has_zero_point else x.new_empty(0, dtype=torch.uint8)
+    zeros = x.new_empty(0, dtype=torch.uint8)
+    rest = blocks
+    if code == "int4_outlier":
+        sizes = (columns - torch.arange(blocks.shape[1], device=x.device) * block).clamp(max=block).expand(rows, -1)
+        values, at = _outliers(blocks, sizes)
+        zeros = _pack_outliers(values, at)
+        rest = blocks.scatter(-1, at, 0.0)  # their codes are 0, and the others have the range to themselves
+    scale, zero = block_parameters(rest, code)
+    bad = ~torch.isfinite(blocks).all(-1)
+    if scales is not None:
+        scale = scales
+    scale = torch.where(bad, torch.nan, scale)
+    q = encode(rest, scale[..., None], zero[..., None], code, words).flatten(1)[:, :columns]
+    if format.bits < 8:
+        codes = pack_bits(q, format.bits)
+    else:
+        codes = q.to(torch.int8 if format.code_dtype == torch.int8 else torch.uint8).view(format.code_dtype)
+    if format.has_zero_point:
+        zeros = zero.to(torch.uint8)
     return codes, scale, zeros
 
 
@@ -168,10 +260,18 @@ def dequantize(codes, scales, zeros, code, block, columns, dtype):
     format = Format(code, block)
     if codes.numel() == 0:
         return codes.new_empty((codes.shape[0], columns), dtype=dtype)
-    q = unpack_nibbles(codes, columns, code == "int4") if format.bits == 4 else codes.to(torch.int64)
+    if format.bits < 8:
+        q = unpack_bits(codes, format.bits, columns, code in SYMMETRIC)
+    else:
+        q = (codes if codes.dtype == torch.int8 else codes.view(torch.uint8)).to(torch.int64)
     q = _blocks(q, block)
     zero = zeros[..., None] if format.has_zero_point else None
-    return decode(q, scales[..., None], zero, code).flatten(1)[:, :columns].to(dtype).contiguous()
+    values = decode(q, scales[..., None], zero, code)
+    if code == "int4_outlier":
+        stored = zeros.view(*scales.shape, OUTLIER_BYTES)
+        with_them = values.scatter(-1, stored[..., 8:10].to(torch.int64), stored[..., :8].contiguous().view(torch.float32))
+        values = torch.where(scales.isnan()[..., None], values, with_them)
+    return values.flatten(1)[:, :columns].to(dtype).contiguous()
 
 
 def round_bf16_stochastic(x, words):
