@@ -51,6 +51,7 @@ typedef int8_t Element;
 template <class S>
 struct Int8Lanes {
   typedef S Sum;
+  static constexpr int rows = MR, step = 1;
 #if GM_LEVEL == 0
   typedef vf Vector;
   static GM_HD Vector none() { return zero(); }
@@ -106,10 +107,10 @@ struct Int8Reader {
 };
 
 // out = (float(sum) * a_scale) * b_scale (+ bias): the exact sum is rounded once, then each product once.
-template <class Sum>
+template <class Sum, bool OFFSET = kOffset>
 struct ScaleSums {
   const Int8MatmulArgs& p;
-  Sum* too_much;  // with kOffset: for each column
+  Sum* too_much;  // with OFFSET: for each column
   bool zero_row;
   void operator()(int64_t row, int64_t col, int64_t n, const Sum* __restrict sums, Sum* spare) const {
     if (zero_row && row == 0) {
@@ -120,12 +121,76 @@ struct ScaleSums {
     float* __restrict out = reinterpret_cast<float*>(spare);
     const float a_scale = p.a_scales[row], *b_scales = p.b_scales + col, *bias = p.bias ? p.bias + col : nullptr;
     const Sum* extra = too_much + col;
-    for (int64_t j = 0; j < n; ++j) out[j] = (static_cast<float>(sums[j] - (kOffset ? extra[j] : 0)) * a_scale) * b_scales[j];
+    for (int64_t j = 0; j < n; ++j) out[j] = (static_cast<float>(sums[j] - (OFFSET ? extra[j] : 0)) * a_scale) * b_scales[j];
     if (bias)
       for (int64_t j = 0; j < n; ++j) out[j] += bias[j];
     store_floats(p.out, p.out_code, row * p.n + col, out, n);
   }
 };
+
+#if GM_LEVEL == 1 || GM_LEVEL == 2
+// Codes of 7 bits, [-64, 63]: four to a lane as bytes, a read as a + 64, 0..127. A vpmaddubsw then gives at most
+// 2 * 127 * 64 = 16256 in 16 bits, and two of them add up to 32512 without overflow before vpmaddwd with ones widens
+// them. The offset's 64 * sum_k b[j,k] comes from count_codes.
+struct SevenBitLanes : Int8Lanes<int32_t> {
+  static constexpr int rows = GM_LEVEL == 1 ? 4 : 12, step = 2;  // registers: sums, four of b, two parts, one of a
+  static GM_HD vi products(vi a, vi b) { return multiply_bytes(a, b); }
+  static GM_HD vi madd(vi acc, vi part, vi a, vi b) { return madd_pairs(acc, add_pairs(part, multiply_bytes(a, b)), one_pairs()); }
+};
+constexpr int kSevenBitOffset = 64, kSevenBitPerLane = 4;
+
+template <int OFFSET>
+struct SevenBitReader {
+  const int8_t* codes;
+  int64_t k;
+  const lane* read(int64_t row, int64_t from, int64_t lanes, lane* buffer) const {
+    int8_t* __restrict out = reinterpret_cast<int8_t*>(buffer);
+    const int64_t at = from * kSevenBitPerLane, n = min_of(lanes * kSevenBitPerLane, k - at);
+    const int8_t* in = codes + row * k + at;
+    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<int8_t>(in[i] + OFFSET);
+    for (int64_t i = n; i < lanes * kSevenBitPerLane; ++i) out[i] = 0;
+    return buffer;
+  }
+};
+
+// Whether all codes of the rows are 7-bit ones; if so and `sums` is given, kSevenBitOffset times each row's sum. Ends
+// at the first row with another code: an operand quantised to 127 has one in its first row that is not all zero.
+bool seven_bit(const int8_t* codes, int64_t rows, int64_t k, int32_t* sums) {
+  bool all = true;
+#pragma omp parallel for schedule(static) if (rows * k > 1 << 18)
+  for (int64_t r = 0; r < rows; ++r) {
+    bool so_far;
+#pragma omp atomic read
+    so_far = all;
+    if (!so_far) continue;
+    const int8_t* in = codes + r * k;
+    uint8_t seen = 0;
+    for (int64_t i = 0; i < k; ++i) seen |= static_cast<uint8_t>(in[i] + kSevenBitOffset);
+    if (seen & 128) {
+#pragma omp atomic write
+      all = false;
+    } else if (sums) {
+      int32_t total = 0;
+      for (int64_t i = 0; i < k; ++i) total += in[i];
+      sums[r] = kSevenBitOffset * total;
+    }
+  }
+  return all;
+}
+
+// The product in 16-bit partial sums; false, and nothing done, where a code does not fit.
+bool seven_bit_matmul(const Int8MatmulArgs& p) {
+  if (!seven_bit(p.a, 1, p.k, nullptr) || !seven_bit(p.b, 1, p.k, nullptr)) return false;
+  Scratch too_much(p.n);
+  int32_t* const extra = reinterpret_cast<int32_t*>(too_much.data);
+  if (!seven_bit(p.a, p.m, p.k, nullptr) || !seven_bit(p.b, p.n, p.k, extra)) return false;
+  const int64_t lanes = round_up(divide_up(p.k, kSevenBitPerLane), SevenBitLanes::step);
+  const Rows<SevenBitReader<kSevenBitOffset>> a{{p.a, p.k}};
+  const Rows<SevenBitReader<0>> b{{p.b, p.k}};
+  gemm<SevenBitLanes>({p.m, p.n, lanes}, a, b, ScaleSums<int32_t, true>{p, extra, false});
+  return true;
+}
+#endif
 
 template <class Sum>
 void int8_matmul_as(const Int8MatmulArgs& p) {
@@ -149,6 +214,9 @@ void int8_matmul_as(const Int8MatmulArgs& p) {
 
 void int8_matmul(const Int8MatmulArgs& p) {
   if (p.m == 0 || p.n == 0) return;
+#if GM_LEVEL == 1 || GM_LEVEL == 2
+  if (p.m > kFewInt8Rows && p.k > 0 && p.k <= kInt32Products && seven_bit_matmul(p)) return;
+#endif
   if (p.k <= kInt32Products) int8_matmul_as<int32_t>(p);
   else int8_matmul_as<int64_t>(p);
 }
