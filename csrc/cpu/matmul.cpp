@@ -5,7 +5,18 @@
 // m = 16 or so. Per core and cycle: fp32 FMA 16 multiply-adds; vpmaddwd + vpaddd at 256 or 512 bits 32, both taking
 // all four vector pipes of a Zen 4 core; vpdpbusd 64. So the limit is 2x fp32 without VNNI and 4x with.
 // Measured at 2048 cubed, Zen 4, one thread's CPU time, against torch's fp32 matmul in the same run:
-// AVX2 1.77x (103 ms against 183), AVX-512 1.63x, VNNI 4.2x; m = 1 to 64 at 4096 x 4096: AVX2 1.5-2.6x, VNNI 4.3-6.6x.
+// AVX2 1.77x (105 ms against 186), AVX-512 1.62x, VNNI 4.2x; m = 1 to 64 at 4096 x 4096: AVX2 1.5-2.6x, VNNI 4.3-6.6x.
+// In registers vpmaddwd + vpaddd do 95 G products a second, not the 117 that two multiplies a cycle would be: some adds
+// take the multipliers' pipes, in whatever order they are written (eight tried). So AVX2 is at 86 % of what can be had;
+// packing takes 6 % of the rest.
+//
+// Codes that all lie in [-64, 63] (format int7): two vpmaddubsw, vpaddw, vpmaddwd, vpaddd for 64 products, 5 instructions
+// and 3 multiplies against 8 and 4: 1.33-1.6x predicted, 142 G products a second in registers, 1.5x. Measured: AVX2 2.56x
+// torch's fp32 (72.5 ms, 118 G a second, 83 % of that), AVX-512 2.54x. Whether codes fit is looked up, not promised: one pass
+// over both operands, which ends at once on codes quantised to 127, so that a result is exact whatever comes in.
+// Tried: int16 sums of eight products that may wrap, set right by a term packed with b, widened every four lanes into sums
+// in L1: 10 instructions and 5 multiplies for 128 products, 149 G a second in registers, but 136-143 as a microkernel
+// against 139 of this one, and b grows by a quarter. Widening every two lanes into L1: 125.
 // Counted and dropped: vpmaddubsw with the sign trick needs vpsignb, vpmaddubsw, vpmaddwd and vpaddd for 32 products,
 // as many instructions as two vpmaddwd and two vpaddd, and saturates at -128.
 //
