@@ -30,7 +30,8 @@ MEANING = {
     "update": ("B/s", "x.mul_(s) in place, 2 x 4 bytes per element"),
     "read": ("B/s", "x.sum(), 4 bytes per element"),
     "fp32": ("FLOP/s", "fp32 multiply-adds in registers (peaks.c)"),
-    "int8": ("OP/s", "int8 multiply-adds in registers (peaks.c)"),
+    "int8": ("OP/s", "exact int8 multiply-adds in registers (peaks.c)"),
+    "int7": ("OP/s", "the same with codes in [-64, 63] (peaks.c)"),
     "fp32 matmul": ("FLOP/s", "torch fp32 matmul"),
     "bf16 matmul": ("FLOP/s", "torch bf16 matmul"),
     "int8 matmul": ("OP/s", "torch._int_mm"),
@@ -145,6 +146,7 @@ def measure(ctx, timer, seconds: float) -> dict[str, float]:
         found |= registers(ctx.isa, torch.get_num_threads(), seconds / (len(runs) + 2))
     found.setdefault("fp32", found["fp32 matmul"])
     found.setdefault("int8", found.get("int8 matmul", 0.0))
+    found.setdefault("int7", found["int8"])
     return found
 
 
@@ -156,12 +158,12 @@ def best(sample, seconds: float) -> float:
 
 
 def registers(level: str, threads: int, seconds: float) -> dict[str, float]:
-    """{"fp32": ..., "int8": ...} of peaks.c on all threads; {} without a C compiler or on another processor family."""
+    """{"fp32": ..., "int8": ..., "int7": ...} of peaks.c on all threads; {} without a C compiler or on another processor family."""
     library = _peaks()
     found = {}
     if library is None or level not in LEVELS:
         return found
-    for kind in ("fp32", "int8"):
+    for kind in ("fp32", "int8", "int7"):
         names = [f"{kind}_{name}" for name in LEVELS[:LEVELS.index(level) + 1]]
         functions = [getattr(library, name) for name in names if hasattr(library, name)]
         if not functions:

@@ -35,7 +35,7 @@ def _bf16(ctx, n):
     return make
 
 
-@case("matmul")
+@case("matmul", goal=("torch", 1.4))
 def int8(ctx):
     n = ctx.pick(2048, 128)
 
@@ -59,6 +59,24 @@ def int8(ctx):
         ours(make_ours), baseline("torch fp32 matmul", make_torch), rival("torch._int_mm, int32 out", make_int_mm),
         *([rival("torch bf16 matmul", _bf16(ctx, n))] if ctx.device == "cuda" else
           [rival("oneDNN u8s8 linear, one scale for x", make_onednn)])])
+
+
+@case("matmul", goal=("torch", 1.9))
+def int7(ctx):
+    n = ctx.pick(2048, 128)
+
+    def make_ours():
+        def seven_bits(x):
+            scale = x.abs().amax(1, keepdim=True) / 63
+            return (x / scale).round_().to(torch.int8), scale
+        (x8, sx), (w8, sw) = (seven_bits(ctx.randn(n, n)) for _ in range(2))
+        return lambda i: ops.matmul_int8(x8, w8, sx, sw, None, torch.float32)
+
+    def make_torch():
+        x, w, *_ = _operands(ctx, n)
+        return lambda i: F.linear(x, w)
+    return Bench(f"INT8 matmul {n} cubed, codes in [-63, 63]", Work(2.0 * n * n + 4.0 * n * n, 2.0 * n ** 3, "int7"), [
+        ours(make_ours), baseline("torch fp32 matmul", make_torch)])
 
 
 @case("matmul", goal=("torch", 1.1))

@@ -72,6 +72,38 @@ def test_int8_alternating_extremes_cancel_exactly():
     assert matmul_int8(a, b, torch.ones(1, 1), torch.ones(1, 1), None, torch.float32).item() == -127
 
 
+@given(m=st.integers(65, 150), n=st.integers(0, 80), k=st.integers(1, 2200), seed=st.integers(0, 2 ** 30))
+def test_int8_codes_of_seven_bits(m, n, k, seed):
+    """Codes in [-64, 63] take the way with 16-bit partial sums where there is one; the result is the same."""
+    torch.manual_seed(seed)
+    a, b = (torch.randint(-64, 64, (rows, k), dtype=torch.int8) for rows in (m, n))
+    check_int8(a, b, 10 ** torch.randn(m, 1), 10 ** torch.randn(n, 1), torch.randn(n), torch.float32, variants=LEVELS)
+
+
+@pytest.mark.parametrize("k", [1, 7, 8, 9, 1023, 1024, 1025, 4099, 65536, 65537])
+@pytest.mark.parametrize("x, y", [(63, 63), (-64, -64), (63, -64), (-64, 63)])
+def test_int8_largest_products_of_seven_bits_do_not_saturate(x, y, k):
+    a, b = torch.full((66, k), x, dtype=torch.int8), torch.full((3, k), y, dtype=torch.int8)
+    check_int8(a, b, torch.ones(66, 1), torch.ones(3, 1), None, torch.float32, what=f"{x} {y} {k}", variants=LEVELS)
+
+
+@pytest.mark.parametrize("operand", [0, 1])
+@pytest.mark.parametrize("code", [64, -65, 127, -128])
+def test_int8_one_code_of_eight_bits_among_seven_bit_ones_counts(operand, code):
+    """Wherever it stands: in the first row, the last, the first column, the last."""
+    for row, column in ((0, 0), (0, 1030), (69, 0), (69, 1030), (30, 517)):
+        operands = [torch.randint(-64, 64, (70, 1031), dtype=torch.int8) for _ in range(2)]
+        operands[operand][row, column] = code
+        operands[1 - operand][:, column] = 63
+        check_int8(*operands, torch.ones(70, 1), torch.ones(70, 1), None, torch.float32, what=f"{code} at {row}, {column}", variants=LEVELS)
+
+
+def test_int8_seven_bit_threads_do_not_matter():
+    args = *(torch.randint(-64, 64, (rows, 2050), dtype=torch.int8) for rows in (230, 140)), torch.rand(230, 1), torch.rand(140, 1), None, torch.float32
+    with threads(2):
+        check_int8(*args, variants=LEVELS)
+
+
 def test_int8_scales_that_are_not_numbers_show_in_their_row_and_column_only():
     a, b, sa, sb = int8_operands(6, 7, 40)
     sa[2], sb[3] = float("nan"), float("inf")

@@ -57,6 +57,7 @@ struct Scratch {
 struct FloatLanes {
   typedef float Sum;
   typedef vf Vector;
+  static constexpr int rows = MR, step = 1;
   static GM_HD Vector none() { return zero(); }
   static GM_HD Vector load_lanes(const lane* p) { return load(p); }
   static GM_HD Vector same(const lane* p) { return broadcast(bits_float(*p)); }
@@ -189,7 +190,8 @@ inline Matrix plain_matrix(const void* data, int code, int64_t rows, int64_t col
 }
 
 // --- multiply ---------------------------------------------------------------------------------------------
-// ROWS x NR sums over kc lanes of two panels; `first` starts the tile's sums, later steps add to them.
+// ROWS x NR sums over kc lanes of two panels; `first` starts the tile's sums, later steps add to them. Lanes of step 2
+// add the products of two lanes in 16 bits before they widen them: kc is then even.
 template <class Lanes, int ROWS>
 void multiply_panels(int64_t kc, const lane* __restrict a, const lane* __restrict b, typename Lanes::Sum* out,
                      int64_t stride, bool first) {
@@ -198,17 +200,32 @@ void multiply_panels(int64_t kc, const lane* __restrict a, const lane* __restric
   for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) acc[r][v] = Lanes::none();
-  for (int64_t k = 0; k < kc; ++k, a += MR, b += NR) {
-    typename Lanes::Vector bv[NV];
+  constexpr int step = Lanes::step, rows = Lanes::rows;
+  for (int64_t k = 0; k < kc; k += step, a += step * rows, b += step * NR) {
+    typename Lanes::Vector bv[step][NV];
+#pragma GCC unroll 2
+    for (int s = 0; s < step; ++s)
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) bv[v] = Lanes::load_lanes(b + v * W);
+      for (int v = 0; v < NV; ++v) bv[s][v] = Lanes::load_lanes(b + s * NR + v * W);
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r) {
       const typename Lanes::Vector av = Lanes::same(a + r);
+      if constexpr (step == 1) {
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) {
-        acc[r][v] = Lanes::madd(acc[r][v], av, bv[v]);
-        in_register(acc[r][v]);
+        for (int v = 0; v < NV; ++v) {
+          acc[r][v] = Lanes::madd(acc[r][v], av, bv[0][v]);
+          in_register(acc[r][v]);
+        }
+      } else {
+        typename Lanes::Vector part[NV];
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) part[v] = Lanes::products(av, bv[0][v]);
+        const typename Lanes::Vector next = Lanes::same(a + rows + r);
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) {
+          acc[r][v] = Lanes::madd(acc[r][v], part[v], next, bv[1][v]);
+          in_register(acc[r][v]);
+        }
       }
     }
   }
@@ -227,18 +244,19 @@ struct Extent {
 // and as much memory again.
 template <class Lanes, class A, class B, class Epilogue>
 void gemm(const Extent& e, const A& a, const B& b, const Epilogue& epilogue) {
+  constexpr int PR = Lanes::rows;  // of a panel of a
   if (e.m <= 0 || e.n <= 0) return;
   // Tiles: as large as the caches hold, but four to a thread where there is enough work, and evenly cut.
-  int64_t rows = min_of(MC, round_up(e.m, MR)), cols = round_up(min_of(NC, e.n), e.unit);
-  if (rows * cols > MC * NC) rows = round_up(divide_up(MC * NC, cols), MR);
-  rows = min_of(rows, round_up(e.m, MR));
+  int64_t rows = min_of(MC, round_up(e.m, PR)), cols = round_up(min_of(NC, e.n), e.unit);
+  if (rows * cols > MC * NC) rows = round_up(divide_up(MC * NC, cols), PR);
+  rows = min_of(rows, round_up(e.m, PR));
   const int64_t wanted = omp_get_max_threads() > 1 ? 4 * omp_get_max_threads() : 1;
   while (divide_up(e.m, rows) * divide_up(e.n, cols) < wanted) {
-    if (rows >= 4 * MR && rows * 2 > cols) rows = round_up(rows / 2, MR);
+    if (rows >= 4 * PR && rows * 2 > cols) rows = round_up(rows / 2, PR);
     else if (cols >= 8 * NR && cols >= 2 * e.unit) cols = round_up(cols / 2, e.unit);
     else break;
   }
-  rows = round_up(divide_up(e.m, divide_up(e.m, rows)), MR);
+  rows = round_up(divide_up(e.m, divide_up(e.m, rows)), PR);
   const int64_t tiles_down = divide_up(e.m, rows), tiles_across = divide_up(e.n, cols);
   const int64_t stride = round_up(cols, NR);
   const bool parallel = static_cast<double>(e.m) * static_cast<double>(e.n) * static_cast<double>(e.k + 8) > 1e5;
@@ -256,15 +274,15 @@ void gemm(const Extent& e, const A& a, const B& b, const Epilogue& epilogue) {
       const int64_t col = t % tiles_across * cols, n = min_of(cols, e.n - col);
       for (int64_t k = 0; k < e.k; k += KC) {
         const int64_t kc = min_of(KC, e.k - k);
-        a.template pack<MR>(row, m, k, kc, packed_a.data);
+        a.template pack<PR>(row, m, k, kc, packed_a.data);
         b.template pack<NR>(col, n, k, kc, packed_b.data);
         for (int64_t j = 0; j < n; j += NR)
-          for (int64_t i = 0; i < m; i += MR) {
+          for (int64_t i = 0; i < m; i += PR) {
             const lane *pa = packed_a.data + i * kc, *pb = packed_b.data + j * kc;
             Sum* const out = sums + i * stride + j;
             if (m - i == 1) multiply_panels<Lanes, 1>(kc, pa, pb, out, stride, k == 0);
             else if (m - i <= 4) multiply_panels<Lanes, 4>(kc, pa, pb, out, stride, k == 0);
-            else multiply_panels<Lanes, MR>(kc, pa, pb, out, stride, k == 0);
+            else multiply_panels<Lanes, PR>(kc, pa, pb, out, stride, k == 0);
           }
       }
       if (e.k == 0) memset(sums, 0, static_cast<size_t>(rows * stride) * sizeof(Sum));

@@ -5,7 +5,18 @@
 // m = 16 or so. Per core and cycle: fp32 FMA 16 multiply-adds; vpmaddwd + vpaddd at 256 or 512 bits 32, both taking
 // all four vector pipes of a Zen 4 core; vpdpbusd 64. So the limit is 2x fp32 without VNNI and 4x with.
 // Measured at 2048 cubed, Zen 4, one thread's CPU time, against torch's fp32 matmul in the same run:
-// AVX2 1.77x (103 ms against 183), AVX-512 1.63x, VNNI 4.2x; m = 1 to 64 at 4096 x 4096: AVX2 1.5-2.6x, VNNI 4.3-6.6x.
+// AVX2 1.77x (105 ms against 186), AVX-512 1.62x, VNNI 4.2x; m = 1 to 64 at 4096 x 4096: AVX2 1.5-2.6x, VNNI 4.3-6.6x.
+// In registers vpmaddwd + vpaddd do 95 G products a second, not the 117 that two multiplies a cycle would be: some adds
+// take the multipliers' pipes, in whatever order they are written (eight tried). So AVX2 is at 86 % of what can be had;
+// packing takes 6 % of the rest.
+//
+// Codes that all lie in [-64, 63] (format int7): two vpmaddubsw, vpaddw, vpmaddwd, vpaddd for 64 products, 5 instructions
+// and 3 multiplies against 8 and 4: 1.33-1.6x predicted, 142 G products a second in registers, 1.5x. Measured: AVX2 2.56x
+// torch's fp32 (72.5 ms, 118 G a second, 83 % of that), AVX-512 2.54x. Whether codes fit is looked up, not promised: one pass
+// over both operands, which ends at once on codes quantised to 127, so that a result is exact whatever comes in.
+// Tried: int16 sums of eight products that may wrap, set right by a term packed with b, widened every four lanes into sums
+// in L1: 10 instructions and 5 multiplies for 128 products, 149 G a second in registers, but 136-143 as a microkernel
+// against 139 of this one, and b grows by a quarter. Widening every two lanes into L1: 125.
 // Counted and dropped: vpmaddubsw with the sign trick needs vpsignb, vpmaddubsw, vpmaddwd and vpaddd for 32 products,
 // as many instructions as two vpmaddwd and two vpaddd, and saturates at -128.
 //
@@ -51,6 +62,7 @@ typedef int8_t Element;
 template <class S>
 struct Int8Lanes {
   typedef S Sum;
+  static constexpr int rows = MR, step = 1;
 #if GM_LEVEL == 0
   typedef vf Vector;
   static GM_HD Vector none() { return zero(); }
@@ -106,10 +118,10 @@ struct Int8Reader {
 };
 
 // out = (float(sum) * a_scale) * b_scale (+ bias): the exact sum is rounded once, then each product once.
-template <class Sum>
+template <class Sum, bool OFFSET = kOffset>
 struct ScaleSums {
   const Int8MatmulArgs& p;
-  Sum* too_much;  // with kOffset: for each column
+  Sum* too_much;  // with OFFSET: for each column
   bool zero_row;
   void operator()(int64_t row, int64_t col, int64_t n, const Sum* __restrict sums, Sum* spare) const {
     if (zero_row && row == 0) {
@@ -120,12 +132,76 @@ struct ScaleSums {
     float* __restrict out = reinterpret_cast<float*>(spare);
     const float a_scale = p.a_scales[row], *b_scales = p.b_scales + col, *bias = p.bias ? p.bias + col : nullptr;
     const Sum* extra = too_much + col;
-    for (int64_t j = 0; j < n; ++j) out[j] = (static_cast<float>(sums[j] - (kOffset ? extra[j] : 0)) * a_scale) * b_scales[j];
+    for (int64_t j = 0; j < n; ++j) out[j] = (static_cast<float>(sums[j] - (OFFSET ? extra[j] : 0)) * a_scale) * b_scales[j];
     if (bias)
       for (int64_t j = 0; j < n; ++j) out[j] += bias[j];
     store_floats(p.out, p.out_code, row * p.n + col, out, n);
   }
 };
+
+#if GM_LEVEL == 1 || GM_LEVEL == 2
+// Codes of 7 bits, [-64, 63]: four to a lane as bytes, a read as a + 64, 0..127. A vpmaddubsw then gives at most
+// 2 * 127 * 64 = 16256 in 16 bits, and two of them add up to 32512 without overflow before vpmaddwd with ones widens
+// them. The offset's 64 * sum_k b[j,k] comes from count_codes.
+struct SevenBitLanes : Int8Lanes<int32_t> {
+  static constexpr int rows = GM_LEVEL == 1 ? 4 : 12, step = 2;  // registers: sums, four of b, two parts, one of a
+  static GM_HD vi products(vi a, vi b) { return multiply_bytes(a, b); }
+  static GM_HD vi madd(vi acc, vi part, vi a, vi b) { return madd_pairs(acc, add_pairs(part, multiply_bytes(a, b)), one_pairs()); }
+};
+constexpr int kSevenBitOffset = 64, kSevenBitPerLane = 4;
+
+template <int OFFSET>
+struct SevenBitReader {
+  const int8_t* codes;
+  int64_t k;
+  const lane* read(int64_t row, int64_t from, int64_t lanes, lane* buffer) const {
+    int8_t* __restrict out = reinterpret_cast<int8_t*>(buffer);
+    const int64_t at = from * kSevenBitPerLane, n = min_of(lanes * kSevenBitPerLane, k - at);
+    const int8_t* in = codes + row * k + at;
+    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<int8_t>(in[i] + OFFSET);
+    for (int64_t i = n; i < lanes * kSevenBitPerLane; ++i) out[i] = 0;
+    return buffer;
+  }
+};
+
+// Whether all codes of the rows are 7-bit ones; if so and `sums` is given, kSevenBitOffset times each row's sum. Ends
+// at the first row with another code: an operand quantised to 127 has one in its first row that is not all zero.
+bool seven_bit(const int8_t* codes, int64_t rows, int64_t k, int32_t* sums) {
+  bool all = true;
+#pragma omp parallel for schedule(static) if (rows * k > 1 << 18)
+  for (int64_t r = 0; r < rows; ++r) {
+    bool so_far;
+#pragma omp atomic read
+    so_far = all;
+    if (!so_far) continue;
+    const int8_t* in = codes + r * k;
+    uint8_t seen = 0;
+    for (int64_t i = 0; i < k; ++i) seen |= static_cast<uint8_t>(in[i] + kSevenBitOffset);
+    if (seen & 128) {
+#pragma omp atomic write
+      all = false;
+    } else if (sums) {
+      int32_t total = 0;
+      for (int64_t i = 0; i < k; ++i) total += in[i];
+      sums[r] = kSevenBitOffset * total;
+    }
+  }
+  return all;
+}
+
+// The product in 16-bit partial sums; false, and nothing done, where a code does not fit.
+bool seven_bit_matmul(const Int8MatmulArgs& p) {
+  if (!seven_bit(p.a, 1, p.k, nullptr) || !seven_bit(p.b, 1, p.k, nullptr)) return false;
+  Scratch too_much(p.n);
+  int32_t* const extra = reinterpret_cast<int32_t*>(too_much.data);
+  if (!seven_bit(p.a, p.m, p.k, nullptr) || !seven_bit(p.b, p.n, p.k, extra)) return false;
+  const int64_t lanes = round_up(divide_up(p.k, kSevenBitPerLane), SevenBitLanes::step);
+  const Rows<SevenBitReader<kSevenBitOffset>> a{{p.a, p.k}};
+  const Rows<SevenBitReader<0>> b{{p.b, p.k}};
+  gemm<SevenBitLanes>({p.m, p.n, lanes}, a, b, ScaleSums<int32_t, true>{p, extra, false});
+  return true;
+}
+#endif
 
 template <class Sum>
 void int8_matmul_as(const Int8MatmulArgs& p) {
@@ -149,6 +225,9 @@ void int8_matmul_as(const Int8MatmulArgs& p) {
 
 void int8_matmul(const Int8MatmulArgs& p) {
   if (p.m == 0 || p.n == 0) return;
+#if GM_LEVEL == 1 || GM_LEVEL == 2
+  if (p.m > kFewInt8Rows && p.k > 0 && p.k <= kInt32Products && seven_bit_matmul(p)) return;
+#endif
   if (p.k <= kInt32Products) int8_matmul_as<int32_t>(p);
   else int8_matmul_as<int64_t>(p);
 }

@@ -59,6 +59,10 @@ GM_HD int32_t sum(vi x) {
 }
 // acc + a0*b0 + a1*b1 over the int16 pairs of each lane
 GM_HD vi madd_pairs(vi acc, vi a, vi b) { return _mm512_add_epi32(acc, _mm512_madd_epi16(a, b)); }
+// the two sums of two products (uint8 a) * (int8 b) of each lane, in 16 bits
+GM_HD vi multiply_bytes(vi a, vi b) { return _mm512_maddubs_epi16(a, b); }
+GM_HD vi add_pairs(vi a, vi b) { return _mm512_add_epi16(a, b); }
+GM_HD vi one_pairs() { return _mm512_set1_epi16(1); }
 #if GM_LEVEL >= 3
 // acc + the four products (uint8 a) * (int8 b) of each lane, modulo 2^32
 GM_HD vi madd_quads(vi acc, vi a, vi b) { return _mm512_dpbusd_epi32(acc, a, b); }
@@ -170,6 +174,10 @@ GM_HD vi add(vi a, vi b) { return _mm256_add_epi32(a, b); }
 GM_HD int32_t sum(vi x) { return sum8(x); }
 // acc + a0*b0 + a1*b1 over the int16 pairs of each lane
 GM_HD vi madd_pairs(vi acc, vi a, vi b) { return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b)); }
+// the two sums of two products (uint8 a) * (int8 b) of each lane, in 16 bits
+GM_HD vi multiply_bytes(vi a, vi b) { return _mm256_maddubs_epi16(a, b); }
+GM_HD vi add_pairs(vi a, vi b) { return _mm256_add_epi16(a, b); }
+GM_HD vi one_pairs() { return _mm256_set1_epi16(1); }
 
 GM_HD void transpose(vf (&r)[W]) {
   __m256 t[W];

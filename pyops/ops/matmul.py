@@ -76,7 +76,8 @@ matmul_int8 = Op(
 matmul_int8.__doc__ = """matmul_int8(a, b, a_scales, b_scales, bias, dtype) -> (m, n)
 
 a (m, k) and b (n, k) int8, a_scales (m, 1) and b_scales (n, 1) fp32: out = (sum a b * a_scales) * b_scales + bias, the
-sum exact for any k. Bit-equal in every backend. Raises TypeError for dtypes, ValueError for shapes and layout."""
+sum exact for any k. Bit-equal in every backend. On CPUs without VNNI operands whose codes all lie in [-64, 63] (the
+format int7 makes such) are multiplied about 1.4 times as fast; the kernel looks, the result is the same. Raises TypeError for dtypes, ValueError for shapes and layout."""
 
 
 # --- packed weight ----------------------------------------------------------------------------------------
