@@ -58,7 +58,6 @@ class Format:
             stores its scales, so that kernels know one layout only.
         scale: "fp32" (the largest magnitude decides), "pow2" (the next power of two up: MX formats' e8m0) or "e4m3"
             (rounded to float8 under one fp32 scale for the whole tensor: NVFP4).
-        least: smallest absmax a block counts with (FP8 recipes: 1e-12 or 1e-4).
 
     Stored as ``codes`` (rows, ceil(columns * bits / 8)), fp32 ``scales`` (rows, ceil(columns / block)) and ``zeros``:
     uint8 zero points of the same shape for the codes that have one, for int4_outlier 12 bytes a block. A block of zeros
@@ -69,7 +68,6 @@ class Format:
     block: int = 0
     rows: int = 1
     scale: str = "fp32"
-    least: float = 0.0
 
     def __post_init__(self):
         if self.code not in CODES:
@@ -78,11 +76,10 @@ class Format:
             raise ValueError(f"block is {self.block}; it must be 0 (a whole row) or positive, and fill whole bytes: a multiple of {self.multiple}")
         if self.code == "int4_outlier" and self.block > 256:
             raise ValueError(f"block is {self.block}; int4_outlier needs 2 to 256, because positions are stored in a byte")
-        if self.rows < 0 or self.scale not in ("fp32", "pow2", "e4m3") or self.least < 0:
-            raise ValueError(f"rows, scale and least are {self.rows}, {self.scale!r} and {self.least}; they must be 0 or more, "
-                             "'fp32', 'pow2' or 'e4m3', and 0 or more")
+        if self.rows < 0 or self.scale not in ("fp32", "pow2", "e4m3"):
+            raise ValueError(f"rows and scale are {self.rows} and {self.scale!r}; they must be 0 or more, and 'fp32', 'pow2' or 'e4m3'")
         if self.shared and (self.has_zero_point or self.code in ("int4_outlier", "moment8", "square8") or not self.blocked):
-            raise ValueError(f"code is {self.code!r}; rows, scale and least need a symmetric integer or a float8 or fp4 code")
+            raise ValueError(f"code is {self.code!r}; rows and scale need a symmetric integer or a float8 or fp4 code")
 
     @property
     def bits(self) -> int:
@@ -102,7 +99,7 @@ class Format:
     @property
     def shared(self) -> bool:
         """Whether a scale depends on more than its own block."""
-        return self.rows != 1 or self.scale != "fp32" or self.least > 0
+        return self.rows != 1 or self.scale != "fp32"
 
     @property
     def has_zero_point(self) -> bool:
@@ -149,11 +146,11 @@ FORMATS = {
     "int8_row": Format("int8"),             # matmul operands
     "int7_row": Format("int7"),
     "int8_tensor": Format("int8", 0, rows=0),
-    "e4m3_row": Format("e4m3", least=1e-12),
-    "e4m3_tensor": Format("e4m3", 0, rows=0, least=1e-12),
-    "e5m2_tensor": Format("e5m2", 0, rows=0, least=1e-12),
-    "e4m3_1x128": Format("e4m3", 128, least=1e-4),
-    "e4m3_128x128": Format("e4m3", 128, rows=128, least=1e-4),
+    "e4m3_row": Format("e4m3"),
+    "e4m3_tensor": Format("e4m3", 0, rows=0),
+    "e5m2_tensor": Format("e5m2", 0, rows=0),
+    "e4m3_1x128": Format("e4m3", 128),
+    "e4m3_128x128": Format("e4m3", 128, rows=128),
     "nvfp4": Format("e2m1", 16, scale="e4m3"),
     "nvfp4_16x16": Format("e2m1", 16, rows=16, scale="e4m3"),
     "mxfp4": Format("e2m1", 32, scale="pow2"),

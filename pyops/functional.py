@@ -5,11 +5,13 @@ import torch
 
 from gradmill import formats, recipes
 from gradmill.autograd.linear import QuantizedLinear
+from gradmill.weight import QuantizedWeight
 
 __all__ = ["linear"]
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, recipe: str | recipes.Recipe = "int8") -> torch.Tensor:
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, recipe: str | recipes.Recipe = "int8",
+           steps: torch.Tensor | None = None) -> torch.Tensor:
     """torch.nn.functional.linear with its three matmuls in a recipe's formats.
 
     Args:
@@ -17,6 +19,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         weight: (out, in), plain or a :class:`gradmill.QuantizedWeight`.
         bias: (out) or None.
         recipe: a name or a :class:`gradmill.recipes.Recipe`.
+        steps: (out, groups) float32, used instead of a packed weight's scales and trained; weight-only recipes.
 
     Returns:
         (..., out) in autocast's dtype if autocast is on for the device, else in x's. Gradients have the dtype of
@@ -38,8 +41,13 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         raise ValueError(f"gradmill linear: x has shape {tuple(x.shape)}; its last dimension must be {weight.shape[1]}, the weight's in")
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
         raise ValueError(f"gradmill linear: bias has shape {tuple(bias.shape)}; it must be ({weight.shape[0]},)")
+    if steps is not None:
+        if recipe.y is not None or not isinstance(weight, QuantizedWeight):
+            raise ValueError(f"gradmill linear: steps were given; they need a packed weight and a weight-only recipe, not {recipe.name}")
+        if steps.dtype != torch.float32 or steps.shape != weight.scales.shape:
+            raise ValueError(f"gradmill linear: steps is {steps.dtype} of shape {tuple(steps.shape)}; it must be float32 of shape {tuple(weight.scales.shape)}")
     device = x.device.type
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # the meta device has none
     dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
-    y = QuantizedLinear.apply(x.reshape(x.shape[:-1].numel(), x.shape[-1]), weight, bias, recipe, dtype)
+    y = QuantizedLinear.apply(x.reshape(x.shape[:-1].numel(), x.shape[-1]), weight, bias, recipe, dtype, steps)
     return y.view(*x.shape[:-1], weight.shape[0])

@@ -1,15 +1,30 @@
 """Recipes: which format each of a linear layer's three matmuls uses, and how its weight is stored.
 
-A new recipe is data: construct a :class:`Recipe` and pass it wherever a recipe's name is taken.
+A new recipe is data: construct a :class:`Recipe` and pass it wherever a recipe's name is taken. To change one thing of a
+known one: ``dataclasses.replace(gradmill.recipes.INT8, name="mine", gradient_rounding="stochastic")``.
 """
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gradmill import formats
-from gradmill.formats import Format
+from gradmill.formats import FORMATS, Format
 
-__all__ = ["Recipe", "INT8", "INT8_WEIGHTS", "RECIPES", "get"]
+__all__ = ["Matmul", "Recipe", "RECIPES", "get", "INT8", "INT8_SWITCHBACK", "INT7", "FP8_TENSOR", "FP8_ROW", "FP8_BLOCK", "INT4", "FP4", "MXFP4",
+           "BF16", "W8", "W4", "W3", "W2", "INT8_WEIGHTS"]
+
+
+@dataclass(frozen=True)
+class Matmul:
+    """One product's operand formats, each quantised along the dimension that is summed; None: as it is.
+
+    Args:
+        left, right: X and W for Y = X W^T; dY and W for dX = dY W; dY and X for dW = dY^T X.
+        hadamard: both operands first go through a random Hadamard transform of this size along the sum (0: none).
+    """
+
+    left: Format | None
+    right: Format | None
+    hadamard: int = 0
 
 
 @dataclass(frozen=True)
@@ -18,33 +33,81 @@ class Recipe:
 
     Args:
         name: how users call it.
-        y, dx, dw: "int8" (both operands quantised along the contracted dimension: one scale per row of each, int32
-            sums) or None (the input's precision) for Y = X W^T, dX = dY W, dW = dY^T X.
-        weight: format the trainable weight is stored in (a :class:`gradmill.QuantizedWeight`); None keeps the Parameter.
+        y, dx, dw: a :class:`Matmul`, the name of a format for both operands, or None (the input's precision), for
+            Y = X W^T, dX = dY W, dW = dY^T X. "forward" for dx or dw: dY as it is times the very operand that the
+            forward product stored (straight-through).
+        weight: format the weight is stored in (a :class:`gradmill.QuantizedWeight`); None keeps the Parameter.
+        frozen: a stored weight does not train (weight-only recipes; its step sizes may, see ``nn.Linear.train_steps_``).
         gradient_rounding: "nearest" or "stochastic" rounding of dY.
     """
 
     name: str
-    y: str | None = None
-    dx: str | None = None
-    dw: str | None = None
+    y: Matmul | str | None = None
+    dx: Matmul | str | None = None
+    dw: Matmul | str | None = None
     weight: Format | None = None
+    frozen: bool = False
     gradient_rounding: str = "nearest"
 
     def __post_init__(self):
         for field in ("y", "dx", "dw"):
-            if getattr(self, field) not in (None, "int8"):
-                raise ValueError(f"{field} is {getattr(self, field)!r}; it must be None or 'int8'")
+            value = getattr(self, field)
+            if isinstance(value, str) and value in _NAMED:
+                object.__setattr__(self, field, Matmul(_NAMED[value], _NAMED[value]))
+            elif not (value is None or isinstance(value, Matmul) or value == "forward" and field != "y"):
+                raise ValueError(f"{field} is {value!r}; it must be None, a Matmul, {'or ' if field == 'y' else ''}one of "
+                                 f"{', '.join(map(repr, _NAMED))}{'' if field == 'y' else ', or forward'}")
+        if "forward" in (self.dx, self.dw) and not isinstance(self.y, Matmul):
+            raise ValueError(f"y is {self.y!r}; dx or dw 'forward' needs a Matmul whose operands can be kept")
         if self.gradient_rounding not in ("nearest", "stochastic"):
             raise ValueError(f"gradient_rounding is {self.gradient_rounding!r}; it must be 'nearest' or 'stochastic'")
 
+    def saved_bytes(self, tokens: int, columns: int, itemsize: int) -> int:
+        """Bytes of X that forward keeps for dW: exact, for (tokens, columns) of that item size."""
+        if self.frozen:
+            return 0
+        if self.dw == "forward" and self.y.left is not None:
+            return self.y.left.nbytes(tokens, columns)
+        if isinstance(self.dw, Matmul) and self.dw.right is not None:
+            return self.dw.right.nbytes(columns, tokens)
+        return tokens * columns * itemsize
+
+
+_NAMED = {"int8": FORMATS["int8_row"], "int7": FORMATS["int7_row"], "e4m3": FORMATS["e4m3_row"], "bf16": FORMATS["bf16"]}
+_ROW8, _TENSOR8 = FORMATS["int8_row"], FORMATS["int8_tensor"]
+_E4M3, _E5M2 = FORMATS["e4m3_tensor"], FORMATS["e5m2_tensor"]
+_LINE, _SQUARE = FORMATS["e4m3_1x128"], FORMATS["e4m3_128x128"]
+_FP4, _FP4_SQUARE, _MXFP4 = FORMATS["nvfp4"], FORMATS["nvfp4_16x16"], FORMATS["mxfp4"]
 
 #: Row-wise dynamic INT8 in all three matmuls (torchao's INT8 mixed-precision training). The weight stays a float Parameter.
-INT8 = Recipe("int8", y="int8", dx="int8", dw="int8")
+INT8 = Recipe("int8", "int8", "int8", "int8")
+#: The same with codes in [-63, 63], whose products add up in 16 bits: faster where the processor has no INT8 dot product.
+INT7 = Recipe("int7", "int7", "int7", "int7")
+#: Wortsman et al., "Stable and low-precision training for large-scale vision-language models" (SwitchBack): one scale for
+#: the whole weight, dW in high precision.
+INT8_SWITCHBACK = Recipe("int8_switchback", Matmul(_ROW8, _TENSOR8), Matmul(_ROW8, _TENSOR8))
+#: Micikevicius et al., "FP8 Formats for Deep Learning": e4m3 for X and W, e5m2 for dY, one dynamic scale per tensor.
+FP8_TENSOR = Recipe("fp8_tensor", Matmul(_E4M3, _E4M3), Matmul(_E5M2, _E4M3), Matmul(_E5M2, _E4M3))
+#: e4m3 everywhere, a scale per row of either operand.
+FP8_ROW = Recipe("fp8_row", "e4m3", "e4m3", "e4m3")
+#: DeepSeek-AI, "DeepSeek-V3 Technical Report", 3.3: X and dY in 1x128 blocks, W in 128x128, dW over groups of 128 tokens.
+FP8_BLOCK = Recipe("fp8_block", Matmul(_LINE, _SQUARE), Matmul(_LINE, _SQUARE), Matmul(_LINE, _LINE))
+#: Huang et al., "Stable-SPAM": W in groups of 256 with a zero point, X symmetric with each group's two largest entries
+#: exact, gradients straight through in high precision. The range of a group of W includes zero here.
+INT4 = Recipe("int4", Matmul(FORMATS["int4_outlier"], FORMATS["int4"]), "forward", "forward")
+#: NVIDIA, "Pretraining Large Language Models with NVFP4": e2m1 in blocks of 16 under e4m3 scales and one fp32 scale, W in
+#: 16x16 blocks, dY rounded stochastically, 16-wide random Hadamard transforms of dW's operands.
+FP4 = Recipe("fp4", Matmul(_FP4, _FP4_SQUARE), Matmul(_FP4, _FP4_SQUARE), Matmul(_FP4, _FP4, 16), gradient_rounding="stochastic")
+#: OCP Microscaling formats: e2m1 in blocks of 32 under a power-of-two scale (rounded up: nothing saturates).
+MXFP4 = Recipe("mxfp4", Matmul(_MXFP4, _MXFP4), Matmul(_MXFP4, _MXFP4), Matmul(_MXFP4, _MXFP4, 16), gradient_rounding="stochastic")
+#: bf16 operands, fp32 sums: half of the saved activations.
+BF16 = Recipe("bf16", "bf16", "bf16", "bf16")
+#: Weight-only: the weight packed and frozen, groups of 128 (w2: 64) with a zero point; X and dX in the input's precision.
+W8, W4, W3, W2 = (Recipe(name, weight=FORMATS[name], frozen=True) for name in ("w8", "w4", "w3", "w2"))
 #: INT8 matmuls over a weight that is itself stored in INT8, groups of 256 with a zero point (Zhang et al., "Q-GaLore").
-INT8_WEIGHTS = Recipe("int8_weights", y="int8", dx="int8", dw="int8", weight=formats.FORMATS["int8"])
+INT8_WEIGHTS = Recipe("int8_weights", "int8", "int8", "int8", weight=FORMATS["int8"])
 
-RECIPES = {r.name: r for r in (INT8, INT8_WEIGHTS)}
+RECIPES = {r.name: r for r in (INT8, INT8_SWITCHBACK, INT7, FP8_TENSOR, FP8_ROW, FP8_BLOCK, INT4, FP4, MXFP4, BF16, W8, W4, W3, W2, INT8_WEIGHTS)}
 
 
 def get(recipe: str | Recipe) -> Recipe:

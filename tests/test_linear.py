@@ -420,7 +420,7 @@ def test_mixed_dtypes_of_input_weight_and_bias():
     ((torch.ones(()), torch.ones(3, 4)), ValueError, r"x has shape \(\)"),
     ((torch.ones(2, 4), torch.ones(4)), ValueError, "weight has shape"),
     ((torch.ones(2, 4), torch.ones(3, 4), torch.ones(4)), ValueError, r"bias has shape \(4,\); it must be \(3,\)"),
-    ((torch.ones(2, 4), torch.ones(3, 4), None, "int7"), ValueError, "recipe is 'int7'"),
+    ((torch.ones(2, 4), torch.ones(3, 4), None, "int9"), ValueError, "recipe is 'int9'"),
 ])
 def test_bad_arguments_are_refused_by_name(arguments, error, message):
     with pytest.raises(error, match=message):
@@ -614,8 +614,8 @@ def test_convert_refuses_what_it_cannot_do():
         convert(nn.Linear(3, 3))
     with pytest.raises(TypeError, match="model is list"):
         convert([nn.Linear(3, 3)])
-    with pytest.raises(ValueError, match="recipe is 'int7'"):
-        convert(nn.Sequential(nn.Linear(3, 3)), "int7")
+    with pytest.raises(ValueError, match="recipe is 'int9'"):
+        convert(nn.Sequential(nn.Linear(3, 3)), "int9")
 
 
 def test_parametrised_layers_are_skipped_and_still_work():

@@ -25,7 +25,7 @@ class Linear(torch.nn.Linear):
     def _adopt(self, recipe: recipes.Recipe):
         self.recipe = recipe
         if recipe.weight is not None and not isinstance(self.weight, QuantizedWeight):
-            requires_grad = self.weight.requires_grad
+            requires_grad = self.weight.requires_grad and not recipe.frozen
             self.weight = torch.nn.Parameter(QuantizedWeight.quantize(self.weight.detach(), recipe.weight), requires_grad)
 
     @classmethod
@@ -39,9 +39,23 @@ class Linear(torch.nn.Linear):
         new._adopt(recipes.get(recipe))
         return new
 
+    def train_steps_(self, mode: bool = True) -> "Linear":
+        """Makes the step sizes (scales) of a packed weight a Parameter ``steps`` (out, groups) fp32, or packs them back:
+        the end-to-end phase of Chen et al., "EfficientQAT". ValueError unless the recipe is weight-only."""
+        if not (self.recipe.frozen and isinstance(self.weight, QuantizedWeight)):
+            raise ValueError(f"recipe is {self.recipe.name}; only the step sizes of a weight-only recipe (w8, w4, w3, w2) can train")
+        if mode and self._parameters.get("steps") is None:
+            self.steps = torch.nn.Parameter(self.weight.scales.clone())
+        elif not mode and self._parameters.get("steps") is not None:
+            self.weight.scales.copy_(self.steps.detach())
+            del self.steps
+        return self
+
     def dequantize_(self) -> torch.nn.Linear:
         """This layer as a plain torch.nn.Linear, sharing what it can."""
         new = torch.nn.Linear.__new__(torch.nn.Linear)
+        if self._parameters.get("steps") is not None:
+            self.train_steps_(False)
         new.__dict__ = {k: v for k, v in self.__dict__.items() if k != "recipe"}
         new._parameters = self._parameters.copy()
         if isinstance(self.weight, QuantizedWeight):
@@ -49,7 +63,7 @@ class Linear(torch.nn.Linear):
         return new
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return functional.linear(x, self.weight, self.bias, self.recipe)
+        return functional.linear(x, self.weight, self.bias, self.recipe, self._parameters.get("steps"))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, recipe={self.recipe.name}"

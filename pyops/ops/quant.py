@@ -98,9 +98,33 @@ quantize.__doc__ = """quantize(x, code, block=0, transpose=False, key=None, stre
 x (rows, columns) fp32, bf16 or fp16 in the format ``Format(code, block)``; with ``transpose``, x^T (a scale per
 column of x when block is 0). Rounds half to even, or stochastically with ``key`` = int64 CPU tensor [seed, step] and
 ``stream`` = tensor id << 8 | purpose. ``scales`` (rows, blocks) fp32, of the result, are taken instead of measured ones;
-values beyond them saturate (:func:`gradmill.formats.quantize_to` finds them for formats that share scales). zeros is
+values beyond them saturate (:func:`quantize_to` finds them for formats that share scales). zeros is
 empty for codes that need none. A nan or inf makes its block's scale nan. Raises TypeError for dtypes, ValueError for
 shapes, code and block."""
+
+
+def quantize_to(x, format: Format, transpose=False, key=None, stream=0):
+    """:func:`quantize` into any format, those whose blocks share scales included: (codes, scales, zeros)."""
+    scales = None
+    if format.shared:
+        scales = reference.shared_scales(block_absmax(x, format, transpose), format, key is not None)
+    return quantize(x, format.code, format.block, transpose, key, stream, scales)
+
+
+def block_absmax(x, format: Format, transpose=False):
+    """The largest magnitude of each block of x (of x^T) as fp32 (rows, blocks), nan where there is one."""
+    rows, columns = x.shape[::-1] if transpose else x.shape
+    blocks = format.blocks(columns)
+    if not x.numel():
+        return x.new_zeros((rows, blocks), dtype=torch.float32)
+    if format.block == 0 and format.rows == 0:
+        return torch.linalg.vector_norm(x, torch.inf).to(torch.float32).expand(rows, 1)
+    block, along = format.block or columns, 0 if transpose else 1
+    pad = blocks * block - columns
+    if pad:
+        x = torch.nn.functional.pad(x, (0, 0, 0, pad) if transpose else (0, pad))
+    absmax = torch.linalg.vector_norm(x.unflatten(along, (blocks, block)), torch.inf, dim=along + 1).to(torch.float32)
+    return absmax.t() if transpose else absmax
 
 
 # --- dequantize -------------------------------------------------------------------------------------------

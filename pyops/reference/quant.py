@@ -83,8 +83,6 @@ def shared_scales(x, format, stochastic=False):
         group = format.rows or max(rows, 1)
         padded = torch.nn.functional.pad(absmax, (0, 0, 0, -rows % group)).view(-1, group, absmax.shape[1])
         absmax = padded.amax(1).repeat_interleave(group, 0)[:rows]  # amax keeps nan
-    if format.least:
-        absmax = torch.where(absmax > 0, absmax.clamp(min=format.least), absmax)  # a block of zeros stays one
     scale = divide(absmax, top)
     scale = torch.where(torch.isfinite(scale), scale, torch.nan)
     if format.scale == "pow2":  # the next power of two up: nothing saturates
