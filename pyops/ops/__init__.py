@@ -3,7 +3,7 @@ from gradmill.ops._registry import OPS, BackendError, use_backend
 from gradmill.ops.matmul import matmul_int8, matmul_packed
 from gradmill.ops.optim import fused_step
 from gradmill.ops.projection import project, project_back, subspace_basis
-from gradmill.ops.quant import dequantize, quantize
+from gradmill.ops.quant import dequantize, hadamard, quantize
 
-__all__ = ["OPS", "BackendError", "use_backend", "quantize", "dequantize", "matmul_int8", "matmul_packed", "fused_step",
+__all__ = ["OPS", "BackendError", "use_backend", "quantize", "dequantize", "hadamard", "matmul_int8", "matmul_packed", "fused_step",
            "project", "project_back", "subspace_basis"]
