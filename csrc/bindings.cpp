@@ -116,6 +116,13 @@ void dequantize(int device, uint64_t stream, const MatrixTuple& in, uint64_t out
   GM_RUN(cpu().quant->dequantize(a), cuda::dequantize(a, launch))
 }
 
+void hadamard(int device, uint64_t stream, uint64_t x, int x_code, int64_t stride, int64_t rows, int64_t cols, int64_t block, bool transpose,
+              bool inverse, const KeyTuple& key, uint64_t out, int out_code) {
+  Key k = make_key(key);
+  HadamardArgs a{pointer(x), x_code, stride, rows, cols, block, transpose, inverse, key ? &k : nullptr, pointer(out), out_code};
+  GM_RUN(cpu().quant->hadamard(a), cuda::hadamard(a, launch))
+}
+
 void matmul_int8(int device, uint64_t stream, int64_t m, int64_t n, int64_t k, uint64_t a, uint64_t b, uint64_t a_scales, uint64_t b_scales,
                  uint64_t bias, uint64_t out, int out_code) {
   Int8MatmulArgs args{m, n, k, pointer<const int8_t>(a), pointer<const int8_t>(b), pointer<const float>(a_scales),
@@ -197,6 +204,7 @@ PYBIND11_MODULE(_C, m) {
 #endif
   m.def("quantize", &quantize);
   m.def("dequantize", &dequantize);
+  m.def("hadamard", &hadamard);
   m.def("matmul_int8", &matmul_int8);
   m.def("matmul_packed", &matmul_packed);
   m.def("project", &project);

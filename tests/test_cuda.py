@@ -269,6 +269,25 @@ def test_dequantize(place, code, rows, columns, block):
         same(got, want, f"{code} to {dtype}")
 
 
+@pytest.mark.parametrize("rows, columns, block", [(7, 70, 16), (1, 1, 16), (17, 301, 2), (9, 128, 128), (3, 700, 256), (2, 1000, 512), (2, 2047, 1024),
+                                                  (40, 133, 64), (0, 5, 16), (5, 0, 16)])
+def test_hadamard(place, rows, columns, block):
+    for number, (dtype, out, transpose, key, inverse) in enumerate([
+            (torch.float32, None, False, KEY, False), (torch.bfloat16, torch.float32, False, None, False), (torch.float16, None, True, KEY, True),
+            (torch.float32, torch.bfloat16, True, KEY, False), (torch.float32, torch.float16, False, KEY, True)]):
+        x = sample(rows, columns, number, dtype) if columns else torch.empty(rows, columns, dtype=dtype)
+        if transpose:
+            x = x.t().contiguous()
+        wide = torch.zeros(x.shape[0], x.shape[1] + 3, dtype=dtype)
+        wide[:, 1:-2] = x
+        want = reference_quant.hadamard(x, block, transpose, key, stream(3, "hadamard"), out, inverse)
+        for strided in (False, True):
+            source = place.put(wide)[:, 1:-2] if strided else place.put(x)
+            with place.context():
+                got = ops.hadamard(source, block, transpose, key, stream(3, "hadamard"), out, inverse)
+            same(got, want, f"{dtype} to {out} transpose={transpose} key={key is not None} inverse={inverse} strided={strided}")
+
+
 # --- matmul -----------------------------------------------------------------------------------------------
 INT8_SHAPES = [(1, 1, 1), (5, 7, 3), (33, 65, 130), (130, 129, 64), (2, 3, 0)]
 

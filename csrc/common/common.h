@@ -55,6 +55,7 @@ enum Purpose : uint32_t {
   kGradientRounding = 2,
   kBasis = 3,
   kDither = 4,
+  kHadamardSigns = 5,
 };
 
 GM_HD uint32_t float_bits(float x) {

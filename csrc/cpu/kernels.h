@@ -38,6 +38,19 @@ struct DequantizeArgs {
   int out_code;
 };
 
+// out (rows x cols) = x or, with `transpose`, x^T, every run of `block` elements of a row multiplied by random signs (key
+// not null) and by the normalised Hadamard matrix; `inverse`: the signs come last.
+struct HadamardArgs {
+  const void* x;
+  int x_code;
+  int64_t stride;
+  int64_t rows, cols, block;
+  bool transpose, inverse;
+  const Key* key;
+  void* out;  // contiguous
+  int out_code;
+};
+
 // out[i,j] = a_scale[i] * b_scale[j] * sum_k a[i,k] b[j,k] (+ bias[j]); a (m x k), b (n x k) int8 row-major.
 struct Int8MatmulArgs {
   int64_t m, n, k;
@@ -102,6 +115,7 @@ struct StepArgs {
 struct QuantKernels {
   void (*quantize)(const QuantizeArgs&);
   void (*dequantize)(const DequantizeArgs&);
+  void (*hadamard)(const HadamardArgs&);
 };
 struct MatmulKernels {
   void (*int8)(const Int8MatmulArgs&);

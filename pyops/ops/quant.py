@@ -66,9 +66,8 @@ def _fake_quantize(x, code, block=0, transpose=False, key=None, stream=0, scales
     return empty_quantized(x, code, block, transpose)
 
 
-def _native_quantize(x, code, block=0, transpose=False, key=None, stream=0, scales=None):
-    if x.is_cuda and code in ("uint3", "int3", "int4_outlier"):  # a thread writes 4 codes, which 3 bits leave in the middle of a byte
-        return reference.quantize(x, code, block, transpose, key, stream)
+def row_major(x, transpose):
+    """x and transpose such that x's rows are contiguous and apart, as native code wants them."""
     if x.stride(1) != 1 and x.shape[1] > 1:
         if x.stride(0) == 1 or x.shape[0] == 1:
             x, transpose = x.t(), not transpose  # a transposed view: read it the other way, no copy
@@ -76,6 +75,13 @@ def _native_quantize(x, code, block=0, transpose=False, key=None, stream=0, scal
             x = x.contiguous()
     if x.stride(0) < x.shape[1] and x.shape[0] > 1:
         x = x.contiguous()  # an expanded or overlapping view
+    return x, transpose
+
+
+def _native_quantize(x, code, block=0, transpose=False, key=None, stream=0, scales=None):
+    if x.is_cuda and code in ("uint3", "int3", "int4_outlier"):  # a thread writes 4 codes, which 3 bits leave in the middle of a byte
+        return reference.quantize(x, code, block, transpose, key, stream)
+    x, transpose = row_major(x, transpose)
     given = scales is not None
     codes, scales, zeros = empty_quantized(x, code, block, transpose, scales)
     rows, columns = x.shape[::-1] if transpose else x.shape
@@ -152,3 +158,48 @@ dequantize = Op(
     backends={"native": _native_dequantize, "triton": "gradmill.kernels.quant:dequantize", "reference": reference.dequantize},
     order={"cpu": ("native", "triton", "reference"), "cuda": ("native", "triton", "reference")})
 dequantize.__doc__ = """dequantize(codes, scales, zeros, code, block, columns, dtype) -> (rows, columns) of ``dtype``."""
+
+
+# --- hadamard ---------------------------------------------------------------------------------------------
+def _check_hadamard(x, block=16, transpose=False, key=None, stream=0, dtype=None, inverse=False):
+    require_matrix("hadamard", "x", x, FLOATS)
+    if not (2 <= block <= 1024 and block & (block - 1) == 0):
+        reject("hadamard", "block", block, "a power of two from 2 to 1024")
+    require_key("hadamard", key)
+    if dtype is not None and dtype not in FLOATS:
+        reject("hadamard", "dtype", dtype, "float32, bfloat16, float16 or None", TypeError)
+
+
+def _fake_hadamard(x, block=16, transpose=False, key=None, stream=0, dtype=None, inverse=False):
+    return x.new_empty(x.shape[::-1] if transpose else x.shape, dtype=dtype or x.dtype)
+
+
+def _native_hadamard(x, block=16, transpose=False, key=None, stream=0, dtype=None, inverse=False):
+    out = _fake_hadamard(x, block, transpose, dtype=dtype)
+    if out.numel():
+        x, transpose = row_major(x, transpose)
+        native_module().hadamard(*where(x), x.data_ptr(), CODES[float_code(x.dtype)], x.stride(0), *out.shape, block, transpose, inverse,
+                                 key_tuple(key, stream), out.data_ptr(), CODES[float_code(out.dtype)])
+    return out
+
+
+hadamard = Op(
+    "hadamard", "(Tensor x, int block=16, bool transpose=False, Tensor? key=None, int stream=0, ScalarType? dtype=None, bool inverse=False) -> Tensor",
+    _check_hadamard, _fake_hadamard,
+    backends={"native": _native_hadamard, "triton": "gradmill.kernels.quant:hadamard", "reference": reference.hadamard},
+    order={"cpu": ("native", "triton", "reference"), "cuda": ("native", "triton", "reference")})
+hadamard.__doc__ = """hadamard(x, block=16, transpose=False, key=None, stream=0, dtype=None, inverse=False) -> Tensor
+
+The random Hadamard transform of each row of x (rows, columns) fp32, bf16 or fp16, or with ``transpose`` of each row of
+x^T: every run of ``block`` (a power of two, 2 to 1024) elements is multiplied by random signs and by the orthogonal
+matrix H / sqrt(block). It spreads an outlier over its block, and two operands transformed alike keep their product:
+hadamard(A) hadamard(B)^T = A B^T, so both can be quantised after it. (NVIDIA, "Pretraining Large Language Models with
+NVFP4", 2025, section on random Hadamard transforms: blocks of 16 on the operands of dW only, whose contracted dimension
+is the tokens: ``hadamard(dy, transpose=True)`` and ``hadamard(x, transpose=True)`` with one key.)
+
+A row's tail is transformed by the largest powers of two that fit into it (13 = 8 + 4 + 1), so that the transform is
+orthogonal for any length. Signs are bit 31 of Philox words: ``key`` = int64 CPU tensor [seed, step], ``stream`` = tensor
+id << 8 | purpose "hadamard", element = position in the row, the same for every row; without a key there are none.
+``inverse`` undoes it: the transform, then the signs. Computed in fp32, butterflies in the order 1, 2, 4, ... apart,
+bit-equal in every backend; the result is (rows, columns), (columns, rows) with ``transpose``, of ``dtype`` (default
+x's). nan and inf spread over their block. Raises TypeError for dtypes, ValueError for shapes, block and key."""

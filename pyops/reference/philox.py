@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 
 #: What a random word is used for: the low 8 bits of ``stream``.
-PURPOSES = {"weight": 0, "state": 1, "gradient": 2, "basis": 3, "dither": 4}
+PURPOSES = {"weight": 0, "state": 1, "gradient": 2, "basis": 3, "dither": 4, "hadamard": 5}
 MASK = 0xFFFFFFFF
 
 

@@ -272,6 +272,40 @@ def dequantize(codes, scales, zeros, code, block, columns, dtype):
     return values.flatten(1)[:, :columns].to(dtype).contiguous()
 
 
+# --- random Hadamard transform ----------------------------------------------------------------------------
+def hadamard_blocks(x):
+    """The last dimension, a power of two long, times the Hadamard matrix and the fp32 1 / sqrt(length): butterflies
+    (a + b, a - b) of neighbours 1, 2, 4, ... apart, then one product."""
+    size, h = x.shape[-1], 1
+    while h < size:
+        a, b = x.unflatten(-1, (size // (2 * h), 2, h)).unbind(-2)
+        x = torch.stack((a + b, a - b), -2).flatten(-3)
+        h *= 2
+    return x * torch.tensor(size ** -0.5, dtype=torch.float32, device=x.device)
+
+
+def hadamard(x, block=16, transpose=False, key=None, stream=0, dtype=None, inverse=False):
+    """See gradmill.ops.quant.hadamard."""
+    dtype = dtype or x.dtype
+    x = (x.t() if transpose else x).to(torch.float32)
+    rows, columns = x.shape
+
+    def signed(x):
+        if key is None:
+            return x
+        negative = philox.words(*key.tolist(), stream, 0, columns, x.device) >> 31 == 1
+        return torch.where(negative, -x, x)
+
+    x = x if inverse else signed(x)
+    parts, done, size = [], 0, block
+    while done < columns:  # the whole blocks, then the powers of two that fit into the tail
+        length = (columns - done) // size * size
+        parts.append(hadamard_blocks(x[:, done:done + length].reshape(rows, length // size, size)).flatten(1))
+        done, size = done + length, size // 2
+    x = torch.cat(parts, 1) if parts else x
+    return (signed(x) if inverse else x).to(dtype).contiguous()
+
+
 def round_bf16_stochastic(x, words):
     """fp32 -> bfloat16: add the word's top 16 bits below the cut, then truncate; inf and nan are left alone."""
     bits = x.contiguous().view(torch.int32).to(torch.int64) & philox.MASK
