@@ -125,3 +125,32 @@ def dequantize_int4(ctx):
         return lambda i: m.functional.dequantize_4bit(codes, state)
     return _dequantize(ctx, "dequantize packed INT4, groups of 256", "uint4", 256, expression,
                        [("bitsandbytes", "bitsandbytes dequantize_4bit (nf4)", bnb)])
+
+
+def _hadamard(ctx, title, transpose=False, dtype=torch.float32):
+    rows, columns = _shape(ctx)
+    x = ctx.rotate(lambda: ctx.randn(rows, columns, dtype=dtype))
+    matrix = ctx.once(lambda: ops.hadamard(torch.eye(16, device=ctx.device), dtype=dtype))   # symmetric, orthogonal
+    key = torch.tensor([1, 2], dtype=torch.int64)
+
+    def product(i):
+        source = x(i).t().contiguous() if transpose else x(i)
+        return (source.view(-1, 16) @ matrix()).view(source.shape)
+    size = torch.finfo(dtype).bits / 8
+    return Bench(f"{title}, {rows}x{columns}", Work(2 * size * rows * columns, 5.0 * rows * columns, "copy"), [
+        ours(lambda: lambda i: ops.hadamard(x(i), 16, transpose, key)), baseline("matmul with a 16x16 matrix", lambda: product)])
+
+
+@case("quant")
+def hadamard(ctx):
+    return _hadamard(ctx, "random Hadamard transform, blocks of 16")
+
+
+@case("quant")
+def hadamard_bf16(ctx):
+    return _hadamard(ctx, "random Hadamard transform of bf16, blocks of 16", dtype=torch.bfloat16)
+
+
+@case("quant")
+def hadamard_transposed(ctx):
+    return _hadamard(ctx, "random Hadamard transform, transposed, blocks of 16", transpose=True)

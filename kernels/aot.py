@@ -99,6 +99,16 @@ def _quant():
                       {**packed, "codes": "*i8" if code == "int8" else "*u8", "out": f"*{out}"},
                       {"CODE": CODES[code], "OUT": CODES[out], "NB": 16, "P2": 256, "pieces": 1}, warps=8, everywhere=code == "uint4", elementwise=True)
 
+    for x, out, block, random, inverse, tail, across in (("fp32", "fp32", 16, True, False, False, False), ("bf16", "bf16", 16, True, False, True, True),
+                                                         ("fp16", "fp32", 1024, False, False, True, False), ("fp32", "fp16", 1024, True, True, False, True),
+                                                         ("bf16", "fp32", 2, True, True, False, False)):
+        runs, p2 = quant.hadamard_tile(4096, 4096, block, across)
+        yield Variant(f"hadamard {block} {x} to {out}{' random' * random}{' inverse' * inverse}{' tail' * tail}{' transposed' * across}",
+                      quant.hadamard_kernel, {**key, "x": "*i16" if x == "bf16" else f"*{x}", "out": f"*{out}"},
+                      {"BLOCK": block, "LOG": block.bit_length() - 1, "OUT": CODES[out], "RANDOM": random, "INVERSE": inverse, "TAIL": tail,
+                       "ACROSS_ROWS": across, "NB": runs, "P2": p2, ("stride_row" if across else "stride_column"): 1},
+                      warps=warps_for(runs * p2), everywhere=block == 16, elementwise=True)
+
 
 def _optim():
     for rule in optim.RULES:

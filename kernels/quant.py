@@ -4,6 +4,9 @@ Bytes: quantize reads the input once (a whole row longer than a tile: twice, the
 writes bits/8 per element + 4 (5 with a zero point) per block; dequantize the reverse. Both are limited by memory:
 bf16 -> uint8, block 256, moves 3.02 bytes per element, at 3.0 TB/s (H100 copy) about 1.0 T elements/s; stochastic
 rounding adds some 25 integer operations per element, below that limit. Expected, never measured on a GPU yet.
+
+hadamard moves 8 bytes per fp32 element and 4 per bf16; its 2 additions per element and butterfly step do not count, the
+exchanges between threads do: a step that leaves a thread's own elements goes through shuffles or shared memory.
 """
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import triton
 import triton.language as tl
 
 from gradmill.formats import CODES, Format, float_code
-from gradmill.kernels._common import (KEY_ARGUMENTS, LAUNCH, UINT4, UINT8, as_bits, block_parameters, decode, encode, from_bf16_bits, key_words,
+from gradmill.kernels._common import (KEY_ARGUMENTS, LAUNCH, UINT4, UINT8, as_bits, bits, block_parameters, decode, encode, from_bf16_bits, key_words,
                                       load_codes, measure, power_of_two, ready, seed_of, store_codes, store_floats, tile_words, warps_for)
 
 TILE = 4096    # elements a program holds in registers
@@ -67,6 +70,59 @@ def quantize_kernel(x, codes, scales, zeros, rows, columns, block, blocks, strid
             words = tile_words(seed, step, stream, row * columns + col + done, ALIGNED, P2)
         q = encode(values, scale[:, None], zero[:, None], words, CODE, STOCHASTIC)
         store_codes(codes, q, row, col + done, size - done, columns, CODE, P2)
+
+
+@triton.jit
+def root_bits(LOG: tl.constexpr):
+    """The bits of the fp32 2^(-LOG/2): 1 or sqrt(1/2), LOG // 2 less in the exponent."""
+    return (0x3F3504F3 if LOG % 2 else 0x3F800000) - ((LOG // 2) << 23)
+
+
+@triton.jit
+def hadamard_lengths(at, columns, BLOCK: tl.constexpr, LOG: tl.constexpr):
+    """How long the block is that holds each element of a row, and its 1 / sqrt(length); csrc/common/hadamard.h explains."""
+    different = ((at ^ columns) & (BLOCK - 1)).to(tl.int32)
+    size = tl.zeros_like(different) + 1
+    scale = tl.zeros_like(different) + root_bits(0)
+    for i in tl.static_range(LOG):
+        here = ((different >> i) & 1) != 0
+        size, scale = tl.where(here, 1 << i, size), tl.where(here, root_bits(i), scale)
+    whole = at < columns // BLOCK * BLOCK
+    size, scale = tl.where(whole, BLOCK, size), tl.where(whole, root_bits(LOG), scale)
+    return size, scale.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def flip_signs(x, words):
+    return (bits(x) ^ ((words >> 31) << 31).to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+
+
+@triton.jit(do_not_specialize=KEY_ARGUMENTS)
+def hadamard_kernel(x, out, rows, columns, groups, chunks, stride_row, stride_column, seed_low, seed_high, step, stream, BLOCK: tl.constexpr,
+                    LOG: tl.constexpr, OUT: tl.constexpr, RANDOM: tl.constexpr, INVERSE: tl.constexpr, TAIL: tl.constexpr, ACROSS_ROWS: tl.constexpr,
+                    NB: tl.constexpr, P2: tl.constexpr):
+    """NB rows of P2 columns, a multiple of BLOCK. TAIL: columns is none."""
+    index = tl.program_id(0)
+    # Neighbouring tiles are neighbours in memory, whichever way the input lies.
+    group, chunk = (index % groups, index // groups) if ACROSS_ROWS else (index // chunks, index % chunks)
+    row = group.to(tl.int64) * NB + tl.arange(0, NB)
+    first = chunk.to(tl.int64) * P2 + tl.arange(0, 1)
+    col = tl.zeros_like(row) + first
+    limit = tl.where(row < rows, columns - col, 0)
+    v = load_strided(x, row, col, limit, stride_row, stride_column, P2)
+    if RANDOM:
+        words = tile_words(seed_of(seed_low, seed_high), step, stream, first, True, P2)  # the same for every row
+        if not INVERSE:
+            v = flip_signs(v, words)
+    size, scale = hadamard_lengths(first[:, None] + tl.arange(0, P2)[None, :], columns, BLOCK, LOG)
+    for i in tl.static_range(LOG):
+        a, b = tl.split(tl.permute(tl.reshape(v, (NB * P2 // (2 << i), 2, 1 << i)), (0, 2, 1)))
+        y = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 2, 1)), (NB, P2))
+        v = tl.where(size > 1 << i, y, v) if TAIL else y
+    v = v * scale
+    if RANDOM and INVERSE:
+        v = flip_signs(v, words)
+    store_floats(out, v, 0, row, col, limit, columns, OUT, False, P2)
 
 
 @triton.jit
@@ -128,5 +184,32 @@ def dequantize(codes, scales, zeros, code, block, columns, dtype):
     with ready(codes):
         dequantize_kernel[(triton.cdiv(rows * blocks * pieces, runs),)](
             codes, scales, zeros, out, rows, columns, size, blocks, pieces, CODE=CODES[code], OUT=CODES[float_code(dtype)], NB=runs,
+            P2=chunk, num_warps=warps_for(runs * chunk), **LAUNCH)
+    return out
+
+
+def hadamard_tile(rows, columns, block, across):
+    """(NB, P2): as many whole blocks as are worth a read, and rows to fill a tile or, across, a line of memory."""
+    chunk = max(block, min(power_of_two(columns), 128 if across else 256))
+    return max(ACROSS // 2 if across else 1, TILE // chunk), chunk
+
+
+def hadamard(x, block=16, transpose=False, key=None, stream=0, dtype=None, inverse=False):
+    """See gradmill.ops.quant.hadamard."""
+    if transpose:
+        x = x.t()  # strides do the rest
+    rows, columns = x.shape
+    out = torch.empty((rows, columns), dtype=dtype or x.dtype, device=x.device)
+    if not x.numel():
+        return out
+    across = x.stride(0) == 1 and x.stride(1) != 1
+    runs, chunk = hadamard_tile(rows, columns, block, across)
+    groups, chunks = triton.cdiv(rows, runs), triton.cdiv(columns, chunk)
+    if groups * chunks >= 1 << 31:
+        raise ValueError(f"gradmill.hadamard: {rows} x {columns} is {groups * chunks} tiles; the Triton kernel counts them in 31 bits")
+    with ready(x):
+        hadamard_kernel[(groups * chunks,)](
+            as_bits(x), out, rows, columns, groups, chunks, *x.stride(), *key_words(key, stream), BLOCK=block, LOG=block.bit_length() - 1,
+            OUT=CODES[float_code(out.dtype)], RANDOM=key is not None, INVERSE=inverse, TAIL=columns % block != 0, ACROSS_ROWS=across, NB=runs,
             P2=chunk, num_warps=warps_for(runs * chunk), **LAUNCH)
     return out

@@ -4,7 +4,7 @@ import torch
 import gradmill
 from gradmill import BackendError, use_backend
 from gradmill.formats import FORMATS, Format
-from gradmill.ops import OPS, dequantize, fused_step, matmul_int8, matmul_packed, project, project_back, quantize, subspace_basis
+from gradmill.ops import OPS, dequantize, fused_step, hadamard, matmul_int8, matmul_packed, project, project_back, quantize, subspace_basis
 from gradmill.optim.rules import RULES
 from gradmill.reference.optim import RULES as REFERENCE_RULES
 
@@ -49,6 +49,8 @@ def samples():
     yield "matmul_scaled", (*fp8[:2], None, "e4m3", 0, *fp4, "e2m1", 8, 12, False, torch.randn(7), torch.float32)
     yield "matmul_scaled", (torch.randn(5, 7).bfloat16(), None, None, "bf16", 0, *fp4[:2], None, "e2m1", 8, 12, True, None, torch.bfloat16)
     yield "quantize", (x, "int8", 0, True, key(1, 2), 3)
+    yield "hadamard", (x,)
+    yield "hadamard", (x.bfloat16(), 8, True, key(1, 2), 3, torch.float32, True)
     a, sa, _ = quantize(x, "int8")
     b, sb, _ = quantize(torch.randn(7, 12), "int8")
     yield "matmul_int8", (a, b, sa, sb, None, torch.float32)
@@ -209,6 +211,14 @@ BAD = {  # what is wrong: (op, arguments, error, what the message must say)
     "out dtype": (dequantize, (*Q, "uint4", 4, 6, torch.float64), TypeError, "dtype is torch.float64"),
     "negative columns": (dequantize, (*Q, "uint4", 4, -1, torch.float32), ValueError, "columns is -1"),
     "codes not contiguous": (dequantize, (torch.ones(6, 4, dtype=torch.int8).t(), torch.ones(4, 1), NONE, "int8", 0, 6, torch.float32), ValueError, "contiguous"),
+    "hadamard dtype": (hadamard, (X.double(),), TypeError, "gradmill.hadamard: x is float64"),
+    "hadamard 3-D": (hadamard, (X[None],), ValueError, "hadamard: x is .*it must be 2-D"),
+    "hadamard block of 1": (hadamard, (X, 1), ValueError, "block is 1; it must be a power of two from 2 to 1024"),
+    "hadamard block of 24": (hadamard, (X, 24), ValueError, "block is 24"),
+    "hadamard block of 2048": (hadamard, (X, 2048), ValueError, "block is 2048"),
+    "hadamard negative block": (hadamard, (X, -16), ValueError, "block is -16"),
+    "hadamard key": (hadamard, (X, 16, False, torch.zeros(2)), ValueError, "hadamard: key is float32"),
+    "hadamard out dtype": (hadamard, (X, 16, False, None, 0, torch.int8), TypeError, "dtype is torch.int8; it must be float32, bfloat16, float16 or None"),
     "inner size": (matmul_int8, (I8, I8[:, :4].contiguous(), S8, S8, None, torch.float32), ValueError, r"matmul_int8: b is .*of shape \(any, 6\)"),
     "a dtype": (matmul_int8, (X, I8, S8, S8, None, torch.float32), TypeError, "a is float32.*it must be int8"),
     "a scales": (matmul_int8, (I8, I8, S8[:2], S8, None, torch.float32), ValueError, "a_scales is"),

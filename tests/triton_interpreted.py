@@ -93,6 +93,28 @@ def test_quantize_strides():
         check_quantize(x, "int4", 0, True, None)
 
 
+@pytest.mark.parametrize("block, shapes", ((2, ((3, 37),)), (4, ((1, 1), (5, 8))), (8, ((9, 13),)), (16, ((0, 4), (4, 0), (2, 141), (3, 33))),
+                                           (64, ((2, 127),)), (1024, ((1, 1030),))))
+def test_hadamard(block, shapes):
+    for i, (shape, across) in enumerate(itertools.product(shapes, (False, True))):
+        x = torch.randn(shape)
+        if x.numel() > 30:
+            x.view(-1)[torch.randperm(x.numel())[:8]] = torch.tensor(SPECIAL)
+            x[-1, -1] = random.choice((float("nan"), float("-inf")))
+        x, out, stream = x.to(FLOATS[i % 3]), random.choice(FLOATS), random.getrandbits(32)
+        if across:
+            x = x.t().contiguous()
+        for key, inverse in ((None, False), (random_key(), False), (random_key(), True)):
+            assert_same(quant.hadamard(x, block, across, key, stream, out, inverse), ref_quant.hadamard(x, block, across, key, stream, out, inverse),
+                        block, shape, across, inverse, x.dtype, out, key is None)
+
+
+def test_hadamard_strides():
+    for x in (torch.randn(40, 7).t(), torch.randn(1, 50).expand(2, 50), torch.randn(9, 64)[::3, ::2]):
+        for transpose in (False, True):
+            assert_same(quant.hadamard(x, 8, transpose), ref_quant.hadamard(x, 8, transpose), x.stride(), transpose)
+
+
 # --- matmul -----------------------------------------------------------------------------------------------
 def int8_operands(m, n, k):
     return (torch.randint(-128, 128, (m, k), dtype=torch.int8), torch.randint(-128, 128, (n, k), dtype=torch.int8), torch.rand(m, 1),

@@ -1,4 +1,4 @@
-// Quantise and dequantise, every blocked code, row-wise or transposed, nearest or stochastic.
+// Quantise and dequantise, every blocked code, row-wise or transposed, nearest or stochastic; the random Hadamard transform.
 //
 // Memory-bound: fp32 -> int8 moves 5 bytes per element (4 read, 1 written). A block is read into L1 once,
 // measured there and encoded from there. `transpose` reads 16 columns at a time, a cache line of fp32 from each row,

@@ -1,4 +1,5 @@
-// Quantise and dequantise, every blocked code, any block length, row-wise or transposed, nearest or stochastic.
+// Quantise and dequantise, every blocked code, any block length, row-wise or transposed, nearest or stochastic; the random
+// Hadamard transform.
 //
 // Memory-bound: fp32 -> int8 moves 5 bytes per element (bf16 -> int8 3, fp32 -> int4 4.5), plus 4/block for the
 // scales. At 3.0 TB/s (H100, measured copy) that is 600 Gelement/s. A team of 8 or 32 lanes or a whole thread block
