@@ -84,20 +84,25 @@ def variants():
 def _quant():
     key = {n: "i32" for n in ("seed_low", "seed_high", "step", "stream")}
     packed = {"codes": "*u8", "scales": "*fp32", "zeros": "*u8"}
-    for code, dtype, stochastic, across, loop, p2 in (("int8", "bf16", False, False, False, 4096), ("int8", "bf16", True, True, True, 256),
-                                                      ("uint8", "fp32", True, False, False, 256), ("int4", "fp32", False, False, False, 128),
-                                                      ("uint4", "fp16", True, False, True, 4096), ("moment8", "fp32", False, False, False, 256),
-                                                      ("square8", "fp32", True, False, False, 256)):
+    for code, dtype, stochastic, across, loop, p2, given in (
+            ("int8", "bf16", False, False, False, 4096, False), ("int8", "bf16", True, True, True, 256, False),
+            ("uint8", "fp32", True, False, False, 256, False), ("int4", "fp32", False, False, False, 128, False),
+            ("uint4", "fp16", True, False, True, 4096, False), ("moment8", "fp32", False, False, False, 256, False),
+            ("square8", "fp32", True, False, False, 256, False), ("e4m3", "bf16", False, False, True, 4096, True),
+            ("e5m2", "bf16", True, True, True, 128, False), ("e2m1", "bf16", True, False, False, 16, True),
+            ("int7", "fp16", False, False, False, 4096, False), ("uint2", "fp32", False, False, False, 64, False),
+            ("int2", "fp32", True, False, False, 64, False)):
         runs = quant.ACROSS if across else max(1, quant.TILE // p2)
-        yield Variant(f"quantize {dtype} to {code}{' stochastic' * stochastic}{' transposed' * across}{' long' * loop}", quant.quantize_kernel,
-                      {**key, **packed, "codes": "*i8" if code == "int8" else "*u8", "x": "*i16" if dtype == "bf16" else f"*{dtype}"},
-                      {"CODE": CODES[code], "STOCHASTIC": stochastic, "ALIGNED": code != "uint4", "ACROSS_ROWS": across, "LOOP": loop,
+        yield Variant(f"quantize {dtype} to {code}{' stochastic' * stochastic}{' transposed' * across}{' long' * loop}{' given scales' * given}", quant.quantize_kernel,
+                      {**key, **packed, "codes": "*i8" if code in ("int8", "int7") else "*u8", "x": "*i16" if dtype == "bf16" else f"*{dtype}"},
+                      {"CODE": CODES[code], "GIVEN": given, "STOCHASTIC": stochastic, "ALIGNED": code != "uint4", "ACROSS_ROWS": across, "LOOP": loop,
                        "NB": runs, "P2": p2, ("stride_row" if across else "stride_column"): 1}, warps=warps_for(runs * p2),
-                      everywhere=code == "uint8", elementwise=True)
-    for code, out in (("int8", "bf16"), ("uint4", "fp32"), ("int4", "fp16"), ("moment8", "fp32"), ("square8", "bf16")):
+                      everywhere=code in ("uint8", "e4m3"), elementwise=True)
+    for code, out in (("int8", "bf16"), ("uint4", "fp32"), ("int4", "fp16"), ("moment8", "fp32"), ("square8", "bf16"), ("e4m3", "bf16"),
+                      ("e5m2", "fp32"), ("e2m1", "bf16"), ("int7", "fp32"), ("uint2", "bf16"), ("int2", "fp16")):
         yield Variant(f"dequantize {code} to {out}", quant.dequantize_kernel,
-                      {**packed, "codes": "*i8" if code == "int8" else "*u8", "out": f"*{out}"},
-                      {"CODE": CODES[code], "OUT": CODES[out], "NB": 16, "P2": 256, "pieces": 1}, warps=8, everywhere=code == "uint4", elementwise=True)
+                      {**packed, "codes": "*i8" if code in ("int8", "int7") else "*u8", "out": f"*{out}"},
+                      {"CODE": CODES[code], "OUT": CODES[out], "NB": 16, "P2": 256, "pieces": 1}, warps=8, everywhere=code in ("uint4", "e2m1"), elementwise=True)
 
 
 def _optim():
@@ -149,7 +154,7 @@ def _matmul_packed():
             tiles = _tiles(table, target, m)
             matrix = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}[target]
             yield Variant(f"matmul_packed {x} x {code}{' transposed' * transpose} m {m}{'' if per_row else ' gathered scales'}", matmul.packed_kernel,
-                          {"x": f"*{x}", "codes": "*i8" if code == "int8" else "*u8", "scales": "*fp32", "zeros": "*u8", "bias": "*fp32", "out": f"*{x}"},
+                          {"x": f"*{x}", "codes": "*i8" if code in ("int8", "int7") else "*u8", "scales": "*fp32", "zeros": "*u8", "bias": "*fp32", "out": f"*{x}"},
                           {"CODE": CODES[code], "X": CODES[x], "OUT": CODES[x], "HAS_BIAS": False, "TRANSPOSE": transpose, "PER_ROW": per_row,
                            "FACTOR": per_row and not transpose, "stride_xk": 1, "stride_on": 1, **tiles.pop("constants")},
                           {} if x == "fp32" else {target: matrix}, **tiles, only=target, everywhere=x == "bf16" and m != 4096 or transpose)
@@ -162,8 +167,8 @@ def _projection():
             p2 = projection.WIDEST // 2 if plain else projection.WIDEST
             precision = "ieee" if target == "gfx942" else "tf32x3"
             yield Variant(f"project_back {weight} from {code}{' left' * left}{' long' * loop}", projection.back_kernel,
-                          {"weight": "*bf16" if plain else "*i8" if weight == "int8" else "*u8", "weight_scales": "*fp32", "weight_zeros": "*u8", "update": "*fp32",
-                           "codes": "*i8" if code == "int8" else "*u8", "scales": "*fp32", "zeros": "*u8", "decay": "fp32", "alpha": "fp32"},
+                          {"weight": "*i16" if plain else "*i8" if weight == "int8" else "*u8", "weight_scales": "*fp32", "weight_zeros": "*u8", "update": "*fp32",
+                           "codes": "*i8" if code in ("int8", "int7") else "*u8", "scales": "*fp32", "zeros": "*u8", "decay": "fp32", "alpha": "fp32"},
                           {"W": CODES[weight], "CODE": CODES[code], "LEFT": left, "PER_ROW": True, "LOOP": loop, "ALIGNED": True, "PRECISION": precision,
                            "BM": projection.ROWS, "KB": 1, "P2": p2, "BK": projection.DEPTH},
                           {target: "mfma" if target == "gfx942" else "mma.sync"}, warps=8 if p2 > 128 else 4, stages=2, odd=("decay", "alpha"), only=target, everywhere=weight == "uint8")
