@@ -29,6 +29,9 @@ SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942":
 #: What a matrix instruction looks like in PTX or AMD assembly.
 INSTRUCTIONS = {"wgmma": r"wgmma\.mma_async", "mma.sync": r"\bmma\.sync", "tcgen05": r"tcgen05\.mma", "mfma": r"v_mfma_", "fma": r"\bfma\.rn\.f32|v_(pk_)?fma|v_fmac"}
 
+#: The one a 16-bit or FP8 dot becomes.
+MATRIX = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -77,6 +80,7 @@ def variants():
     yield from _quant()
     yield from _optim()
     yield from _matmul_int8()
+    yield from _matmul_fp8()
     yield from _matmul_packed()
     yield from _projection()
 
@@ -111,7 +115,8 @@ def _optim():
         for param, grad, states, p_split, s_split, loop in (
                 ("fp32", "fp32", ("fp32",) * 3, False, False, False), ("bf16", "bf16", ("moment8", "square8", "square8"), False, False, False),
                 ("uint8", "bf16", ("moment8", "square8", "square8"), False, False, False), ("int8", "fp32", ("bf16", "fp16", "fp32"), False, False, True),
-                ("delta", "fp32", ("moment8", "square8", "square8"), False, False, False), ("int4", "fp16", ("moment8",) * 3, False, True, False)):
+                ("delta", "fp32", ("moment8", "square8", "square8"), False, False, False), ("int4", "fp16", ("moment8",) * 3, False, True, False),
+                ("e4m3", "bf16", ("e4m3", "square8", "square8"), False, False, False), ("e2m1", "bf16", ("moment8", "square8", "square8"), False, False, True)):
             if rule != "adamw" and param not in ("bf16", "uint8"):
                 continue  # formats and rules do not meet: all formats once, all rules twice
             codes = [CODES[c] for c in states[:count]] + [-1] * (3 - count)
@@ -124,8 +129,7 @@ def _optim():
                           warps=8, odd=("tensors",), everywhere=rule == "adamw" and param in ("fp32", "uint8"), elementwise=True)
 
 
-def _tiles(table: dict, target: str, m: int) -> dict:
-    bm, bn, bk, group, warps, stages = matmul.choose(table, target, m)
+def _tiles(bm: int, bn: int, bk: int, group: int, warps: int, stages: int) -> dict:
     return {"constants": {"BM": bm, "BN": bn, "BK": bk, "GROUP": group}, "warps": warps, "stages": stages}
 
 
@@ -135,7 +139,7 @@ def _matmul_int8():
         matrix["sm_100"] = "tcgen05"  # 3.6 takes mma.sync
     for m, out, bias, even, long in ((4096, "bf16", True, True, False), (64, "fp32", False, False, False), (4096, "fp16", False, False, True)):
         for target in TARGETS:
-            tiles = _tiles(matmul.INT8_TILES, target, m)
+            tiles = _tiles(*matmul.choose(matmul.INT8_TILES, target, m))
             if long:
                 tiles["constants"].update(BM=64, BN=64)
                 tiles["warps"] = 4
@@ -145,23 +149,35 @@ def _matmul_int8():
                           {target: matrix[target]} if target in matrix else {}, **tiles, only=target, everywhere=m == 4096 and not long)
 
 
+def _matmul_fp8():
+    for a, b, m, out, bias, even, blocked in (("e4m3", "e4m3", 4096, "bf16", True, True, False), ("e5m2", "e4m3", 64, "fp32", False, False, False),
+                                              ("e4m3", "e4m3", 4096, "bf16", False, True, True), ("e4m3", "e5m2", 4096, "fp32", False, False, True)):
+        for target in TARGETS:
+            tiles = _tiles(*matmul.fp8_tiles(target, m, blocked))
+            yield Variant(f"matmul_scaled {a} x {b} m {m} {out}{' blocked' * blocked}", matmul.fp8_kernel,
+                          {"a": "*u8", "b": "*u8", "a_scales": "*fp32", "b_scales": "*fp32", "bias": "*fp32", "out": f"*{'i16' if out == 'bf16' else out}"},
+                          {"A": CODES[a], "B": CODES[b], "OUT": CODES[out], "HAS_BIAS": bias, "EVEN_K": even, "BLOCKED": blocked,
+                           "NATIVE": target != "sm_80", **tiles.pop("constants")},
+                          {target: MATRIX[target]}, **tiles, exact=False, only=target, everywhere=a == b)
+
+
 def _matmul_packed():
     for code, x, m, transpose, per_row in (("int8", "bf16", 4096, False, True), ("uint4", "bf16", 16, False, True), ("uint8", "bf16", 4096, True, True),
                                            ("int4", "fp16", 4096, False, True), ("uint4", "fp16", 4096, True, True), ("uint8", "fp32", 4096, False, True),
-                                           ("uint4", "bf16", 64, False, False)):
+                                           ("uint4", "bf16", 64, False, False), ("e4m3", "bf16", 4096, False, True), ("uint2", "bf16", 16, False, True)):
         for target in TARGETS:
             table = matmul.FP32_TILES if x == "fp32" else matmul.PACKED_TILES if per_row else matmul.GATHER_TILES
-            tiles = _tiles(table, target, m)
-            matrix = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}[target]
+            tiles = _tiles(*matmul.choose(table, target, m))
             yield Variant(f"matmul_packed {x} x {code}{' transposed' * transpose} m {m}{'' if per_row else ' gathered scales'}", matmul.packed_kernel,
                           {"x": f"*{x}", "codes": "*i8" if code in ("int8", "int7") else "*u8", "scales": "*fp32", "zeros": "*u8", "bias": "*fp32", "out": f"*{x}"},
                           {"CODE": CODES[code], "X": CODES[x], "OUT": CODES[x], "HAS_BIAS": False, "TRANSPOSE": transpose, "PER_ROW": per_row,
                            "FACTOR": per_row and not transpose, "stride_xk": 1, "stride_on": 1, **tiles.pop("constants")},
-                          {} if x == "fp32" else {target: matrix}, **tiles, only=target, everywhere=x == "bf16" and m != 4096 or transpose)
+                          {} if x == "fp32" else {target: MATRIX[target]}, **tiles, only=target, everywhere=x == "bf16" and m != 4096 or transpose)
 
 
 def _projection():
-    for weight, code, left, loop in (("uint8", "uint4", False, False), ("bf16", "uint4", True, False), ("int8", "int8", False, True), ("uint4", "uint4", True, False)):
+    for weight, code, left, loop in (("uint8", "uint4", False, False), ("bf16", "uint4", True, False), ("int8", "int8", False, True),
+                                      ("uint4", "uint4", True, False), ("e4m3", "e2m1", False, False)):
         for target in TARGETS:
             plain = weight in ("fp32", "bf16", "fp16")
             p2 = projection.WIDEST // 2 if plain else projection.WIDEST

@@ -345,6 +345,11 @@ def native_fp8(device: torch.device) -> bool:
     return not INTERPRETING and (torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 9))
 
 
+def fp8_tiles(arch: str, m: int, blocked: bool) -> tuple:
+    bm, bn, *rest = choose(FP8_TILES, arch, m)
+    return bm, min(bn, 64) if blocked and arch == "sm_100" else bn, *rest  # each step's sum leaves tensor memory: 128 columns spill
+
+
 def float_matmul(x, w, transpose, bias, dtype):
     """x w^T, or x w with ``transpose``, of plain floats: the vendor's library; sums and bias in fp32."""
     w = w if transpose else w.t()
@@ -365,17 +370,17 @@ def matmul_scaled(a, a_scales, a_zeros, a_code, a_block, b, b_scales, b_zeros, b
     out = a.new_empty((m, n), dtype=dtype)
     if not out.numel():
         return out
-    a_block, b_block = min(a_block or k, k), min(b_block or k, k)
-    whole = a_block == b_block == k
-    if k and not transpose and {a_code, b_code} <= {"int8", "int7"} and whole:
+    a_size, b_size = min(a_block or k, k), min(b_block or k, k)
+    whole = a_size == b_size == k
+    if k and whole and not transpose and {a_code, b_code} <= {"int8", "int7"}:
         return matmul_int8(a, b, a_scales, b_scales, bias, dtype)
     if k and not transpose and {a_code, b_code} <= {"e4m3", "e5m2"}:
-        bm, bn, bk, group, warps, stages = choose(FP8_TILES, architecture(a.device), m)
-        if all(block in (k, block // bk * bk) for block in (a_block, b_block)):
+        bm, bn, bk, group, warps, stages = fp8_tiles(architecture(a.device), m, not whole)
+        if all(block in (k, block // bk * bk) for block in (a_size, b_size)):
             with ready(a):  # results are within a bound, not bit-equal: multiply and add may fuse
                 fp8_kernel[(triton.cdiv(m, bm) * triton.cdiv(n, bn),)](
-                    as_bits(a), as_bits(b), a_scales, b_scales, a_scales if bias is None else as_bits(bias.contiguous()), out, m, n, k, a_block,
-                    b_block, A=CODES[a_code], B=CODES[b_code], OUT=CODES[float_code(dtype)], HAS_BIAS=bias is not None, EVEN_K=k % bk == 0,
+                    as_bits(a), as_bits(b), a_scales, b_scales, a_scales if bias is None else as_bits(bias.contiguous()), out, m, n, k, a_size,
+                    b_size, A=CODES[a_code], B=CODES[b_code], OUT=CODES[float_code(dtype)], HAS_BIAS=bias is not None, EVEN_K=k % bk == 0,
                     BLOCKED=not whole, NATIVE=native_fp8(a.device), BM=bm, BN=bn, BK=bk, GROUP=group, num_warps=warps, num_stages=stages,
                     enable_fp_fusion=True)
             return out

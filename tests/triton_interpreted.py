@@ -295,12 +295,13 @@ def test_step(rule, param):
                special=not i % 2)
 
 
-@pytest.mark.parametrize("param", (("fp32", 0), ("uint8", 0), ("int4", 0), ("uint4", 192), ("bf16", 0)), ids=lambda p: f"{p[0]}-{p[1]}")
+@pytest.mark.parametrize("param", (("fp32", 0), ("uint8", 0), ("int4", 0), ("uint4", 192), ("bf16", 0), ("e2m1", 0)), ids=lambda p: f"{p[0]}-{p[1]}")
 def test_step_of_blocks_longer_than_a_tile(param, monkeypatch):
     monkeypatch.setattr(optim, "TILE", 64)
     monkeypatch.setattr(optim, "LONGEST", 64)
     shapes = [(2, 37), (2, 150)]
-    for states, block in ((("fp32", "bf16"), 0), (("moment8", "square8"), 0), (("moment8", "square8"), 32), (("int8", "fp32"), 0)):
+    for states, block in ((("fp32", "bf16"), 0), (("moment8", "square8"), 0), (("moment8", "square8"), 32), (("int8", "fp32"), 0),
+                          (("e4m3", "square8"), 0)):
         check_step("adamw", *param, states, block, shapes=shapes, special=random.random() < 0.5)
 
 
@@ -321,16 +322,16 @@ def test_step_of_many_tensors_and_other_layouts():
 # --- projection -------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("left", (False, True))
 def test_project(left):
-    for (m, d, rank), (code, block), dtype in itertools.product(((20, 64, 8), (33, 100, 40), (1, 16, 1)), (("uint4", 32), ("int8", 0), ("uint8", 10)),
+    for (m, d, rank), (code, block), dtype in itertools.product(((20, 64, 8), (33, 100, 40), (1, 16, 1)), (("uint4", 32), ("int8", 0), ("uint8", 10), ("e4m3", 40)),
                                                                 FLOATS):
         grad, side = torch.randn(m, d).to(dtype), m if left else d
         basis = ref_quant.quantize(torch.randn(rank, side), code, block)
         got, want = projection.project(grad, *basis, code, block, left), ref_projection.project(grad, *basis, code, block, left)
         b = ref_quant.dequantize(*basis, code, block, side, torch.float64).abs()
-        zero = (basis[2].double() * basis[1]).repeat_interleave(block or side, 1)[:, :side] if code != "int8" else 0
+        zero = (basis[2].double() * basis[1]).repeat_interleave(block or side, 1)[:, :side] if basis[2].numel() else 0
         magnitude = (b + zero) @ grad.double().abs() if left else grad.double().abs() @ (b + zero).t()
         assert got.is_contiguous() and got.dtype == torch.float32
-        within(got, want, magnitude, side, 2 ** -8 if dtype == torch.bfloat16 and block == 10 else 0)
+        within(got, want, magnitude, side, 2 ** -8 if dtype == torch.bfloat16 and block in (10, 40) else 0)
 
 
 def exact_basis(rank, d, code, block):
@@ -344,7 +345,7 @@ def exact_basis(rank, d, code, block):
 
 
 @pytest.mark.parametrize("left", (False, True))
-@pytest.mark.parametrize("weight", (("fp32", 0), ("bf16", 0), ("fp16", 0), ("uint8", 32), ("int8", 0), ("int4", 20), ("uint4", 64), ("uint4", 0)),
+@pytest.mark.parametrize("weight", (("fp32", 0), ("bf16", 0), ("fp16", 0), ("uint8", 32), ("int8", 0), ("int4", 20), ("uint4", 64), ("uint4", 0), ("e5m2", 32), ("uint2", 0), ("uint3", 32)),
                          ids=lambda w: f"{w[0]}-{w[1]}")
 def test_project_back(weight, left, monkeypatch):
     """Bit-equal where the product is exact, so that everything else of the kernel is."""
