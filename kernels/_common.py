@@ -17,16 +17,24 @@ import torch
 import triton
 import triton.language as tl
 
-from gradmill.formats import CODES
+from gradmill.formats import CODES, cached
+from gradmill.reference.quant import SMALL_FLOATS, TOPS
 
 # Read once, as triton itself does: it must be set before triton is imported.
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 INTERPRETED = tl.constexpr(INTERPRETING)
 
 F32, BF16, F16 = (tl.constexpr(CODES[c]) for c in ("fp32", "bf16", "fp16"))
-INT8, UINT8, INT4, UINT4 = (tl.constexpr(CODES[c]) for c in ("int8", "uint8", "int4", "uint4"))
-MOMENT8, SQUARE8, DELTA = (tl.constexpr(CODES[c]) for c in ("moment8", "square8", "delta"))
+MOMENT8, SQUARE8, DELTA, E4M3 = (tl.constexpr(CODES[c]) for c in ("moment8", "square8", "delta", "e4m3"))
 NONE = tl.constexpr(-1)  # no such operand
+#: Codes that straddle bytes, or are corrected by position: no kernel here, their ops run the reference.
+UNALIGNED = ("uint3", "int3", "int4_outlier")
+# What the codes are, by number: tuples, because every launch compares the globals its kernel uses.
+_BITS = tuple(cached(code).bits for code in CODES)
+_ZERO_POINT = tuple(cached(code).has_zero_point for code in CODES)
+_SIGNED = tuple(code.startswith("int") for code in CODES)
+_TOPS = tuple(TOPS.get(code, 0.0) for code in CODES)
+_SMALL_FLOATS = tuple(SMALL_FLOATS.get(code, (0, 0)) for code in CODES)
 NEAREST, STOCHASTIC, DITHER = (tl.constexpr(i) for i in range(3))  # how a blocked operand is rounded
 
 #: Every launch: multiply and add must not fuse (Triton 3.9 warns that the default will change, so it is explicit).
@@ -45,7 +53,9 @@ def ready(tensor: torch.Tensor):
 
 
 def as_bits(x: torch.Tensor) -> torch.Tensor:
-    """bf16 tensors as int16, others as they are: kernels convert bf16 with integer operations."""
+    """bf16 tensors as int16, float8 as uint8, others as they are: kernels convert those with integer operations."""
+    if x.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        return x.view(torch.uint8)
     return x.view(torch.int16) if x.dtype == torch.bfloat16 else x
 
 
@@ -205,6 +215,79 @@ def round_to_bf16(x):
 
 
 # --- codes: how one number becomes a code and back --------------------------------------------------------
+@triton.constexpr_function
+def bits_of(code):
+    return _BITS[code]
+
+
+@triton.constexpr_function
+def has_zero_point(code):
+    return code >= 0 and _ZERO_POINT[code]
+
+
+@triton.constexpr_function
+def is_signed(code):
+    """Two's complement."""
+    return _SIGNED[code]
+
+
+@triton.constexpr_function
+def top_of(code):
+    """The largest code of integers and small floats, 0 for all others."""
+    return _TOPS[code] if code >= 0 else 0.0
+
+
+@triton.constexpr_function
+def is_small_float(code):
+    return code >= 0 and _SMALL_FLOATS[code][0] > 0
+
+
+@triton.constexpr_function
+def mantissa_of(code):
+    return _SMALL_FLOATS[code][0]
+
+
+@triton.constexpr_function
+def first_normal(code):
+    """A small float's smallest normal number: the top bits of that fp32, down to the small float's last mantissa bit."""
+    mantissa, exponent = _SMALL_FLOATS[code]
+    return (exponent + 127) << mantissa
+
+
+@triton.jit
+def encode_small(x, scale, word, CODE: tl.constexpr, STOCHASTIC: tl.constexpr):
+    """Below the smallest normal number, adding it lines the value up so that its top bits are the code as well."""
+    MANTISSA: tl.constexpr = mantissa_of(CODE)
+    SHIFT: tl.constexpr = 23 - MANTISSA
+    FIRST: tl.constexpr = first_normal(CODE)
+    TOP: tl.constexpr = top_of(CODE)
+    y = tl.abs(tl.div_rn(x, scale + tl.zeros_like(x)))
+    y = tl.where(y > TOP, TOP, y)
+    normal = tl.full(y.shape, FIRST << SHIFT, tl.int32).to(tl.float32, bitcast=True)
+    small = y < normal
+    b = bits(tl.where(small, y + normal, y))
+    if STOCHASTIC:
+        b += (word >> (9 + MANTISSA)).to(tl.int32)
+    else:
+        b += (1 << (SHIFT - 1)) - 1 + ((b >> SHIFT) & 1)  # half to even
+    SIGN: tl.constexpr = 1 << (bits_of(CODE) - 1)
+    return ((b >> SHIFT) - tl.where(small, FIRST, FIRST - (1 << MANTISSA))) | ((bits(x) >> 31) & SIGN)
+
+
+@triton.jit
+def decode_small(q, CODE: tl.constexpr):
+    """What a small float's code stands for, in units of its scale: exact in bf16 and fp16 too."""
+    MANTISSA: tl.constexpr = mantissa_of(CODE)
+    SHIFT: tl.constexpr = 23 - MANTISSA
+    FIRST: tl.constexpr = first_normal(CODE)
+    SIGN_BIT: tl.constexpr = bits_of(CODE) - 1
+    mag = q & ((1 << SIGN_BIT) - 1)
+    small = mag < (1 << MANTISSA)
+    y = ((mag + tl.where(small, FIRST, FIRST - (1 << MANTISSA))) << SHIFT).to(tl.float32, bitcast=True)
+    y = tl.where(small, y - tl.full(y.shape, FIRST << SHIFT, tl.int32).to(tl.float32, bitcast=True), y)
+    return (bits(y) | ((q & (1 << SIGN_BIT)) << (31 - SIGN_BIT))).to(tl.float32, bitcast=True)
+
+
 # The two 8-bit float codes of optimizer moments ("offset floats"): adding 1 to |x| * inverse makes a float of exponent
 # 0..7 whose top bits are the code, so that neither way needs a division. ``inverse`` is top / root, made once a block.
 MOMENT_TOP = tl.constexpr(1.9375 * 128 - 1)
@@ -261,15 +344,13 @@ def block_parameters(absmax, low, high, CODE: tl.constexpr):
     from its statistics: see measure()."""
     amax = absmax.to(tl.float32, bitcast=True)
     zero = tl.zeros_like(amax)
-    if CODE == INT8:
-        scale = tl.div_rn(amax, 127.0)
-    elif CODE == INT4:
-        scale = tl.div_rn(amax, 7.0)
-    elif CODE == UINT8 or CODE == UINT4:
-        top: tl.constexpr = 255.0 if CODE == UINT8 else 15.0
+    if has_zero_point(CODE):
+        top: tl.constexpr = top_of(CODE)
         least, most = from_ordered(low), from_ordered(high)
         scale = tl.div_rn(most * 0.5 - least * 0.5, top * 0.5)  # halves: most - least may overflow
         zero = tl.where(scale > 0.0, clamp(-round_even(tl.div_rn(least, scale)), 0.0, top), 0.0)
+    elif top_of(CODE) > 0:
+        scale = tl.div_rn(amax, top_of(CODE))
     elif CODE == MOMENT8 or CODE == SQUARE8:
         scale, zero = float_code_parameters(amax, CODE)
     else:
@@ -285,14 +366,16 @@ def encode(x, scale, zero, word, CODE: tl.constexpr, STOCHASTIC: tl.constexpr):
         q = encode_moment8(x, zero, word, STOCHASTIC)
     elif CODE == SQUARE8:
         q = encode_square8(x, zero, word, STOCHASTIC)
+    elif is_small_float(CODE):
+        q = encode_small(x, scale, word, CODE, STOCHASTIC)
     else:
-        top: tl.constexpr = 127.0 if CODE == INT8 else 255.0 if CODE == UINT8 else 7.0 if CODE == INT4 else 15.0
+        top: tl.constexpr = top_of(CODE)
         y = clamp(tl.div_rn(x, scale + tl.zeros_like(x)), -top, top)
         if STOCHASTIC:
             y = round_stochastic(y, word)
         else:
             y = round_even(y)
-        if CODE == UINT8 or CODE == UINT4:
+        if has_zero_point(CODE):
             y = clamp(y + zero, 0.0, top)
         q = tl.where(scale > 0.0, y, 0.0).to(tl.int32)
     return tl.where(scale > 0.0, q, 0)  # an all-zero block, or one with a nan or an inf: codes 0
@@ -300,9 +383,11 @@ def encode(x, scale, zero, word, CODE: tl.constexpr, STOCHASTIC: tl.constexpr):
 
 @triton.jit
 def centred(q, zero, CODE: tl.constexpr):
-    """Codes (int32) less their zero point: exact fp32 integers, at most 8 bits, so exact in bf16 too."""
-    if CODE == UINT8 or CODE == UINT4:
+    """Values in units of the scale. Integers less their zero point have at most 8 bits: all are exact in bf16 and fp16."""
+    if has_zero_point(CODE):
         return q.to(tl.float32) - zero
+    elif is_small_float(CODE):
+        return decode_small(q, CODE)
     else:
         return q.to(tl.float32)
 
@@ -320,44 +405,54 @@ def decode(q, scale, zero, CODE: tl.constexpr):
 
 # --- tiles ------------------------------------------------------------------------------------------------
 @triton.jit
-def nibbles(byte, CODE: tl.constexpr):
-    """int32 bytes (NB, P) -> int32 codes (NB, 2 P), low nibble first."""
-    q = tl.reshape(tl.join(byte & 15, (byte >> 4) & 15), (byte.shape[0], 2 * byte.shape[1]))
-    if CODE == INT4:
-        q = (q ^ 8) - 8
-    return q
+def halves(packed, BITS: tl.constexpr):
+    """int32 (NB, P) of two codes of BITS each -> (NB, 2 P), the low one first."""
+    MASK: tl.constexpr = (1 << BITS) - 1
+    return tl.reshape(tl.join(packed & MASK, (packed >> BITS) & MASK), (packed.shape[0], 2 * packed.shape[1]))
+
+
+@triton.jit
+def paired(q, BITS: tl.constexpr):
+    """The inverse of halves()."""
+    low, high = tl.split(tl.reshape(q, (q.shape[0], q.shape[1] // 2, 2)))
+    return low | (high << BITS)
 
 
 @triton.jit
 def load_codes(pointer, row, col, limit, columns, CODE: tl.constexpr, P2: tl.constexpr):
     """int32 codes (NB, P2) of a tile; 0 beyond the limit."""
-    if CODE == INT4 or CODE == UINT4:
-        first = row * ((columns + 1) // 2) + col // 2
-        k = tl.arange(0, P2 // 2)[None, :]
-        source = pointer.to(tl.pointer_type(tl.uint8)) + (first[:, None] + k)
-        return nibbles(tl.load(source, mask=2 * k < limit[:, None], other=0).to(tl.int32), CODE)
+    BITS: tl.constexpr = bits_of(CODE)
+    EACH: tl.constexpr = 8 // BITS  # codes a byte
+    k = tl.arange(0, P2 // EACH)[None, :]
+    first = (row * tl.cdiv(columns, EACH) + col // EACH)[:, None]
+    if BITS == 8 and is_signed(CODE):
+        return tl.load(pointer.to(tl.pointer_type(tl.int8)) + (first + k), mask=k < limit[:, None], other=0).to(tl.int32)
     else:
-        k = tl.arange(0, P2)[None, :]
-        first = (row * columns + col)[:, None]
-        if CODE != INT8:
-            return tl.load(pointer.to(tl.pointer_type(tl.uint8)) + (first + k), mask=k < limit[:, None], other=0).to(tl.int32)
-        else:
-            return tl.load(pointer.to(tl.pointer_type(tl.int8)) + (first + k), mask=k < limit[:, None], other=0).to(tl.int32)
+        q = tl.load(pointer.to(tl.pointer_type(tl.uint8)) + (first + k), mask=EACH * k < limit[:, None], other=0).to(tl.int32)
+        if BITS < 8:
+            q = halves(q, 4)
+        if BITS == 2:
+            q = halves(q, 2)
+        if is_signed(CODE):
+            SIGN: tl.constexpr = 1 << (BITS - 1)
+            q = (q ^ SIGN) - SIGN
+        return q
 
 
 @triton.jit
 def store_codes(pointer, q, row, col, limit, columns, CODE: tl.constexpr, P2: tl.constexpr):
-    """Stores int32 codes (NB, P2); the spare nibble of an odd row is 0."""
-    k = tl.arange(0, P2)[None, :]
-    if CODE == INT4 or CODE == UINT4:
-        q = tl.where(k < limit[:, None], q & 15, 0)
-        low, high = tl.split(tl.reshape(q, (q.shape[0], P2 // 2, 2)))
-        first = row * ((columns + 1) // 2) + col // 2
-        byte = tl.arange(0, P2 // 2)[None, :]
-        tl.store(pointer.to(tl.pointer_type(tl.uint8)) + (first[:, None] + byte), (low | (high << 4)).to(tl.uint8), mask=2 * byte < limit[:, None])
-    else:
-        first = (row * columns + col)[:, None]
-        tl.store(pointer.to(tl.pointer_type(tl.int8)) + (first + k), q.to(tl.int8), mask=k < limit[:, None])
+    """Stores int32 codes (NB, P2); the spare bits of a row's last byte are 0."""
+    BITS: tl.constexpr = bits_of(CODE)
+    EACH: tl.constexpr = 8 // BITS
+    if BITS < 8:
+        q = tl.where(tl.arange(0, P2)[None, :] < limit[:, None], q & ((1 << BITS) - 1), 0)
+    if BITS == 2:
+        q = paired(q, 2)
+    if BITS < 8:
+        q = paired(q, 4)
+    k = tl.arange(0, P2 // EACH)[None, :]
+    first = (row * tl.cdiv(columns, EACH) + col // EACH)[:, None]
+    tl.store(pointer.to(tl.pointer_type(tl.uint8)) + (first + k), q.to(tl.uint8), mask=EACH * k < limit[:, None])
 
 
 @triton.jit
@@ -424,7 +519,7 @@ def block_scales(scales, zeros, row, col, limit, columns, block, CODE: tl.conste
         mask = limit[:, None] > 0
     scale = tl.load(scales.to(tl.pointer_type(tl.float32)) + at, mask=mask, other=0.0)
     zero = tl.zeros_like(scale)
-    if CODE == UINT8 or CODE == UINT4:
+    if has_zero_point(CODE):
         zero = tl.load(zeros.to(tl.pointer_type(tl.uint8)) + at, mask=mask, other=0).to(tl.float32)
     return scale, zero
 
@@ -451,7 +546,7 @@ def load_operand(codes, scale, zero, row, col, limit, columns, CODE: tl.constexp
 @triton.jit
 def store_scales(scales, zeros, at, scale, zero, mask, CODE: tl.constexpr):
     tl.store(scales.to(tl.pointer_type(tl.float32)) + at, scale, mask=mask)
-    if CODE == UINT8 or CODE == UINT4:
+    if has_zero_point(CODE):
         tl.store(zeros.to(tl.pointer_type(tl.uint8)) + at, zero.to(tl.int32).to(tl.uint8), mask=mask)
 
 

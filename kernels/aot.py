@@ -29,6 +29,9 @@ SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942":
 #: What a matrix instruction looks like in PTX or AMD assembly.
 INSTRUCTIONS = {"wgmma": r"wgmma\.mma_async", "mma.sync": r"\bmma\.sync", "tcgen05": r"tcgen05\.mma", "mfma": r"v_mfma_", "fma": r"\bfma\.rn\.f32|v_(pk_)?fma|v_fmac"}
 
+#: The one a 16-bit or FP8 dot becomes.
+MATRIX = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -77,6 +80,7 @@ def variants():
     yield from _quant()
     yield from _optim()
     yield from _matmul_int8()
+    yield from _matmul_fp8()
     yield from _matmul_packed()
     yield from _projection()
 
@@ -84,20 +88,25 @@ def variants():
 def _quant():
     key = {n: "i32" for n in ("seed_low", "seed_high", "step", "stream")}
     packed = {"codes": "*u8", "scales": "*fp32", "zeros": "*u8"}
-    for code, dtype, stochastic, across, loop, p2 in (("int8", "bf16", False, False, False, 4096), ("int8", "bf16", True, True, True, 256),
-                                                      ("uint8", "fp32", True, False, False, 256), ("int4", "fp32", False, False, False, 128),
-                                                      ("uint4", "fp16", True, False, True, 4096), ("moment8", "fp32", False, False, False, 256),
-                                                      ("square8", "fp32", True, False, False, 256)):
+    for code, dtype, stochastic, across, loop, p2, given in (
+            ("int8", "bf16", False, False, False, 4096, False), ("int8", "bf16", True, True, True, 256, False),
+            ("uint8", "fp32", True, False, False, 256, False), ("int4", "fp32", False, False, False, 128, False),
+            ("uint4", "fp16", True, False, True, 4096, False), ("moment8", "fp32", False, False, False, 256, False),
+            ("square8", "fp32", True, False, False, 256, False), ("e4m3", "bf16", False, False, True, 4096, True),
+            ("e5m2", "bf16", True, True, True, 128, False), ("e2m1", "bf16", True, False, False, 16, True),
+            ("int7", "fp16", False, False, False, 4096, False), ("uint2", "fp32", False, False, False, 64, False),
+            ("int2", "fp32", True, False, False, 64, False)):
         runs = quant.ACROSS if across else max(1, quant.TILE // p2)
-        yield Variant(f"quantize {dtype} to {code}{' stochastic' * stochastic}{' transposed' * across}{' long' * loop}", quant.quantize_kernel,
-                      {**key, **packed, "codes": "*i8" if code == "int8" else "*u8", "x": "*i16" if dtype == "bf16" else f"*{dtype}"},
-                      {"CODE": CODES[code], "STOCHASTIC": stochastic, "ALIGNED": code != "uint4", "ACROSS_ROWS": across, "LOOP": loop,
+        yield Variant(f"quantize {dtype} to {code}{' stochastic' * stochastic}{' transposed' * across}{' long' * loop}{' given scales' * given}", quant.quantize_kernel,
+                      {**key, **packed, "codes": "*i8" if code in ("int8", "int7") else "*u8", "x": "*i16" if dtype == "bf16" else f"*{dtype}"},
+                      {"CODE": CODES[code], "GIVEN": given, "STOCHASTIC": stochastic, "ALIGNED": code != "uint4", "ACROSS_ROWS": across, "LOOP": loop,
                        "NB": runs, "P2": p2, ("stride_row" if across else "stride_column"): 1}, warps=warps_for(runs * p2),
-                      everywhere=code == "uint8", elementwise=True)
-    for code, out in (("int8", "bf16"), ("uint4", "fp32"), ("int4", "fp16"), ("moment8", "fp32"), ("square8", "bf16")):
+                      everywhere=code in ("uint8", "e4m3"), elementwise=True)
+    for code, out in (("int8", "bf16"), ("uint4", "fp32"), ("int4", "fp16"), ("moment8", "fp32"), ("square8", "bf16"), ("e4m3", "bf16"),
+                      ("e5m2", "fp32"), ("e2m1", "bf16"), ("int7", "fp32"), ("uint2", "bf16"), ("int2", "fp16")):
         yield Variant(f"dequantize {code} to {out}", quant.dequantize_kernel,
-                      {**packed, "codes": "*i8" if code == "int8" else "*u8", "out": f"*{out}"},
-                      {"CODE": CODES[code], "OUT": CODES[out], "NB": 16, "P2": 256, "pieces": 1}, warps=8, everywhere=code == "uint4", elementwise=True)
+                      {**packed, "codes": "*i8" if code in ("int8", "int7") else "*u8", "out": f"*{out}"},
+                      {"CODE": CODES[code], "OUT": CODES[out], "NB": 16, "P2": 256, "pieces": 1}, warps=8, everywhere=code in ("uint4", "e2m1"), elementwise=True)
 
     for x, out, block, random, inverse, tail, across in (("fp32", "fp32", 16, True, False, False, False), ("bf16", "bf16", 16, True, False, True, True),
                                                          ("fp16", "fp32", 1024, False, False, True, False), ("fp32", "fp16", 1024, True, True, False, True),
@@ -116,7 +125,8 @@ def _optim():
         for param, grad, states, p_split, s_split, loop in (
                 ("fp32", "fp32", ("fp32",) * 3, False, False, False), ("bf16", "bf16", ("moment8", "square8", "square8"), False, False, False),
                 ("uint8", "bf16", ("moment8", "square8", "square8"), False, False, False), ("int8", "fp32", ("bf16", "fp16", "fp32"), False, False, True),
-                ("delta", "fp32", ("moment8", "square8", "square8"), False, False, False), ("int4", "fp16", ("moment8",) * 3, False, True, False)):
+                ("delta", "fp32", ("moment8", "square8", "square8"), False, False, False), ("int4", "fp16", ("moment8",) * 3, False, True, False),
+                ("e4m3", "bf16", ("e4m3", "square8", "square8"), False, False, False), ("e2m1", "bf16", ("moment8", "square8", "square8"), False, False, True)):
             if rule != "adamw" and param not in ("bf16", "uint8"):
                 continue  # formats and rules do not meet: all formats once, all rules twice
             codes = [CODES[c] for c in states[:count]] + [-1] * (3 - count)
@@ -129,8 +139,7 @@ def _optim():
                           warps=8, odd=("tensors",), everywhere=rule == "adamw" and param in ("fp32", "uint8"), elementwise=True)
 
 
-def _tiles(table: dict, target: str, m: int) -> dict:
-    bm, bn, bk, group, warps, stages = matmul.choose(table, target, m)
+def _tiles(bm: int, bn: int, bk: int, group: int, warps: int, stages: int) -> dict:
     return {"constants": {"BM": bm, "BN": bn, "BK": bk, "GROUP": group}, "warps": warps, "stages": stages}
 
 
@@ -140,7 +149,7 @@ def _matmul_int8():
         matrix["sm_100"] = "tcgen05"  # 3.6 takes mma.sync
     for m, out, bias, even, long in ((4096, "bf16", True, True, False), (64, "fp32", False, False, False), (4096, "fp16", False, False, True)):
         for target in TARGETS:
-            tiles = _tiles(matmul.INT8_TILES, target, m)
+            tiles = _tiles(*matmul.choose(matmul.INT8_TILES, target, m))
             if long:
                 tiles["constants"].update(BM=64, BN=64)
                 tiles["warps"] = 4
@@ -150,30 +159,42 @@ def _matmul_int8():
                           {target: matrix[target]} if target in matrix else {}, **tiles, only=target, everywhere=m == 4096 and not long)
 
 
+def _matmul_fp8():
+    for a, b, m, out, bias, even, blocked in (("e4m3", "e4m3", 4096, "bf16", True, True, False), ("e5m2", "e4m3", 64, "fp32", False, False, False),
+                                              ("e4m3", "e4m3", 4096, "bf16", False, True, True), ("e4m3", "e5m2", 4096, "fp32", False, False, True)):
+        for target in TARGETS:
+            tiles = _tiles(*matmul.fp8_tiles(target, m, blocked))
+            yield Variant(f"matmul_scaled {a} x {b} m {m} {out}{' blocked' * blocked}", matmul.fp8_kernel,
+                          {"a": "*u8", "b": "*u8", "a_scales": "*fp32", "b_scales": "*fp32", "bias": "*fp32", "out": f"*{'i16' if out == 'bf16' else out}"},
+                          {"A": CODES[a], "B": CODES[b], "OUT": CODES[out], "HAS_BIAS": bias, "EVEN_K": even, "BLOCKED": blocked,
+                           "NATIVE": target != "sm_80", **tiles.pop("constants")},
+                          {target: MATRIX[target]}, **tiles, exact=False, only=target, everywhere=a == b)
+
+
 def _matmul_packed():
     for code, x, m, transpose, per_row in (("int8", "bf16", 4096, False, True), ("uint4", "bf16", 16, False, True), ("uint8", "bf16", 4096, True, True),
                                            ("int4", "fp16", 4096, False, True), ("uint4", "fp16", 4096, True, True), ("uint8", "fp32", 4096, False, True),
-                                           ("uint4", "bf16", 64, False, False)):
+                                           ("uint4", "bf16", 64, False, False), ("e4m3", "bf16", 4096, False, True), ("uint2", "bf16", 16, False, True)):
         for target in TARGETS:
             table = matmul.FP32_TILES if x == "fp32" else matmul.PACKED_TILES if per_row else matmul.GATHER_TILES
-            tiles = _tiles(table, target, m)
-            matrix = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}[target]
+            tiles = _tiles(*matmul.choose(table, target, m))
             yield Variant(f"matmul_packed {x} x {code}{' transposed' * transpose} m {m}{'' if per_row else ' gathered scales'}", matmul.packed_kernel,
-                          {"x": f"*{x}", "codes": "*i8" if code == "int8" else "*u8", "scales": "*fp32", "zeros": "*u8", "bias": "*fp32", "out": f"*{x}"},
+                          {"x": f"*{x}", "codes": "*i8" if code in ("int8", "int7") else "*u8", "scales": "*fp32", "zeros": "*u8", "bias": "*fp32", "out": f"*{x}"},
                           {"CODE": CODES[code], "X": CODES[x], "OUT": CODES[x], "HAS_BIAS": False, "TRANSPOSE": transpose, "PER_ROW": per_row,
                            "FACTOR": per_row and not transpose, "stride_xk": 1, "stride_on": 1, **tiles.pop("constants")},
-                          {} if x == "fp32" else {target: matrix}, **tiles, only=target, everywhere=x == "bf16" and m != 4096 or transpose)
+                          {} if x == "fp32" else {target: MATRIX[target]}, **tiles, only=target, everywhere=x == "bf16" and m != 4096 or transpose)
 
 
 def _projection():
-    for weight, code, left, loop in (("uint8", "uint4", False, False), ("bf16", "uint4", True, False), ("int8", "int8", False, True), ("uint4", "uint4", True, False)):
+    for weight, code, left, loop in (("uint8", "uint4", False, False), ("bf16", "uint4", True, False), ("int8", "int8", False, True),
+                                      ("uint4", "uint4", True, False), ("e4m3", "e2m1", False, False)):
         for target in TARGETS:
             plain = weight in ("fp32", "bf16", "fp16")
             p2 = projection.WIDEST // 2 if plain else projection.WIDEST
             precision = "ieee" if target == "gfx942" else "tf32x3"
             yield Variant(f"project_back {weight} from {code}{' left' * left}{' long' * loop}", projection.back_kernel,
-                          {"weight": "*bf16" if plain else "*i8" if weight == "int8" else "*u8", "weight_scales": "*fp32", "weight_zeros": "*u8", "update": "*fp32",
-                           "codes": "*i8" if code == "int8" else "*u8", "scales": "*fp32", "zeros": "*u8", "decay": "fp32", "alpha": "fp32"},
+                          {"weight": "*i16" if plain else "*i8" if weight == "int8" else "*u8", "weight_scales": "*fp32", "weight_zeros": "*u8", "update": "*fp32",
+                           "codes": "*i8" if code in ("int8", "int7") else "*u8", "scales": "*fp32", "zeros": "*u8", "decay": "fp32", "alpha": "fp32"},
                           {"W": CODES[weight], "CODE": CODES[code], "LEFT": left, "PER_ROW": True, "LOOP": loop, "ALIGNED": True, "PRECISION": precision,
                            "BM": projection.ROWS, "KB": 1, "P2": p2, "BK": projection.DEPTH},
                           {target: "mfma" if target == "gfx942" else "mma.sync"}, warps=8 if p2 > 128 else 4, stages=2, odd=("decay", "alpha"), only=target, everywhere=weight == "uint8")

@@ -1,10 +1,14 @@
-"""matmul: INT8 x INT8 with scales in the epilogue, and float x packed weight decoded on the way to the tensor cores.
+"""matmul: INT8 x INT8 and FP8 x FP8 on the tensor cores, and float x packed weight decoded on the way to them.
 
 matmul_int8: 2 m n k operations on m k + n k bytes; limit on an H100: the int8 tensor cores, nominally twice bf16, of which
 798 TFLOP/s were reached there: some 1.5 POP/s at best for large square shapes; memory (3.0 TB/s) below about m = 256.
 matmul_packed: 2 m n k operations; reads the weight at 4 or 8 bits, the point of it: at m = 1 a 4096 x 4096 uint4
 weight with block 256 is 8.7 MB = 2.9 us, against 11 us in bf16; for large m the limit is the bf16 matmul's 798 TFLOP/s,
 less the decoding (some 5 integer operations per weight element and row tile). Expected, never measured on a GPU yet.
+matmul_scaled, FP8 x FP8: bytes and operations as matmul_int8. Hopper's tensor cores add FP8 products with some 14 bits, so
+sums are moved to fp32 every 128 products: per 128 x 128 x 128 tile 2.1 M products take 512 clocks of a tensor core, the
+16384 additions 128 clocks of the other units, with scales per 128 (a product and a fused multiply-add) 256: they overlap
+with the next tile's products of another warp group, at best. Expected, never measured on a GPU yet.
 
 Tiles come from the plain tables below, chosen by architecture and m, never by autotuning: the same shapes give the same
 bits and start at once.
@@ -15,9 +19,10 @@ import torch
 import triton
 import triton.language as tl
 
-from gradmill.formats import CODES, float_code
-from gradmill.kernels._common import (BF16, F16, INT4, INT8, INTERPRETED, INTERPRETING, LAUNCH, UINT4, UINT8, as_bits, bf16_bits, centred, decode,
-                                      f16_bits, from_bf16_bits, load_codes, ready, round_to_bf16)
+from gradmill.formats import CODES, FLOAT_DTYPES, float_code
+from gradmill.kernels._common import (BF16, E4M3, F16, INTERPRETED, INTERPRETING, LAUNCH, UNALIGNED, as_bits, bf16_bits, centred, decode,
+                                      decode_small, f16_bits, from_bf16_bits, has_zero_point, load_codes, ready, round_to_bf16)
+from gradmill.kernels.quant import dequantize
 
 #: architecture -> ((largest m, BM, BN, BK, GROUP, warps, stages), ...): the first row whose m fits. Chosen from the tile
 #: sizes of the matrix instructions and the shared memory (164, 228, 228, 64 KiB), not tuned on the hardware yet.
@@ -26,6 +31,14 @@ INT8_TILES = {
     "sm_90": ((64, 64, 128, 128, 8, 4, 4), (1 << 62, 128, 256, 128, 8, 8, 3)),
     "sm_100": ((64, 64, 128, 128, 8, 4, 4), (1 << 62, 128, 128, 128, 8, 8, 4)),
     "gfx942": ((64, 64, 128, 128, 8, 4, 2), (1 << 62, 128, 128, 128, 8, 4, 2)),
+    "interpreter": ((1 << 62, 32, 32, 64, 2, 4, 1),),
+}
+#: the same for FP8: a second accumulator, of the sums not yet in fp32, needs the registers that int8's wider tiles take
+FP8_TILES = {
+    "sm_80": ((64, 64, 128, 64, 8, 4, 3), (1 << 62, 128, 128, 64, 8, 8, 3)),
+    "sm_90": ((64, 64, 128, 128, 8, 4, 4), (1 << 62, 128, 128, 128, 8, 8, 4)),
+    "sm_100": ((64, 64, 128, 128, 8, 4, 4), (1 << 62, 128, 128, 128, 8, 8, 4)),
+    "gfx942": ((64, 64, 64, 128, 8, 4, 2), (1 << 62, 128, 128, 64, 8, 8, 2)),
     "interpreter": ((1 << 62, 32, 32, 64, 2, 4, 1),),
 }
 #: the same for 16-bit inputs of matmul_packed: the weight's BN rows are the M side of the instruction
@@ -154,7 +167,7 @@ def weight_scales(scales, zeros, rows, first_column, limit, block, blocks, CODE:
         mask = k < limit[:, None]
     scale = tl.load(scales + at, mask=mask, other=0.0)
     zero = tl.zeros_like(scale)
-    if CODE == UINT8 or CODE == UINT4:
+    if has_zero_point(CODE):
         zero = tl.load(zeros + at, mask=mask, other=0).to(tl.float32)
     return scale, zero
 
@@ -240,6 +253,10 @@ def launch_packed(x, codes, scales, zeros, code, block, columns, transpose, bias
     if not k:
         out.copy_(torch.zeros_like(out) if bias is None else bias.expand_as(out))
         return
+    if code in UNALIGNED:
+        w = dequantize(codes, scales, zeros, code, block, columns, torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32)
+        out.copy_(float_matmul(x, w, transpose, bias, out.dtype))
+        return
     block = min(block or columns, columns)
     arch = architecture(x.device)
     bm, bn, bk, group, warps, stages = choose(FP32_TILES if x.dtype == torch.float32 else PACKED_TILES, arch, m)
@@ -248,13 +265,13 @@ def launch_packed(x, codes, scales, zeros, code, block, columns, transpose, bias
         factor = False  # the scale belongs to the summed index
     else:
         bk, per_row = fitting(bk, block, columns, 16)
-        factor = per_row and CODES[code] in (INT8.value, UINT8.value, INT4.value, UINT4.value)
+        factor = per_row and code not in ("moment8", "square8")
     if not per_row:
         bm, bn, bk, group, warps, stages = choose(FP32_TILES if x.dtype == torch.float32 else GATHER_TILES, arch, m)
     with ready(x):
         packed_kernel[(triton.cdiv(m, bm) * triton.cdiv(n, bn),)](
-            as_bits(x) if INTERPRETING else x, codes, scales, zeros, x if bias is None else as_bits(bias.contiguous()), out, m, n, k, columns,
-            block, triton.cdiv(columns, block), *x.stride(), *out.stride(), CODE=CODES[code], X=CODES[float_code(x.dtype)],
+            as_bits(x) if INTERPRETING else x, as_bits(codes), scales, scales if zeros is None else zeros, x if bias is None else as_bits(bias.contiguous()),
+            out, m, n, k, columns, block, triton.cdiv(columns, block), *x.stride(), *out.stride(), CODE=CODES[code], X=CODES[float_code(x.dtype)],
             OUT=CODES[float_code(out.dtype)], HAS_BIAS=bias is not None, TRANSPOSE=transpose, PER_ROW=per_row, FACTOR=factor, BM=bm, BN=bn,
             BK=bk, GROUP=group, num_warps=warps, num_stages=stages, **LAUNCH)
 
@@ -263,4 +280,112 @@ def matmul_packed(x, codes, scales, zeros, code, block, columns, transpose, bias
     """See gradmill.ops.matmul.matmul_packed."""
     out = x.new_empty((x.shape[0], columns if transpose else codes.shape[0]), dtype=dtype)
     launch_packed(x, codes, scales, zeros, code, block, columns, transpose, bias, out)
+    return out
+
+
+# --- two stored operands ----------------------------------------------------------------------------------
+@triton.jit
+def fp8_pointer(pointer, CODE: tl.constexpr, NATIVE: tl.constexpr):
+    if NATIVE and CODE == E4M3:
+        return pointer.to(tl.pointer_type(tl.float8e4nv))
+    elif NATIVE:
+        return pointer.to(tl.pointer_type(tl.float8e5))
+    else:
+        return pointer
+
+
+@triton.jit
+def fp8_tile(rows, mask, EVEN_K: tl.constexpr, CODE: tl.constexpr, NATIVE: tl.constexpr):
+    """A tile as the dot takes it: fp8, else its values in bf16, which holds them (in the interpreter in fp32)."""
+    if EVEN_K:
+        tile = tl.load(rows)
+    else:
+        tile = tl.load(rows, mask=mask, other=0.0)
+    if NATIVE:
+        return tile
+    elif INTERPRETED:
+        return decode_small(tile.to(tl.int32), CODE)
+    else:
+        return decode_small(tile.to(tl.int32), CODE).to(tl.bfloat16)
+
+
+@triton.jit
+def fp8_kernel(a, b, a_scales, b_scales, bias, out, m, n, k, a_block, b_block, A: tl.constexpr, B: tl.constexpr, OUT: tl.constexpr,
+               HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, BLOCKED: tl.constexpr, NATIVE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+               BK: tl.constexpr, GROUP: tl.constexpr):
+    """out = a b^T + bias, both FP8. Scales of whole rows are applied at the end, BLOCKED ones (a_block and b_block are
+    multiples of BK, or k) to each step's sum, which is fp32 from there on. Whole rows: fp32 after every step of BK too."""
+    tile_m, tile_n = grouped_tile(m, n, BM, BN, GROUP)
+    rm, rn, rk = tile_m * BM + tl.arange(0, BM), tile_n * BN + tl.arange(0, BN), tl.arange(0, BK)
+    row_a, row_b = (rm % m).to(tl.int64), (rn % n).to(tl.int64)  # rows beyond the end read others again and are not stored
+    a_rows = fp8_pointer(a, A, NATIVE) + row_a[:, None] * k + rk[None, :]
+    b_rows = fp8_pointer(b, B, NATIVE) + row_b[:, None] * k + rk[None, :]
+    acc = tl.zeros((BM, BN), tl.float32)
+    a_scales, b_scales = a_scales + row_a * tl.cdiv(k, a_block), b_scales + row_b * tl.cdiv(k, b_block)
+    for at in range(0, k, BK):
+        mask = rk[None, :] < k - at
+        a_tile = fp8_tile(a_rows + at, mask, EVEN_K, A, NATIVE)
+        b_tile = tl.trans(fp8_tile(b_rows + at, mask, EVEN_K, B, NATIVE))
+        if BLOCKED:
+            part = tl.dot(a_tile, b_tile, input_precision="ieee")
+            acc += part * tl.load(a_scales + at // a_block)[:, None] * tl.load(b_scales + at // b_block)[None, :]
+        elif NATIVE:
+            acc = tl.dot(a_tile, b_tile, acc, max_num_imprecise_acc=BK)
+        else:
+            acc = tl.dot(a_tile, b_tile, acc, input_precision="ieee")
+    if not BLOCKED:
+        acc = acc * tl.load(a_scales)[:, None] * tl.load(b_scales)[None, :]
+    if HAS_BIAS:
+        acc = acc + load_bias(bias, rn, n)[None, :]
+    store_out(out, acc, rm.to(tl.int64)[:, None] * n + rn[None, :], (rm < m)[:, None] & (rn < n)[None, :], OUT)
+
+
+def native_fp8(device: torch.device) -> bool:
+    """Whether tl.dot takes float8_e4m3fn there (gfx942 converts it to 16 bits)."""
+    return not INTERPRETING and (torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 9))
+
+
+def fp8_tiles(arch: str, m: int, blocked: bool) -> tuple:
+    bm, bn, *rest = choose(FP8_TILES, arch, m)
+    return bm, min(bn, 64) if blocked and arch == "sm_100" else bn, *rest  # each step's sum leaves tensor memory: 128 columns spill
+
+
+def float_matmul(x, w, transpose, bias, dtype):
+    """x w^T, or x w with ``transpose``, of plain floats: the vendor's library; sums and bias in fp32."""
+    w = w if transpose else w.t()
+    if x.dtype == w.dtype == dtype and (bias is None or bias.dtype == dtype):
+        return x @ w if bias is None else torch.addmm(bias, x, w)
+    if x.is_cuda and x.dtype == w.dtype != torch.float32 and torch.version.hip is None:
+        out = torch.mm(x, w, out_dtype=torch.float32)  # no fp32 copies; CUDA only
+    else:
+        out = x.to(torch.float32) @ w.to(torch.float32)
+    return (out if bias is None else out + bias.to(torch.float32)).to(dtype)
+
+
+def matmul_scaled(a, a_scales, a_zeros, a_code, a_block, b, b_scales, b_zeros, b_code, b_block, columns, transpose, bias, dtype):
+    """See gradmill.ops.matmul.matmul_scaled. FP8 pairs (whole rows, or blocks the tiles divide) and whole rows of int8 run on
+    the codes; for every other pair and for ``transpose`` a is decoded to bf16 (fp32 where out is) for the packed kernel."""
+    m, k = a.shape[0], b.shape[0] if transpose else columns
+    n = columns if transpose else b.shape[0]
+    out = a.new_empty((m, n), dtype=dtype)
+    if not out.numel():
+        return out
+    a_size, b_size = min(a_block or k, k), min(b_block or k, k)
+    whole = a_size == b_size == k
+    if k and whole and not transpose and {a_code, b_code} <= {"int8", "int7"}:
+        return matmul_int8(a, b, a_scales, b_scales, bias, dtype)
+    if k and not transpose and {a_code, b_code} <= {"e4m3", "e5m2"}:
+        bm, bn, bk, group, warps, stages = fp8_tiles(architecture(a.device), m, not whole)
+        if all(block in (k, block // bk * bk) for block in (a_size, b_size)):
+            with ready(a):  # results are within a bound, not bit-equal: multiply and add may fuse
+                fp8_kernel[(triton.cdiv(m, bm) * triton.cdiv(n, bn),)](
+                    as_bits(a), as_bits(b), a_scales, b_scales, a_scales if bias is None else as_bits(bias.contiguous()), out, m, n, k, a_size,
+                    b_size, A=CODES[a_code], B=CODES[b_code], OUT=CODES[float_code(dtype)], HAS_BIAS=bias is not None, EVEN_K=k % bk == 0,
+                    BLOCKED=not whole, NATIVE=native_fp8(a.device), BM=bm, BN=bn, BK=bk, GROUP=group, num_warps=warps, num_stages=stages,
+                    enable_fp_fusion=True)
+            return out
+    x = a if a_code in FLOAT_DTYPES else dequantize(a, a_scales, a_zeros, a_code, a_block, k, torch.float32 if dtype == torch.float32 else torch.bfloat16)
+    if b_code in FLOAT_DTYPES:
+        return float_matmul(x, b, transpose, bias, dtype)
+    launch_packed(x, b, b_scales, b_zeros, b_code, b_block, columns, transpose, bias, out)
     return out

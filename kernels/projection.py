@@ -13,10 +13,11 @@ import triton
 import triton.language as tl
 
 from gradmill.formats import CODES, Format
-from gradmill.kernels._common import (INTERPRETING, KEY_ARGUMENTS, LAUNCH, STOCHASTIC, block_parameters, differs, joined, key_words, load_operand,
-                                      measure, power_of_two, ready, run_scales, seed_of, store_piece, store_scales)
+from gradmill.kernels._common import (INTERPRETING, KEY_ARGUMENTS, LAUNCH, STOCHASTIC, UNALIGNED, as_bits, block_parameters, differs, joined,
+                                      key_words, load_operand, measure, power_of_two, ready, run_scales, seed_of, store_piece, store_scales)
 from gradmill.kernels.matmul import fitting, launch_packed, weight_tile
 from gradmill.kernels.optim import store_param
+from gradmill.reference import projection as reference
 
 WIDEST = 256     # columns of a tile; a longer block is worked off in chunks, in two passes
 ROWS = 16        # weight rows of a tile
@@ -105,6 +106,9 @@ def back_kernel(weight, weight_scales, weight_zeros, update, codes, scales, zero
 def project_back(weight, weight_scales, weight_zeros, weight_code, weight_block, columns, update, codes, scales, zeros, code, block,
                  left, scalars, key, stream):
     """See gradmill.ops.projection.project_back."""
+    if weight_code in UNALIGNED or code in UNALIGNED:
+        return reference.project_back(weight, weight_scales, weight_zeros, weight_code, weight_block, columns, update, codes, scales, zeros,
+                                      code, block, left, scalars, key, stream)
     format, rows = Format(weight_code, weight_block), weight.shape[0] if weight.dim() > 1 else 1
     if not rows * columns:
         return
@@ -122,9 +126,10 @@ def project_back(weight, weight_scales, weight_zeros, weight_code, weight_block,
     block = min(block or d, d)
     _, per_row = fitting(ROWS, block, d, ROWS) if left else (0, block >= d or (block % p2 == 0 and unit % p2 == 0 and runs == 1))
     aligned = (rows == 1 or columns % 4 == 0) and (unit % 4 == 0 or unit >= columns)
+    bits = as_bits(weight)
     with ready(weight):
         back_kernel[(triton.cdiv(rows, ROWS) * triton.cdiv(columns, unit),)](
-            weight, weight if weight_scales is None else weight_scales, weight if weight_zeros is None else weight_zeros, update, codes, scales,
+            bits, bits if weight_scales is None else weight_scales, bits if weight_zeros is None else weight_zeros, update, as_bits(codes), scales,
             zeros, decay, alpha, rows, columns, unit, weight_block, rank, block, triton.cdiv(d, block), *key_words(key, stream),
             W=CODES[weight_code], CODE=CODES[code], LEFT=left, PER_ROW=per_row, LOOP=loop, ALIGNED=aligned,
             PRECISION="ieee" if INTERPRETING or torch.version.hip else "tf32x3", BM=ROWS, KB=runs, P2=p2, BK=DEPTH, num_warps=8 if p2 * runs > 128 else 4,

@@ -17,6 +17,10 @@ import triton.language as tl
 from gradmill.formats import CODES, Format, float_code
 from gradmill.kernels._common import (KEY_ARGUMENTS, LAUNCH, UINT4, UINT8, as_bits, bits, block_parameters, decode, encode, from_bf16_bits, key_words,
                                       load_codes, measure, power_of_two, ready, seed_of, store_codes, store_floats, tile_words, warps_for)
+from gradmill.kernels._common import (KEY_ARGUMENTS, LAUNCH, UNALIGNED, as_bits, block_parameters, decode, encode, from_bf16_bits,
+                                      has_zero_point, key_words, load_codes, measure, power_of_two, ready, seed_of, store_codes, store_floats,
+                                      tile_words, warps_for)
+from gradmill.reference import quant as reference
 
 TILE = 4096    # elements a program holds in registers
 ACROSS = 32    # neighbouring rows read together where the input is contiguous along rows
@@ -35,9 +39,10 @@ def load_strided(x, row, col, limit, stride_row, stride_column, P2: tl.constexpr
 
 @triton.jit(do_not_specialize=KEY_ARGUMENTS)
 def quantize_kernel(x, codes, scales, zeros, rows, columns, block, blocks, stride_row, stride_column, seed_low, seed_high, step, stream,
-                    CODE: tl.constexpr, STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr, ACROSS_ROWS: tl.constexpr, LOOP: tl.constexpr,
-                    NB: tl.constexpr, P2: tl.constexpr):
-    """NB blocks of the (rows, columns) input. LOOP: a block is longer than P2, its chunks are visited twice."""
+                    CODE: tl.constexpr, GIVEN: tl.constexpr, STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr, ACROSS_ROWS: tl.constexpr,
+                    LOOP: tl.constexpr, NB: tl.constexpr, P2: tl.constexpr):
+    """NB blocks of the (rows, columns) input. LOOP: a block is longer than P2, its chunks are visited twice. GIVEN: the
+    scales are there already, only a block with a nan or an inf changes its own."""
     index = tl.program_id(0) * NB + tl.arange(0, NB)
     exists = index < rows * blocks
     # Neighbouring blocks of a tile are neighbours in memory, whichever way the input lies.
@@ -56,10 +61,14 @@ def quantize_kernel(x, codes, scales, zeros, rows, columns, block, blocks, strid
             part = load_strided(x, row, col + done, size - done, stride_row, stride_column, P2)
             absmax_part, low_part, high_part = measure(part, tl.arange(0, P2)[None, :] < (size - done)[:, None])
             absmax, low, high = tl.maximum(absmax, absmax_part), tl.minimum(low, low_part), tl.maximum(high, high_part)
-    scale, zero = block_parameters(absmax, low, high, CODE)
     at = row * blocks + b
+    if GIVEN:
+        scale = tl.where(absmax >= 0x7F800000, float("nan"), tl.load(scales + at, mask=exists, other=0.0))
+        zero = tl.zeros_like(scale)
+    else:
+        scale, zero = block_parameters(absmax, low, high, CODE)
     tl.store(scales + at, scale, mask=exists)
-    if CODE == UINT8 or CODE == UINT4:
+    if has_zero_point(CODE):
         tl.store(zeros + at, zero.to(tl.int32).to(tl.uint8), mask=exists)
 
     for done in range(0, block if LOOP else 1, P2):
@@ -138,21 +147,24 @@ def dequantize_kernel(codes, scales, zeros, out, rows, columns, block, blocks, p
     limit = tl.where(exists, tl.minimum(block - done, columns - col), 0)
     scale = tl.load(scales + at, mask=exists, other=0.0)
     zero = tl.zeros_like(scale)
-    if CODE == UINT8 or CODE == UINT4:
+    if has_zero_point(CODE):
         zero = tl.load(zeros + at, mask=exists, other=0).to(tl.float32)
     q = load_codes(codes, row, col, limit, columns, CODE, P2)
     store_floats(out, decode(q, scale[:, None], zero[:, None], CODE), 0, row, col, limit, columns, OUT, False, P2)
 
 
-def quantize(x, code, block=0, transpose=False, key=None, stream=0):
+def quantize(x, code, block=0, transpose=False, key=None, stream=0, scales=None):
     """See gradmill.ops.quant.quantize."""
+    if code in UNALIGNED:  # codes across bytes, or positions beside them: rare formats, plain torch serves them
+        return reference.quantize(x, code, block, transpose, key, stream, scales)
     format = Format(code, block)
     if transpose:
         x = x.t()  # strides do the rest
     rows, columns = x.shape
     blocks = format.blocks(columns)
     codes = x.new_empty((rows, format.code_columns(columns)), dtype=format.code_dtype)
-    scales = x.new_empty((rows, blocks), dtype=torch.float32)
+    given = scales is not None
+    scales = scales.clone(memory_format=torch.contiguous_format) if given else x.new_empty((rows, blocks), dtype=torch.float32)
     zeros = x.new_empty((rows, blocks) if format.has_zero_point else (0,), dtype=torch.uint8)
     if not x.numel():
         return codes, scales.zero_(), zeros.zero_()
@@ -165,14 +177,16 @@ def quantize(x, code, block=0, transpose=False, key=None, stream=0):
     aligned = (rows == 1 or columns % 4 == 0) and (blocks == 1 or size % 4 == 0)
     with ready(x):
         quantize_kernel[(triton.cdiv(rows * blocks, runs),)](
-            as_bits(x), codes, scales, zeros, rows, columns, size, blocks, *x.stride(), *key_words(key, stream), CODE=CODES[code],
-            STOCHASTIC=key is not None, ALIGNED=aligned, ACROSS_ROWS=across, LOOP=size > chunk, NB=runs, P2=chunk,
+            as_bits(x), as_bits(codes), scales, zeros, rows, columns, size, blocks, *x.stride(), *key_words(key, stream), CODE=CODES[code],
+            GIVEN=given, STOCHASTIC=key is not None, ALIGNED=aligned, ACROSS_ROWS=across, LOOP=size > chunk, NB=runs, P2=chunk,
             num_warps=warps_for(runs * chunk), **LAUNCH)
     return codes, scales, zeros
 
 
 def dequantize(codes, scales, zeros, code, block, columns, dtype):
     """See gradmill.ops.quant.dequantize."""
+    if code in UNALIGNED:
+        return reference.dequantize(codes, scales, zeros, code, block, columns, dtype)
     rows = codes.shape[0]
     out = codes.new_empty((rows, columns), dtype=dtype)
     if not out.numel():
@@ -183,7 +197,7 @@ def dequantize(codes, scales, zeros, code, block, columns, dtype):
     pieces, runs = triton.cdiv(size, chunk), max(1, TILE // chunk)
     with ready(codes):
         dequantize_kernel[(triton.cdiv(rows * blocks * pieces, runs),)](
-            codes, scales, zeros, out, rows, columns, size, blocks, pieces, CODE=CODES[code], OUT=CODES[float_code(dtype)], NB=runs,
+            as_bits(codes), scales, zeros, out, rows, columns, size, blocks, pieces, CODE=CODES[code], OUT=CODES[float_code(dtype)], NB=runs,
             P2=chunk, num_warps=warps_for(runs * chunk), **LAUNCH)
     return out
 

@@ -19,7 +19,7 @@ from gradmill.reference import projection as ref_projection
 from gradmill.reference import quant as ref_quant
 
 assert _common.INTERPRETING
-CODES = ("int8", "uint8", "int4", "uint4", "moment8", "square8")
+CODES = ("int8", "uint8", "int4", "uint4", "moment8", "square8", "e4m3", "e5m2", "e2m1", "int7", "uint2", "int2", "uint3", "int4_outlier")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 HALF_ULP = {torch.float32: 2 ** -24, torch.bfloat16: 2 ** -8, torch.float16: 2 ** -11}
 SPECIAL = (0.0, -0.0, 1.4e-45, -1e-40, 1.1754944e-38, torch.finfo(torch.float32).max, -torch.finfo(torch.float32).max, 3e-8)
@@ -45,18 +45,25 @@ def assert_same(got, want, *what):
         return
     assert got.dtype == want.dtype and got.shape == want.shape, (*what, got.dtype, want.dtype, got.shape, want.shape)
     if got.is_floating_point():
-        integer = {2: torch.int16, 4: torch.int32}[got.element_size()]
+        integer = {1: torch.int8, 2: torch.int16, 4: torch.int32}[got.element_size()]
         equal = (got.contiguous().view(integer) == want.contiguous().view(integer)) | (got.isnan() & want.isnan())
     else:
         equal = got == want
     assert equal.all(), (*what, f"{int((~equal).sum())} differ", (~equal).nonzero()[:4].tolist(), got[~equal][:4], want[~equal][:4])
 
 
+def legal(code, block):
+    """The next block that the code takes."""
+    return (block or 256 * (code == "int4_outlier")) + -block % Format(code).multiple
+
+
 # --- quant ------------------------------------------------------------------------------------------------
-def check_quantize(x, code, block, transpose, key):
-    stream = random.getrandbits(32)
-    got = quant.quantize(x, code, block, transpose, key, stream)
-    want = ref_quant.quantize(x, code, block, transpose, key, stream)
+def check_quantize(x, code, block, transpose, key, scales=None):
+    stream, block = random.getrandbits(32), legal(code, block)
+    before = None if scales is None else scales.clone()
+    got = quant.quantize(x, code, block, transpose, key, stream, scales)
+    want = ref_quant.quantize(x, code, block, transpose, key, stream, scales)
+    assert_same(scales, before, "the given scales")
     for name, a, b in zip(("codes", "scales", "zeros"), got, want):
         assert_same(a, b, name, code, tuple(x.shape), x.dtype, block, transpose, key)
     columns = x.shape[0 if transpose else 1]
@@ -72,6 +79,18 @@ def test_quantize(code):
             check_quantize(x.abs() if code == "square8" else x, code, block, bool((i + stochastic) % 2), random_key() if stochastic else None)
 
 
+@pytest.mark.parametrize("code", ("e4m3", "e5m2", "e2m1", "int7", "int8", "int4", "int2", "int3"))
+def test_quantize_with_given_scales(code, monkeypatch):
+    """Values beyond them saturate, scale 0 gives codes 0, a nan or an inf still makes its own block's scale nan."""
+    for i, ((rows, columns), block, tile) in enumerate((((5, 100), 32, 512), ((3, 300), 0, 64), ((1, 1), 0, 512), ((7, 64), 16, 512))):
+        monkeypatch.setattr(quant, "TILE", tile)
+        transpose, block = bool(i % 2), legal(code, block)
+        x = torch.randn(rows, columns)
+        scales = torch.rand(rows, Format(code, block).blocks(columns)) * 10.0 ** -torch.randint(0, 4, (rows, 1))
+        x[-1, -1], scales[0, 0] = random.choice((float("nan"), float("inf"), 1.0)), random.choice((0.0, 1e-40, 1e30, 0.01))
+        check_quantize((x.t() if transpose else x).contiguous().to(FLOATS[i % 3]), code, block, transpose, random.choice((None, random_key())), scales)
+
+
 @pytest.mark.parametrize("code", CODES)
 def test_quantize_special_values(code):
     for dtype, key in ((torch.float32, None), (torch.float32, random_key()), (torch.bfloat16, random_key()), (torch.float16, None)):
@@ -83,7 +102,8 @@ def test_quantize_special_values(code):
 
 def test_quantize_rows_longer_than_a_tile(monkeypatch):
     monkeypatch.setattr(quant, "TILE", 64)
-    for code, transpose, key in (("int8", False, None), ("uint4", False, random_key()), ("uint8", True, random_key()), ("square8", True, None)):
+    for code, transpose, key in (("int8", False, None), ("uint4", False, random_key()), ("uint8", True, random_key()), ("square8", True, None),
+                                 ("e4m3", False, random_key()), ("e2m1", True, None), ("int2", False, None)):
         check_quantize(torch.rand(301, 3) if transpose else torch.rand(3, 301), code, 0, transpose, key)
 
 
@@ -149,7 +169,7 @@ def within(got, want, magnitude, k, extra=0.0):
 @pytest.mark.parametrize("code", CODES)
 def test_matmul_packed(code):
     for i, ((rows, columns), block, transpose) in enumerate(itertools.product(((7, 64), (33, 100), (1, 1), (4, 0)), (0, 32, 10), (False, True))):
-        dtype, out = FLOATS[i % 3], random.choice(FLOATS)
+        dtype, out, block = FLOATS[i % 3], random.choice(FLOATS), legal(code, block)
         w = torch.randn(rows, columns)
         packed = ref_quant.quantize(w.abs() if code == "square8" else w, code, block)
         m, k, n = random.choice((1, 5, 33)), *((rows, columns) if transpose else (columns, rows))
@@ -184,10 +204,55 @@ def test_matmul_packed_nan_scale_gives_nan(dtype):
         assert torch.equal(got.isnan(), want.isnan()) and want.isnan().any()
 
 
+FP8 = ("e4m3", "e5m2")
+PAIRS = [(a, b, block, other) for a, b in itertools.product(FP8, FP8) for block, other in ((0, 0), (128, 128), (128, 0), (0, 32))] + [
+    ("int8", "int7", 0, 0), ("int8", "int8", 32, 0), ("int7", "uint2", 0, 64), ("e2m1", "e2m1", 16, 16), ("e2m1", "e4m3", 32, 0), ("uint4", "bf16", 32, 0),
+    ("bf16", "bf16", 0, 0), ("fp16", "fp16", 0, 0), ("fp32", "fp32", 0, 0), ("bf16", "fp32", 0, 0), ("fp32", "int4_outlier", 0, 64), ("bf16", "uint3", 0, 64),
+    ("int3", "e5m2", 0, 0)]
+
+
+@pytest.mark.parametrize("a_code, b_code, a_block, b_block", PAIRS)
+def test_matmul_scaled(a_code, b_code, a_block, b_block):
+    """FP8 and int8 pairs are exact but for fp32's sums; others round a, b or both to bf16 unless everything is fp32 (2^-8
+    each), plain 16-bit ones with a bias may round twice."""
+    def stored(x, code, block):
+        return (x.to(Format(code).code_dtype), None, None) if not Format(code).blocked else ref_quant.quantize(x, code, block)
+
+    for (m, n, k), transpose in itertools.product(((1, 1, 1), (5, 37, 257), (33, 7, 300), (3, 4, 0), (0, 3, 8)), (False, True)):
+        dtype, bias = random.choice(FLOATS), random.choice((None, torch.randn(n), torch.randn(n).bfloat16()))
+        a = stored(torch.randn(m, k), a_code, a_block)
+        b = stored(torch.randn((k, n) if transpose else (n, k)), b_code, b_block)
+        arguments = (*a, a_code, a_block, *b, b_code, b_block, n if transpose else k, transpose)
+        got, want = matmul.matmul_scaled(*arguments, bias, dtype), ref_matmul.matmul_scaled(*arguments, bias, torch.float64)
+        assert got.dtype == dtype and got.shape == want.shape
+
+        def sizes(codes, scales, zeros, code, block, columns):  # of code - zero where there is a zero point: the terms that are added
+            if scales is None:
+                return codes.abs().double()
+            values = ref_quant.dequantize(codes, scales, zeros, code, block, columns, torch.float64).abs()
+            return values + (zeros.double() * scales).repeat_interleave(block or columns, 1)[:, :columns] if zeros.numel() and "outlier" not in code else values
+
+        w = sizes(*b, b_code, b_block, n if transpose else k)
+        magnitude = sizes(*a, a_code, a_block, k) @ (w if transpose else w.t()) + (0 if bias is None else bias.abs().double())
+        on_codes = not transpose and ({a_code, b_code} <= set(FP8) and b_block != 32 or {a_code, b_code} <= {"int8", "int7"} and a_block == 0)
+        rounded = 0 if on_codes else 2 ** -7 * 1.01 if a_code == "bf16" or dtype != torch.float32 else 0
+        within(got, want, magnitude, k, rounded)
+
+
+def test_matmul_scaled_nan_scale_gives_nan():
+    for block in (0, 128):
+        x = torch.randn(5, 300)
+        x[3, 200] = float("nan")
+        a, b = ref_quant.quantize(x, "e4m3", block), ref_quant.quantize(torch.randn(6, 300), "e5m2", block)
+        got = matmul.matmul_scaled(*a, "e4m3", block, *b, "e5m2", block, 300, False, None, torch.float32)
+        assert got[3].isnan().all() and got[[0, 1, 2, 4]].isfinite().all()
+
+
 # --- optim ------------------------------------------------------------------------------------------------
 SHAPES = [(3, 37), (2, 128), (17,), (1, 260), (), (4, 0), (2, 6, 6)]
 STATES = {"adamw": 2, "adamw_amsgrad": 3, "lion": 1}
-PARAMS = (("fp32", 0), ("bf16", 0), ("fp16", 0), ("delta", 0), ("uint8", 64), ("int8", 0), ("int4", 32), ("uint4", 0), ("uint4", 20))
+PARAMS = (("fp32", 0), ("bf16", 0), ("fp16", 0), ("delta", 0), ("uint8", 64), ("int8", 0), ("int4", 32), ("uint4", 0), ("uint4", 20),
+          ("e4m3", 64), ("e2m1", 0), ("int2", 32), ("int3", 32))
 
 
 def tensors(shapes, param, state_codes, state_block, grad_dtype, special):
@@ -252,12 +317,13 @@ def test_step(rule, param):
                special=not i % 2)
 
 
-@pytest.mark.parametrize("param", (("fp32", 0), ("uint8", 0), ("int4", 0), ("uint4", 192), ("bf16", 0)), ids=lambda p: f"{p[0]}-{p[1]}")
+@pytest.mark.parametrize("param", (("fp32", 0), ("uint8", 0), ("int4", 0), ("uint4", 192), ("bf16", 0), ("e2m1", 0)), ids=lambda p: f"{p[0]}-{p[1]}")
 def test_step_of_blocks_longer_than_a_tile(param, monkeypatch):
     monkeypatch.setattr(optim, "TILE", 64)
     monkeypatch.setattr(optim, "LONGEST", 64)
     shapes = [(2, 37), (2, 150)]
-    for states, block in ((("fp32", "bf16"), 0), (("moment8", "square8"), 0), (("moment8", "square8"), 32), (("int8", "fp32"), 0)):
+    for states, block in ((("fp32", "bf16"), 0), (("moment8", "square8"), 0), (("moment8", "square8"), 32), (("int8", "fp32"), 0),
+                          (("e4m3", "square8"), 0)):
         check_step("adamw", *param, states, block, shapes=shapes, special=random.random() < 0.5)
 
 
@@ -278,16 +344,16 @@ def test_step_of_many_tensors_and_other_layouts():
 # --- projection -------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("left", (False, True))
 def test_project(left):
-    for (m, d, rank), (code, block), dtype in itertools.product(((20, 64, 8), (33, 100, 40), (1, 16, 1)), (("uint4", 32), ("int8", 0), ("uint8", 10)),
+    for (m, d, rank), (code, block), dtype in itertools.product(((20, 64, 8), (33, 100, 40), (1, 16, 1)), (("uint4", 32), ("int8", 0), ("uint8", 10), ("e4m3", 40)),
                                                                 FLOATS):
         grad, side = torch.randn(m, d).to(dtype), m if left else d
         basis = ref_quant.quantize(torch.randn(rank, side), code, block)
         got, want = projection.project(grad, *basis, code, block, left), ref_projection.project(grad, *basis, code, block, left)
         b = ref_quant.dequantize(*basis, code, block, side, torch.float64).abs()
-        zero = (basis[2].double() * basis[1]).repeat_interleave(block or side, 1)[:, :side] if code != "int8" else 0
+        zero = (basis[2].double() * basis[1]).repeat_interleave(block or side, 1)[:, :side] if basis[2].numel() else 0
         magnitude = (b + zero) @ grad.double().abs() if left else grad.double().abs() @ (b + zero).t()
         assert got.is_contiguous() and got.dtype == torch.float32
-        within(got, want, magnitude, side, 2 ** -8 if dtype == torch.bfloat16 and block == 10 else 0)
+        within(got, want, magnitude, side, 2 ** -8 if dtype == torch.bfloat16 and block in (10, 40) else 0)
 
 
 def exact_basis(rank, d, code, block):
@@ -301,7 +367,7 @@ def exact_basis(rank, d, code, block):
 
 
 @pytest.mark.parametrize("left", (False, True))
-@pytest.mark.parametrize("weight", (("fp32", 0), ("bf16", 0), ("fp16", 0), ("uint8", 32), ("int8", 0), ("int4", 20), ("uint4", 64), ("uint4", 0)),
+@pytest.mark.parametrize("weight", (("fp32", 0), ("bf16", 0), ("fp16", 0), ("uint8", 32), ("int8", 0), ("int4", 20), ("uint4", 64), ("uint4", 0), ("e5m2", 32), ("uint2", 0), ("uint3", 32)),
                          ids=lambda w: f"{w[0]}-{w[1]}")
 def test_project_back(weight, left, monkeypatch):
     """Bit-equal where the product is exact, so that everything else of the kernel is."""
