@@ -15,9 +15,7 @@ import triton
 import triton.language as tl
 
 from gradmill.formats import CODES, Format, float_code
-from gradmill.kernels._common import (KEY_ARGUMENTS, LAUNCH, UINT4, UINT8, as_bits, bits, block_parameters, decode, encode, from_bf16_bits, key_words,
-                                      load_codes, measure, power_of_two, ready, seed_of, store_codes, store_floats, tile_words, warps_for)
-from gradmill.kernels._common import (KEY_ARGUMENTS, LAUNCH, UNALIGNED, as_bits, block_parameters, decode, encode, from_bf16_bits,
+from gradmill.kernels._common import (KEY_ARGUMENTS, LAUNCH, UNALIGNED, as_bits, bits, block_parameters, decode, encode, from_bf16_bits,
                                       has_zero_point, key_words, load_codes, measure, power_of_two, ready, seed_of, store_codes, store_floats,
                                       tile_words, warps_for)
 from gradmill.reference import quant as reference

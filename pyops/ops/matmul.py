@@ -156,8 +156,8 @@ matmul_scaled = Op(
     "matmul_scaled", "(Tensor a, Tensor? a_scales, Tensor? a_zeros, str a_code, int a_block, Tensor b, Tensor? b_scales, Tensor? b_zeros, "
     "str b_code, int b_block, int columns, bool transpose, Tensor? bias, ScalarType dtype) -> Tensor",
     _check_scaled, _fake_scaled,
-    backends={"native": _native_scaled, "reference": reference.matmul_scaled},
-    order={"cpu": ("native", "reference"), "cuda": ("native", "reference")})
+    backends={"native": _native_scaled, "triton": "gradmill.kernels.matmul:matmul_scaled", "reference": reference.matmul_scaled},
+    order={"cpu": ("native", "triton", "reference"), "cuda": ("triton", "native", "reference")})
 matmul_scaled.__doc__ = """matmul_scaled(a, a_scales, a_zeros, a_code, a_block, b, b_scales, b_zeros, b_code, b_block, columns, transpose, bias, dtype)
 
 a (m, k) times the transpose of b (n, k) -> (m, n), both stored in any format (plain floats: scales and zeros None);

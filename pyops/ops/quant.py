@@ -80,7 +80,7 @@ def row_major(x, transpose):
 
 def _native_quantize(x, code, block=0, transpose=False, key=None, stream=0, scales=None):
     if x.is_cuda and code in ("uint3", "int3", "int4_outlier"):  # a thread writes 4 codes, which 3 bits leave in the middle of a byte
-        return reference.quantize(x, code, block, transpose, key, stream)
+        return reference.quantize(x, code, block, transpose, key, stream, scales)
     x, transpose = row_major(x, transpose)
     given = scales is not None
     codes, scales, zeros = empty_quantized(x, code, block, transpose, scales)
