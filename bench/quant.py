@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import torch
 
-from gradmill import ops
+from gradmill import functional, ops
 from gradmill.formats import Format
 
 from .runner import Bench, Work, baseline, case, ours, peer
@@ -154,3 +154,32 @@ def hadamard_bf16(ctx):
 @case("quant")
 def hadamard_transposed(ctx):
     return _hadamard(ctx, "random Hadamard transform, transposed, blocks of 16", transpose=True)
+
+
+# --- fake quantisation ------------------------------------------------------------------------------------
+def torch_fake(w, step, zero, top):
+    """EfficientQAT's formula in torch operations, groups in the last dimension; autograd does the rest."""
+    def straight(x, y):
+        return x + (y - x).detach()
+    zero = straight(zero, zero.round().clamp(0, top))
+    ratio = w / step
+    return ((straight(ratio, ratio.round()) + zero).clamp(0, top) - zero) * step
+
+
+@case("quant")
+def fake_quantize_w4(ctx):
+    """Forward and backward: the weight and its gradient are read twice and once, W^ and dW are written."""
+    rows, columns = _shape(ctx)
+    group = 128
+    weight = ctx.rotate(lambda: ctx.randn(rows, columns).requires_grad_())
+    grad = ctx.rotate(lambda: ctx.randn(rows, columns))
+    parameters = ctx.once(lambda: [p.requires_grad_() for p in functional.fake_quantize_parameters(ctx.randn(rows, columns), 4, group)])
+
+    def step(i, forward):
+        inputs = weight(i), *parameters()
+        torch.autograd.grad(forward(*inputs), inputs, grad(i))
+    return Bench(f"fake-quantise to 4 bits, groups of 128, forward + backward, {rows}x{columns}",
+                 Work((20.0 + 24.0 / group) * rows * columns, 50.0 * rows * columns, "copy"), [
+        ours(lambda: lambda i: step(i, lambda *inputs: functional.fake_quantize(*inputs, 4, group))),
+        baseline("torch expression + autograd", lambda: lambda i: step(i, lambda w, s, z: torch_fake(
+            _blocks(w, group), s[..., None], z[..., None], 15).view(rows, columns)))])

@@ -123,6 +123,25 @@ void hadamard(int device, uint64_t stream, uint64_t x, int x_code, int64_t strid
   GM_RUN(cpu().quant->hadamard(a), cuda::hadamard(a, launch))
 }
 
+// (weight, its code, steps, zeros, rows, cols, block, bits)
+using FakeTuple = std::tuple<uint64_t, int, uint64_t, uint64_t, int64_t, int64_t, int64_t, int>;
+FakeArgs fake(const FakeTuple& t, uint64_t out, int out_code) {
+  auto [weight, code, steps, zeros, rows, cols, block, bits] = t;
+  return {pointer(weight), code, pointer<const float>(steps), pointer<const float>(zeros), rows, cols, block, bits, pointer(out), out_code};
+}
+
+void fake_quantize(int device, uint64_t stream, const FakeTuple& group, uint64_t out, int out_code) {
+  FakeArgs a = fake(group, out, out_code);
+  GM_RUN(cpu().quant->fake_quantize(a), cuda::fake_quantize(a, launch))
+}
+
+void fake_quantize_backward(int device, uint64_t stream, const FakeTuple& group, uint64_t grad, int grad_code, uint64_t dweight, uint64_t dsteps,
+                            uint64_t dzeros) {
+  FakeArgs a = fake(group, dweight, std::get<1>(group));
+  a.grad = pointer(grad), a.grad_code = grad_code, a.dsteps = pointer<float>(dsteps), a.dzeros = pointer<float>(dzeros);
+  GM_RUN(cpu().quant->fake_quantize_backward(a), cuda::fake_quantize_backward(a, launch))
+}
+
 void matmul_int8(int device, uint64_t stream, int64_t m, int64_t n, int64_t k, uint64_t a, uint64_t b, uint64_t a_scales, uint64_t b_scales,
                  uint64_t bias, uint64_t out, int out_code) {
   Int8MatmulArgs args{m, n, k, pointer<const int8_t>(a), pointer<const int8_t>(b), pointer<const float>(a_scales),
@@ -205,6 +224,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("quantize", &quantize);
   m.def("dequantize", &dequantize);
   m.def("hadamard", &hadamard);
+  m.def("fake_quantize", &fake_quantize);
+  m.def("fake_quantize_backward", &fake_quantize_backward);
   m.def("matmul_int8", &matmul_int8);
   m.def("matmul_packed", &matmul_packed);
   m.def("project", &project);

@@ -107,6 +107,12 @@ def _quant():
         yield Variant(f"dequantize {code} to {out}", quant.dequantize_kernel,
                       {**packed, "codes": "*i8" if code in ("int8", "int7") else "*u8", "out": f"*{out}"},
                       {"CODE": CODES[code], "OUT": CODES[out], "NB": 16, "P2": 256, "pieces": 1}, warps=8, everywhere=code in ("uint4", "e2m1"), elementwise=True)
+    for weight, grad, out, backward, bits in (("fp32", "fp32", "bf16", False, 4), ("bf16", "bf16", "fp16", False, 2), ("fp32", "bf16", "fp32", True, 3),
+                                              ("fp16", "fp32", "fp16", True, 2)):
+        yield Variant(f"fake_quantize{'_backward' * backward} {weight} {grad} {out}", quant.fake_kernel,
+                      {"weight": f"*{weight}", "grad": f"*{grad}", "out": f"*{out}", **dict.fromkeys(("steps", "zeros", "dsteps", "dzeros"), "*fp32")},
+                      {"TOP": 2.0 ** bits - 1, "W": CODES[weight], "G": CODES[grad], "OUT": CODES[out], "BACKWARD": backward, "NB": quant.GROUPS},
+                      everywhere=weight == "fp32", elementwise=True)
 
     for x, out, block, random, inverse, tail, across in (("fp32", "fp32", 16, True, False, False, False), ("bf16", "bf16", 16, True, False, True, True),
                                                          ("fp16", "fp32", 1024, False, False, True, False), ("fp32", "fp16", 1024, True, True, False, True),

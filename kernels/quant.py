@@ -1,4 +1,4 @@
-"""quant: fp32, bf16 or fp16 to and from every blocked code.
+"""quant: fp32, bf16 or fp16 to and from every blocked code; the random Hadamard transform; fake quantisation.
 
 Bytes: quantize reads the input once (a whole row longer than a tile: twice, the second time mostly from L2) and
 writes bits/8 per element + 4 (5 with a zero point) per block; dequantize the reverse. Both are limited by memory:
@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 
 from gradmill.formats import CODES, Format, float_code
-from gradmill.kernels._common import (KEY_ARGUMENTS, LAUNCH, UNALIGNED, as_bits, bits, block_parameters, decode, encode, from_bf16_bits,
-                                      has_zero_point, key_words, load_codes, measure, power_of_two, ready, seed_of, store_codes, store_floats,
-                                      tile_words, warps_for)
+from gradmill.kernels._common import (KEY_ARGUMENTS, LAUNCH, UNALIGNED, as_bits, bits, block_parameters, clamp, decode, encode, from_bf16_bits,
+                                      has_zero_point, key_words, load_codes, load_floats, measure, power_of_two, ready, round_even, seed_of,
+                                      store_codes, store_floats, tile_words, warps_for)
 from gradmill.reference import quant as reference
 
 TILE = 4096    # elements a program holds in registers
@@ -151,6 +151,63 @@ def dequantize_kernel(codes, scales, zeros, out, rows, columns, block, blocks, p
     store_floats(out, decode(q, scale[:, None], zero[:, None], CODE), 0, row, col, limit, columns, OUT, False, P2)
 
 
+# Fake quantisation: csrc/common/codecs.h and pyops/reference/quant.py say what and in which order sums are taken. A program
+# takes NB groups, LANES columns of each at a time, which keeps one accumulator per group and lane. Forward moves 8 bytes per
+# fp32 element, backward 12; 20 and 30 operations an element stay below that limit.
+LANES = tl.constexpr(32)
+GROUPS = 32    # groups a program takes
+
+
+@triton.jit
+def fake_codes(w, step, zero, TOP: tl.constexpr):
+    """w / step; the nearest integer; the code, 0..TOP; whether it was not clamped."""
+    ratio = tl.div_rn(w, step + tl.zeros_like(w))
+    rounded = round_even(clamp(ratio, -256.0, 256.0))  # beyond 2^8 every ratio is out of range
+    code = clamp(rounded + zero, 0.0, TOP)
+    return ratio, rounded, code, rounded + zero == code
+
+
+@triton.jit
+def halves(sums, NB: tl.constexpr, HALF: tl.constexpr):
+    """(NB, 2 HALF) -> (NB, HALF): lane j + lane j + HALF."""
+    low, high = tl.split(tl.permute(tl.reshape(sums, (NB, 2, HALF)), (0, 2, 1)))
+    return low + high
+
+
+@triton.jit
+def fold(sums, NB: tl.constexpr):
+    """(NB, LANES) -> (NB)."""
+    return tl.reshape(halves(halves(halves(halves(halves(sums, NB, 16), NB, 8), NB, 4), NB, 2), NB, 1), (NB,))
+
+
+@triton.jit
+def fake_kernel(weight, grad, steps, zeros, out, dsteps, dzeros, rows, columns, block, blocks, TOP: tl.constexpr, W: tl.constexpr,
+                G: tl.constexpr, OUT: tl.constexpr, BACKWARD: tl.constexpr, NB: tl.constexpr):
+    """NB groups; TOP = 2^bits - 1, the largest code."""
+    index = tl.program_id(0).to(tl.int64) * NB + tl.arange(0, NB)
+    row, col = index // blocks, (index % blocks) * block
+    exists = row < rows
+    size = tl.where(exists, tl.minimum(block, columns - col), 0)  # the last group of a row may be shorter
+    step = tl.load(steps + index, mask=exists, other=1.0)
+    step = tl.where(step < 7.888609052210118e-31, 7.888609052210118e-31, step)  # 2^-100
+    zero = round_even(clamp(tl.load(zeros + index, mask=exists, other=0.0), 0.0, TOP))
+    dstep, clipped = tl.zeros((NB, LANES), tl.float32), tl.zeros((NB, LANES), tl.float32)
+    for done in range(0, block, LANES):
+        w = load_floats(weight, row, col + done, size - done, columns, W, LANES)
+        ratio, rounded, code, inside = fake_codes(w, step[:, None], zero[:, None], TOP)
+        if BACKWARD:
+            g = load_floats(grad, row, col + done, size - done, columns, G, LANES)
+            dstep += g * tl.where(inside, rounded - ratio, code - zero[:, None])  # beyond the end g is 0
+            clipped += tl.where(inside, 0.0, g)
+            y = tl.where(inside, g, 0.0)
+        else:
+            y = (code - zero[:, None]) * step[:, None] + (w - w)  # w - w: 0, or nan where w is not finite
+        store_floats(out, y, 0, row, col + done, size - done, columns, OUT, False, LANES)
+    if BACKWARD:
+        tl.store(dsteps + index, fold(dstep, NB), mask=exists)
+        tl.store(dzeros + index, fold(clipped, NB) * -step, mask=exists)
+
+
 def quantize(x, code, block=0, transpose=False, key=None, stream=0, scales=None):
     """See gradmill.ops.quant.quantize."""
     if code in UNALIGNED:  # codes across bytes, or positions beside them: rare formats, plain torch serves them
@@ -224,4 +281,33 @@ def hadamard(x, block=16, transpose=False, key=None, stream=0, dtype=None, inver
             as_bits(x), out, rows, columns, groups, chunks, *x.stride(), *key_words(key, stream), BLOCK=block, LOG=block.bit_length() - 1,
             OUT=CODES[float_code(out.dtype)], RANDOM=key is not None, INVERSE=inverse, TAIL=columns % block != 0, ACROSS_ROWS=across, NB=runs,
             P2=chunk, num_warps=warps_for(runs * chunk), **LAUNCH)
+    return out
+
+
+def _fake(weight, grad, steps, zeros, out, dsteps, dzeros, bits, block):
+    rows, columns = weight.shape
+    size = min(block or columns, columns)
+    blocks = triton.cdiv(columns, size)
+    with ready(weight):
+        fake_kernel[(triton.cdiv(rows * blocks, GROUPS),)](
+            weight.contiguous(), grad.contiguous(), steps.contiguous(), zeros.contiguous(), out, dsteps, dzeros, rows, columns, size, blocks,
+            TOP=2.0 ** bits - 1, W=CODES[float_code(weight.dtype)], G=CODES[float_code(grad.dtype)], OUT=CODES[float_code(out.dtype)],
+            BACKWARD=dsteps is not steps, NB=GROUPS, num_warps=warps_for(GROUPS * 64), **LAUNCH)
+
+
+def fake_quantize(weight, steps, zeros, bits, block, dtype):
+    """See gradmill.ops.quant.fake_quantize."""
+    out = weight.new_empty(weight.shape, dtype=dtype)
+    if out.numel():
+        _fake(weight, weight, steps, zeros, out, steps, zeros, bits, block)
+    return out
+
+
+def fake_quantize_backward(grad, weight, steps, zeros, bits, block):
+    """See gradmill.ops.quant.fake_quantize_backward."""
+    out = weight.new_empty(weight.shape), steps.new_empty(steps.shape), zeros.new_empty(zeros.shape)
+    if weight.numel():
+        _fake(weight, grad, steps, zeros, *out, bits, block)
+    else:
+        out[1].zero_(), out[2].zero_()
     return out

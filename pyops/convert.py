@@ -26,7 +26,7 @@ class Report:
     skipped: list[tuple[str, str]] = field(default_factory=list)  #: (name, why)
     bytes_before: int = 0  #: of the replaced layers' weights
     bytes_after: int = 0
-    new_parameters: bool = False  #: the recipe stores weights in low precision, so an optimizer made before is out of date
+    new_parameters: bool = False  #: the recipe stores weights in low precision or adds steps: an optimizer made before is out of date
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -41,7 +41,7 @@ class Report:
             table.add_row(name, f"skipped: {why}")
         text = io.StringIO()
         Console(file=text, width=100).print(table)
-        after = "\nThe converted weights are new parameters: make the optimizer after this." if self.new_parameters else ""
+        after = "\nThe converted layers have new parameters: make the optimizer after this." if self.new_parameters else ""
         return (f"gradmill.convert, recipe {self.recipe}: {len(self.replaced)} replaced, {len(self.skipped)} skipped; replaced weights "
                 f"{self.bytes_before:,} -> {self.bytes_after:,} bytes\n{text.getvalue().rstrip()}{after}")
 
@@ -91,10 +91,11 @@ def convert(model: torch.nn.Module, recipe: str | recipes.Recipe = "int8",
                     before = id(child.weight)
                     report.bytes_before += nbytes(child.weight)
                     new = Linear.from_linear(child, recipe)
-                    report.new_parameters |= recipe.weight is not None
-                    if recipe.weight is not None:  # tied weights stay tied
-                        new.weight = packed.setdefault(before, new.weight)
-                    report.bytes_after += nbytes(new.weight)
+                    report.new_parameters |= recipe.weight is not None or recipe.fake is not None
+                    for kind, parameter in new._parameters.items():  # tied weights stay tied, with all that is made from them
+                        if kind.startswith("weight"):
+                            new._parameters[kind] = packed.setdefault((before, kind), parameter)
+                            report.bytes_after += nbytes(parameter)
                     done[id(child)] = (new, child)  # keeps `child` alive: its id stays its own
                 setattr(parent, child_name, done[id(child)][0])
                 report.replaced.append(name)

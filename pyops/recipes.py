@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from gradmill.formats import FORMATS, Format
 
 __all__ = ["Matmul", "Recipe", "RECIPES", "get", "INT8", "INT8_SWITCHBACK", "INT7", "FP8_TENSOR", "FP8_ROW", "FP8_BLOCK", "INT4", "FP4", "MXFP4",
-           "BF16", "W8", "W4", "W3", "W2", "INT8_WEIGHTS"]
+           "BF16", "W8", "W4", "W3", "W2", "QAT_W4", "QAT_W3", "QAT_W2", "INT8_WEIGHTS"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ class Recipe:
         weight: format the weight is stored in (a :class:`gradmill.QuantizedWeight`); None keeps the Parameter.
         frozen: a stored weight does not train (weight-only recipes; its step sizes may, see ``nn.Linear.train_steps_``).
         gradient_rounding: "nearest" or "stochastic" rounding of dY.
+        fake: (bits, group): the products see the weight as ``gradmill.functional.fake_quantize`` makes it, with trained steps
+            and zero points; the weight itself stays a float Parameter.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Recipe:
     weight: Format | None = None
     frozen: bool = False
     gradient_rounding: str = "nearest"
+    fake: tuple[int, int] | None = None
 
     def __post_init__(self):
         for field in ("y", "dx", "dw"):
@@ -61,6 +64,12 @@ class Recipe:
             raise ValueError(f"y is {self.y!r}; dx or dw 'forward' needs a Matmul whose operands can be kept")
         if self.gradient_rounding not in ("nearest", "stochastic"):
             raise ValueError(f"gradient_rounding is {self.gradient_rounding!r}; it must be 'nearest' or 'stochastic'")
+        if self.fake is not None:
+            bits, group = self.fake
+            if not (2 <= bits <= 8 and group >= 0 and group % 2 == 0):
+                raise ValueError(f"fake is {self.fake!r}; it must be (2 to 8 bits, an even group or 0 for a whole row)")
+            if self.weight is not None:
+                raise ValueError(f"weight is {self.weight!r}; it must be None where fake is given")
 
     def saved_bytes(self, tokens: int, columns: int, itemsize: int) -> int:
         """Bytes of X that forward keeps for dW: exact, for (tokens, columns) of that item size."""
@@ -104,10 +113,14 @@ MXFP4 = Recipe("mxfp4", Matmul(_MXFP4, _MXFP4), Matmul(_MXFP4, _MXFP4), Matmul(_
 BF16 = Recipe("bf16", "bf16", "bf16", "bf16")
 #: Weight-only: the weight packed and frozen, groups of 128 (w2: 64) with a zero point; X and dX in the input's precision.
 W8, W4, W3, W2 = (Recipe(name, weight=FORMATS[name], frozen=True) for name in ("w8", "w4", "w3", "w2"))
+#: Chen et al., "EfficientQAT", Block-AP: float matmuls over a weight quantised on the fly, groups of 128 (qat_w2: 64, as the
+#: paper has it), weight, steps and zero points all trained.
+QAT_W4, QAT_W3, QAT_W2 = (Recipe(f"qat_w{bits}", fake=(bits, group)) for bits, group in ((4, 128), (3, 128), (2, 64)))
 #: INT8 matmuls over a weight that is itself stored in INT8, groups of 256 with a zero point (Zhang et al., "Q-GaLore").
 INT8_WEIGHTS = Recipe("int8_weights", "int8", "int8", "int8", weight=FORMATS["int8"])
 
-RECIPES = {r.name: r for r in (INT8, INT8_SWITCHBACK, INT7, FP8_TENSOR, FP8_ROW, FP8_BLOCK, INT4, FP4, MXFP4, BF16, W8, W4, W3, W2, INT8_WEIGHTS)}
+RECIPES = {r.name: r for r in (INT8, INT8_SWITCHBACK, INT7, FP8_TENSOR, FP8_ROW, FP8_BLOCK, INT4, FP4, MXFP4, BF16, W8, W4, W3, W2, QAT_W4, QAT_W3, QAT_W2,
+                               INT8_WEIGHTS)}
 
 
 def get(recipe: str | Recipe) -> Recipe:

@@ -288,6 +288,28 @@ def test_hadamard(place, rows, columns, block):
             same(got, want, f"{dtype} to {out} transpose={transpose} key={key is not None} inverse={inverse} strided={strided}")
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("rows, columns, block", QUANT_SHAPES)
+def test_fake_quantize(place, bits, rows, columns, block):
+    for number, (dtype, grad_dtype, out_dtype) in enumerate([(torch.float32, torch.float32, torch.float32), (torch.bfloat16, torch.float16, torch.bfloat16),
+                                                             (torch.float16, torch.bfloat16, torch.float16)]):
+        weight, grad = sample(rows, columns, number, dtype), sample(rows, columns, number + 10, grad_dtype)
+        if rows > 1:
+            grad[:-1] = grad[:-1].roll(1, 0)
+        steps, zeros = reference_quant.fake_quantize_parameters(weight, bits, block)
+        steps, zeros = steps * 0.6, zeros + 0.3
+        steps.view(-1)[::7] = torch.tensor([-1.0, torch.nan, 0.0, torch.inf])[torch.arange(steps.view(-1)[::7].numel()) % 4]
+        want = reference_quant.fake_quantize(weight, steps, zeros, bits, block, out_dtype)
+        with place.context():
+            got = ops.fake_quantize(*map(place.put, (weight, steps, zeros)), bits, block, out_dtype)
+        same(got, want, f"{dtype} to {out_dtype}")
+        want = reference_quant.fake_quantize_backward(grad, weight, steps, zeros, bits, block)
+        with place.context():
+            got = ops.fake_quantize_backward(*map(place.put, (grad, weight, steps, zeros)), bits, block)
+        for g, w, name in zip(got, want, ("dweight", "dsteps", "dzeros")):
+            same(g, w, f"{name} of {dtype}, grad {grad_dtype}")
+
+
 # --- matmul -----------------------------------------------------------------------------------------------
 INT8_SHAPES = [(1, 1, 1), (5, 7, 3), (33, 65, 130), (130, 129, 64), (2, 3, 0)]
 

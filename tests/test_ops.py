@@ -4,7 +4,7 @@ import torch
 import gradmill
 from gradmill import BackendError, use_backend
 from gradmill.formats import FORMATS, Format
-from gradmill.ops import OPS, dequantize, fused_step, hadamard, matmul_int8, matmul_packed, project, project_back, quantize, subspace_basis
+from gradmill.ops import OPS, dequantize, fake_quantize, fake_quantize_backward, fused_step, hadamard, matmul_int8, matmul_packed, project, project_back, quantize, subspace_basis
 from gradmill.optim.rules import RULES
 from gradmill.reference.optim import RULES as REFERENCE_RULES
 
@@ -51,6 +51,10 @@ def samples():
     yield "quantize", (x, "int8", 0, True, key(1, 2), 3)
     yield "hadamard", (x,)
     yield "hadamard", (x.bfloat16(), 8, True, key(1, 2), 3, torch.float32, True)
+    steps, zeros = torch.rand(5, 3), 4 * torch.rand(5, 3)
+    for dtype in (torch.float32, torch.bfloat16):
+        yield "fake_quantize", (x.to(dtype), steps, zeros, 3, 4, torch.float16)
+        yield "fake_quantize_backward", (torch.randn(5, 12), x.to(dtype), steps, zeros, 3, 4)
     a, sa, _ = quantize(x, "int8")
     b, sb, _ = quantize(torch.randn(7, 12), "int8")
     yield "matmul_int8", (a, b, sa, sb, None, torch.float32)
@@ -190,6 +194,7 @@ def test_rules_are_the_same_in_every_room():
 # --- messages ---------------------------------------------------------------------------------------------
 X = torch.ones(4, 6)
 Q = quantize(X, "uint4", 4)
+STEPS = torch.ones(4, 2)
 I8, S8 = torch.ones(4, 6, dtype=torch.int8), torch.ones(4, 1)
 BAD = {  # what is wrong: (op, arguments, error, what the message must say)
     "dtype": (quantize, (X.double(), "int8"), TypeError, r"gradmill.quantize: x is float64 of shape \(4, 6\) on cpu; it must be float32 or bfloat16 or float16"),
@@ -219,6 +224,13 @@ BAD = {  # what is wrong: (op, arguments, error, what the message must say)
     "hadamard negative block": (hadamard, (X, -16), ValueError, "block is -16"),
     "hadamard key": (hadamard, (X, 16, False, torch.zeros(2)), ValueError, "hadamard: key is float32"),
     "hadamard out dtype": (hadamard, (X, 16, False, None, 0, torch.int8), TypeError, "dtype is torch.int8; it must be float32, bfloat16, float16 or None"),
+    "fake bits": (fake_quantize, (X, STEPS, STEPS, 1, 4, torch.float32), ValueError, "fake_quantize: bits is 1; it must be 2 to 8"),
+    "fake odd block": (fake_quantize, (X, STEPS, STEPS, 4, 3, torch.float32), ValueError, "block is 3"),
+    "fake dtype": (fake_quantize, (X, STEPS, STEPS, 4, 4, torch.float64), TypeError, "dtype is torch.float64"),
+    "fake weight": (fake_quantize, (X.double(), STEPS, STEPS, 4, 4, torch.float32), TypeError, "weight is float64"),
+    "fake steps": (fake_quantize, (X, STEPS[:, :1], STEPS, 4, 4, torch.float32), ValueError, r"steps is .*of shape \(4, 2\)"),
+    "fake zeros": (fake_quantize, (X, STEPS, STEPS.half(), 4, 4, torch.float32), TypeError, "zeros is float16"),
+    "fake grad": (fake_quantize_backward, (X[:2], X, STEPS, STEPS, 4, 4), ValueError, r"fake_quantize_backward: grad is .*of shape \(4, 6\)"),
     "inner size": (matmul_int8, (I8, I8[:, :4].contiguous(), S8, S8, None, torch.float32), ValueError, r"matmul_int8: b is .*of shape \(any, 6\)"),
     "a dtype": (matmul_int8, (X, I8, S8, S8, None, torch.float32), TypeError, "a is float32.*it must be int8"),
     "a scales": (matmul_int8, (I8, I8, S8[:2], S8, None, torch.float32), ValueError, "a_scales is"),

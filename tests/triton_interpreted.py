@@ -135,6 +135,27 @@ def test_hadamard_strides():
             assert_same(quant.hadamard(x, 8, transpose), ref_quant.hadamard(x, 8, transpose), x.stride(), transpose)
 
 
+# --- fake quantisation ------------------------------------------------------------------------------------
+@pytest.mark.parametrize("bits", (2, 3, 4, 8))
+def test_fake_quantize(bits):
+    for i, (shape, block) in enumerate(itertools.product(((1, 1), (3, 37), (5, 130), (70, 34), (0, 4), (4, 0)), (0, 32, 10, 128))):
+        weight, grad = torch.randn(shape).to(FLOATS[i % 3]), torch.randn(shape).to(FLOATS[(i + bits) % 3])
+        if weight.numel() > 100:
+            weight.view(-1)[:10] = torch.tensor([*SPECIAL, float("nan"), float("inf")])
+            grad.view(-1)[20:22] = torch.tensor([float("nan"), float("inf")])
+        steps, zeros = ref_quant.fake_quantize_parameters(weight, bits, block)
+        steps, zeros = steps * torch.rand_like(steps), zeros + torch.randn_like(zeros)
+        if steps.numel() > 8:
+            steps.view(-1)[:5] = torch.tensor([0.0, -1.0, 1e-40, float("nan"), float("inf")])
+            zeros.view(-1)[5:8] = torch.tensor([float("nan"), 0.5, 300.0])
+        dtype = FLOATS[(i + 1) % 3]
+        assert_same(quant.fake_quantize(weight, steps, zeros, bits, block, dtype), ref_quant.fake_quantize(weight, steps, zeros, bits, block, dtype),
+                    shape, block, bits, weight.dtype, dtype)
+        got, want = (module.fake_quantize_backward(grad, weight, steps, zeros, bits, block) for module in (quant, ref_quant))
+        for name, a, b in zip(("dweight", "dsteps", "dzeros"), got, want):
+            assert_same(a, b, name, shape, block, bits, weight.dtype, grad.dtype)
+
+
 # --- matmul -----------------------------------------------------------------------------------------------
 def int8_operands(m, n, k):
     return (torch.randint(-128, 128, (m, k), dtype=torch.int8), torch.randint(-128, 128, (n, k), dtype=torch.int8), torch.rand(m, 1),

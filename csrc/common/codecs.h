@@ -17,7 +17,11 @@ struct Block {
 };
 
 // Round half to even for |x| < 2^22: adding 1.5 * 2^23 leaves no fraction bits. Vectorises everywhere.
-GM_HD float round_even(float x) { return (x + 12582912.0f) - 12582912.0f; }
+// (V is float, or a vector of them in the compilers' extensions; in clampf too, which lets nan through.)
+template <class V>
+GM_HD V round_even(V x) {
+  return (x + 12582912.0f) - 12582912.0f;
+}
 
 // Stochastic rounding for |x| < 2^22 with 24 of the word's bits: up with probability x - floor(x).
 GM_HD float round_stochastic(float x, uint32_t word) {
@@ -27,7 +31,10 @@ GM_HD float round_stochastic(float x, uint32_t word) {
   return (x - down) > u ? down + 1.0f : down;
 }
 
-GM_HD float clampf(float x, float lo, float hi) { return x < lo ? lo : x > hi ? hi : x; }
+template <class V>
+GM_HD V clampf(V x, V lo, V hi) {
+  return x < lo ? lo : x > hi ? hi : x;
+}
 
 // --- block statistics -------------------------------------------------------------------------------------
 // Integer forms of |x|, min and max: associative (any thread count gives the same bits) and nan-proof.
@@ -145,6 +152,45 @@ GM_HD float decode(int q, Block b) {
   } else {
     return static_cast<float>(q) * b.scale;
   }
+}
+
+// --- fake quantisation (pyops/reference/quant.py, fake_quantize) ------------------------------------------
+// V is float, or a vector of floats in the compilers' extensions: the arithmetic is element-wise.
+constexpr float kSmallestStep = 7.888609052210118e-31f;  // 2^-100
+constexpr int kFakeLanes = 32;  // lanes a group's sums go to: element i to lane i % 32; lanes are then added in halves
+
+template <class V>
+struct FakeGroup {  // one group's parameters
+  V step, zero, top;
+};
+GM_HD FakeGroup<float> fake_group(float step, float zero, int bits) {
+  const float top = static_cast<float>((1 << bits) - 1);
+  return {step < kSmallestStep ? kSmallestStep : step, round_even(clampf(zero, 0.0f, top)), top};
+}
+
+template <class V>
+struct FakeCode {
+  V ratio, rounded, code;  // w / step; the nearest integer; the code, 0..top
+};
+template <class V>
+GM_HD FakeCode<V> fake_encode(V w, const FakeGroup<V>& g) {
+  const V ratio = w / g.step, limit = V() + 256.0f;  // beyond 2^8 every ratio is out of range
+  const V rounded = round_even(clampf(ratio, -limit, limit));
+  return {ratio, rounded, clampf(rounded + g.zero, V(), g.top)};
+}
+template <class V>
+GM_HD V fake_decode(V w, const FakeCode<V>& c, const FakeGroup<V>& g) {
+  return (c.code - g.zero) * g.step + (w - w);  // w - w: 0, or nan where w is not finite
+}
+// Gradients of one element, grad being that of its value: returns the weight's, adds the step's to dstep and to
+// `clipped` the gradients whose sum times -step is the zero point's.
+template <class V>
+GM_HD V fake_backward(V grad, V w, const FakeGroup<V>& g, V& dstep, V& clipped) {
+  const FakeCode<V> c = fake_encode(w, g);
+  const auto inside = c.rounded + g.zero == c.code;
+  dstep = dstep + grad * (inside ? c.rounded - c.ratio : c.code - g.zero);
+  clipped = clipped + (inside ? V() : grad);
+  return inside ? grad : V();
 }
 
 // Dither words: word of element i of a block = offset + i * 2^32/golden ratio, the offset one Philox word per block.

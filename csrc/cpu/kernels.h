@@ -51,6 +51,21 @@ struct HadamardArgs {
   int out_code;
 };
 
+// Group-wise fake quantisation of weight (rows x cols, contiguous) with a trained step and zero point per group; see
+// csrc/common/codecs.h. Forward: out = the quantised weight's values. Backward: out = the weight's gradient, in its dtype.
+struct FakeArgs {
+  const void* weight;
+  int weight_code;
+  const float *steps, *zeros;  // (rows, ceil(cols / block))
+  int64_t rows, cols, block;
+  int bits;
+  void* out;  // contiguous
+  int out_code;
+  const void* grad = nullptr;  // from here on backward only
+  int grad_code = 0;
+  float *dsteps = nullptr, *dzeros = nullptr;
+};
+
 // out[i,j] = a_scale[i] * b_scale[j] * sum_k a[i,k] b[j,k] (+ bias[j]); a (m x k), b (n x k) int8 row-major.
 struct Int8MatmulArgs {
   int64_t m, n, k;
@@ -116,6 +131,8 @@ struct QuantKernels {
   void (*quantize)(const QuantizeArgs&);
   void (*dequantize)(const DequantizeArgs&);
   void (*hadamard)(const HadamardArgs&);
+  void (*fake_quantize)(const FakeArgs&);
+  void (*fake_quantize_backward)(const FakeArgs&);
 };
 struct MatmulKernels {
   void (*int8)(const Int8MatmulArgs&);

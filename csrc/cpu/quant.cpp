@@ -1,4 +1,5 @@
-// Quantise and dequantise, every blocked code, row-wise or transposed, nearest or stochastic; the random Hadamard transform.
+// Quantise and dequantise, every blocked code, row-wise or transposed, nearest or stochastic; the random Hadamard transform;
+// fake quantisation.
 //
 // Memory-bound: fp32 -> int8 moves 5 bytes per element (4 read, 1 written). A block is read into L1 once,
 // measured there and encoded from there. `transpose` reads 16 columns at a time, a cache line of fp32 from each row,
@@ -252,8 +253,85 @@ void hadamard(const HadamardArgs& a) {
   }
 }
 
+// Fake quantisation: forward reads the weight once and writes its quantised values, backward reads weight and gradient once
+// and writes the weight's gradient, sums on the side: 8 and 12 bytes an element in fp32, 20 and 30 instructions for W of
+// them, one a division. Rows are walked in tiles that stay in L1; 32 lanes of partial sums are 8, 4 or 2 registers a sum.
+// 4096x1024 fp32, groups of 128, one core of a Zen 4, a machine in use: forward 1.4 ms (AVX2 and AVX-512; a copy of the same
+// bytes 0.9), backward 2.7 ms with AVX2, whose sixteen registers do not hold it all, and 2.0 with AVX-512 (1.4 at copy speed).
+template <class F>
+void each_group(const FakeArgs& a, F work) {
+  const int64_t per_row = (a.cols + a.block - 1) / a.block;
+#pragma omp parallel for schedule(static) if (a.rows * a.cols > kSerial)
+  for (int64_t i = 0; i < a.rows * per_row; ++i) {
+    const int64_t row = i / per_row, col = i % per_row * a.block;
+    const FakeGroup<float> g = fake_group(a.steps[i], a.zeros[i], a.bits);
+    work(i, row * a.cols + col, a.cols - col < a.block ? a.cols - col : a.block,
+         FakeGroup<vf>{broadcast(g.step), broadcast(g.zero), broadcast(g.top)});
+  }
+}
+
+// n elements from number `at` on, as fp32, with zeros up to a whole number of lanes; where nothing is to be done, in place.
+const float* lanes_of(const void* p, int code, int64_t at, int64_t n, float* buffer) {
+  const char* from = static_cast<const char*>(p) + at * (code_bits(code) / 8);
+  if (code == kF32 && n % kFakeLanes == 0) return reinterpret_cast<const float*>(from);
+  decode_floats(code, from, n, buffer);
+  for (int64_t i = n; i % kFakeLanes; ++i) buffer[i] = 0.0f;
+  return buffer;
+}
+
+struct Output {  // where a tile's fp32 results go: straight to their place, or to a buffer that finish() writes from
+  float *values, *buffer;
+  char* to;
+  int code;
+  int64_t n;
+  Output(const FakeArgs& a, int64_t at, int64_t count, float* b)
+      : buffer(b), to(static_cast<char*>(a.out) + at * (code_bits(a.out_code) / 8)), code(a.out_code), n(count) {
+    values = code == kF32 && n % kFakeLanes == 0 ? reinterpret_cast<float*>(to) : buffer;
+  }
+  void finish() const {
+    if (values == buffer) encode_floats(code, buffer, nullptr, n, to);
+  }
+};
+
+void fake_quantize(const FakeArgs& a) {
+  each_group(a, [&a](int64_t, int64_t first, int64_t length, const FakeGroup<vf>& g) {
+    alignas(64) float in[kTile], result[kTile];
+    for (int64_t done = 0; done < length; done += kTile) {
+      const int64_t n = length - done < kTile ? length - done : kTile;
+      const float* w = lanes_of(a.weight, a.weight_code, first + done, n, in);
+      const Output out(a, first + done, n, result);
+      for (int64_t i = 0; i < n; i += W) {
+        const vf x = load(w + i);
+        store(out.values + i, fake_decode(x, fake_encode(x, g), g));
+      }
+      out.finish();
+    }
+  });
+}
+
+void fake_quantize_backward(const FakeArgs& a) {
+  each_group(a, [&a](int64_t number, int64_t first, int64_t length, const FakeGroup<vf>& g) {
+    alignas(64) float in[kTile], grads[kTile], result[kTile];
+    vf dstep[kFakeLanes / W] = {}, clipped[kFakeLanes / W] = {};
+    for (int64_t done = 0; done < length; done += kTile) {
+      const int64_t n = length - done < kTile ? length - done : kTile;
+      const float* w = lanes_of(a.weight, a.weight_code, first + done, n, in);
+      const float* grad = lanes_of(a.grad, a.grad_code, first + done, n, grads);
+      const Output out(a, first + done, n, result);
+      for (int64_t i = 0; i < n; i += kFakeLanes)
+        for (int v = 0; v < kFakeLanes / W; ++v)
+          store(out.values + i + v * W, fake_backward(load(grad + i + v * W), load(w + i + v * W), g, dstep[v], clipped[v]));
+      out.finish();
+    }
+    for (int half = kFakeLanes / W / 2; half > 0; half /= 2)
+      for (int v = 0; v < half; ++v) dstep[v] = add(dstep[v], dstep[v + half]), clipped[v] = add(clipped[v], clipped[v + half]);
+    a.dsteps[number] = sum(dstep[0]);
+    a.dzeros[number] = sum(clipped[0]) * -g.step[0];
+  });
+}
+
 }  // namespace
 
-const QuantKernels GM_TABLE(quant) = {quantize, dequantize, hadamard};
+const QuantKernels GM_TABLE(quant) = {quantize, dequantize, hadamard, fake_quantize, fake_quantize_backward};
 
 }  // namespace gradmill

@@ -18,6 +18,8 @@ std::string problem();
 void quantize(const QuantizeArgs&, const Launch&);
 void dequantize(const DequantizeArgs&, const Launch&);
 void hadamard(const HadamardArgs&, const Launch&);
+void fake_quantize(const FakeArgs&, const Launch&);
+void fake_quantize_backward(const FakeArgs&, const Launch&);
 void matmul_int8(const Int8MatmulArgs&, const Launch&);
 void matmul_packed(const PackedMatmulArgs&, const Launch&);
 void fused_step(const StepArgs&, const Launch&);

@@ -4,7 +4,10 @@ from __future__ import annotations
 import torch
 
 from gradmill import functional, recipes
+from gradmill.ops.quant import fake_quantize
 from gradmill.weight import QuantizedWeight
+
+_FAKE = ("weight_steps", "weight_zeros")  # Parameters of a recipe that fakes
 
 
 class Linear(torch.nn.Linear):
@@ -14,7 +17,10 @@ class Linear(torch.nn.Linear):
         in_features, out_features, bias, device, dtype: as in torch.nn.Linear.
         recipe: a name (see ``gradmill.recipes.RECIPES``) or a :class:`gradmill.recipes.Recipe`.
 
-    ``state_dict`` keeps torch.nn.Linear's names; loading a float ``weight`` into a quantised layer packs it.
+    ``state_dict`` keeps torch.nn.Linear's names; loading a float ``weight`` into a quantised layer packs it. Under a recipe that
+    fakes (qat_w4, qat_w3, qat_w2) the layer has two more Parameters, ``weight_steps`` and ``weight_zeros`` (out, groups) fp32;
+    loading a checkpoint without them takes them anew from its weight. After writing into the weight otherwise, call
+    :meth:`reset_steps_`.
     """
 
     def __init__(self, in_features, out_features, bias=True, recipe="int8", device=None, dtype=None):
@@ -27,6 +33,35 @@ class Linear(torch.nn.Linear):
         if recipe.weight is not None and not isinstance(self.weight, QuantizedWeight):
             requires_grad = self.weight.requires_grad and not recipe.frozen
             self.weight = torch.nn.Parameter(QuantizedWeight.quantize(self.weight.detach(), recipe.weight), requires_grad)
+
+        if recipe.fake is not None:
+            for name, start in zip(_FAKE, functional.fake_quantize_parameters(self.weight.detach(), *recipe.fake)):
+                self.register_parameter(name, torch.nn.Parameter(start, self.weight.requires_grad))
+
+    def reset_steps_(self) -> "Linear":
+        """Takes steps and zero points anew from the range of each group of the weight. ValueError unless the recipe fakes."""
+        if self.recipe.fake is None:
+            raise ValueError(f"recipe is {self.recipe.name}; only one that fakes (qat_w4, qat_w3, qat_w2) has steps to reset")
+        for name, start in zip(_FAKE, functional.fake_quantize_parameters(self.weight.detach(), *self.recipe.fake)):
+            old = self._parameters[name]
+            if old.device == start.device:
+                with torch.no_grad():
+                    old.copy_(start)
+            else:  # the weight was assigned over a layer on the meta device
+                self._parameters[name] = torch.nn.Parameter(start, old.requires_grad)
+        return self
+
+    def reset_parameters(self):
+        super().reset_parameters()
+        if self._parameters.get("weight_steps") is not None:  # not yet there when torch.nn.Linear's constructor calls
+            self.reset_steps_()
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        names = [prefix + name for name in _FAKE]
+        if self.recipe.fake is not None and prefix + "weight" in state_dict and not any(name in state_dict for name in names):
+            missing_keys[:] = [key for key in missing_keys if key not in names]
+            self.reset_steps_()
 
     @classmethod
     def from_linear(cls, linear: torch.nn.Linear, recipe="int8") -> "Linear":
@@ -60,10 +95,15 @@ class Linear(torch.nn.Linear):
         new._parameters = self._parameters.copy()
         if isinstance(self.weight, QuantizedWeight):
             new._parameters["weight"] = torch.nn.Parameter(self.weight.dequantize(), self.weight.requires_grad)
+        if self.recipe.fake is not None:  # the values that the products saw
+            steps, zeros = (new._parameters.pop(name).detach().to(torch.float32) for name in _FAKE)
+            values = fake_quantize(self.weight.detach(), steps, zeros, *self.recipe.fake, self.weight.dtype)
+            new._parameters["weight"] = torch.nn.Parameter(values, self.weight.requires_grad)
         return new
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return functional.linear(x, self.weight, self.bias, self.recipe, self._parameters.get("steps"))
+        return functional.linear(x, self.weight, self.bias, self.recipe,
+                                 self._parameters.get("weight_steps" if self.recipe.fake else "steps"), self._parameters.get("weight_zeros"))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, recipe={self.recipe.name}"

@@ -203,3 +203,97 @@ id << 8 | purpose "hadamard", element = position in the row, the same for every 
 ``inverse`` undoes it: the transform, then the signs. Computed in fp32, butterflies in the order 1, 2, 4, ... apart,
 bit-equal in every backend; the result is (rows, columns), (columns, rows) with ``transpose``, of ``dtype`` (default
 x's). nan and inf spread over their block. Raises TypeError for dtypes, ValueError for shapes, block and key."""
+
+
+# --- fake quantisation with a trainable step and zero point per group ---------------------------------------
+def check_fake(op: str, weight, bits: int, block: int):
+    if not (2 <= bits <= 8):
+        reject(op, "bits", bits, "2 to 8")
+    if not (block >= 0 and block % 2 == 0):
+        reject(op, "block", block, "0 (a whole row), or positive and even")
+    require_matrix(op, "weight", weight, FLOATS)
+
+
+def _check_fake(op, weight, steps, zeros, bits, block):
+    check_fake(op, weight, bits, block)
+    shape = (weight.shape[0], cached("uint8", block).blocks(weight.shape[1]))
+    require_matrix(op, "steps", steps, (torch.float32,), shape, weight.device)
+    require_matrix(op, "zeros", zeros, (torch.float32,), shape, weight.device)
+
+
+def _check_fake_quantize(weight, steps, zeros, bits, block, dtype):
+    _check_fake("fake_quantize", weight, steps, zeros, bits, block)
+    if dtype not in FLOATS:
+        reject("fake_quantize", "dtype", dtype, "float32, bfloat16 or float16", TypeError)
+
+
+def _fake_fake_quantize(weight, steps, zeros, bits, block, dtype):
+    return weight.new_empty(weight.shape, dtype=dtype)
+
+
+def fake_tuple(weight, steps, zeros, bits, block):
+    """(weight, its code, steps, zeros, rows, columns, block, bits) for native code, and the contiguous tensors it points to."""
+    weight, steps, zeros = weight.contiguous(), steps.contiguous(), zeros.contiguous()
+    rows, columns = weight.shape
+    return (weight.data_ptr(), CODES[float_code(weight.dtype)], steps.data_ptr(), zeros.data_ptr(), rows, columns,
+            min(block or columns, columns), bits), (weight, steps, zeros)
+
+
+def _native_fake_quantize(weight, steps, zeros, bits, block, dtype):
+    out = _fake_fake_quantize(weight, steps, zeros, bits, block, dtype)
+    if out.numel():
+        group, _alive = fake_tuple(weight, steps, zeros, bits, block)
+        native_module().fake_quantize(*where(weight), group, out.data_ptr(), CODES[float_code(dtype)])
+    return out
+
+
+fake_quantize = Op(
+    "fake_quantize", "(Tensor weight, Tensor steps, Tensor zeros, int bits, int block, ScalarType dtype) -> Tensor",
+    _check_fake_quantize, _fake_fake_quantize,
+    backends={"native": _native_fake_quantize, "triton": "gradmill.kernels.quant:fake_quantize", "reference": reference.fake_quantize},
+    order={"cpu": ("native", "triton", "reference"), "cuda": ("native", "triton", "reference")})
+fake_quantize.__doc__ = """fake_quantize(weight, steps, zeros, bits, block, dtype) -> (rows, columns) of ``dtype``
+
+The values of the group-wise quantised weight, (q - z) s with q = clamp(round(W / s) + z, 0, 2^bits - 1), rounding half to
+even: Chen et al., "EfficientQAT", Block-AP. weight (rows, columns) fp32, bf16 or fp16; steps and zeros fp32 (rows,
+ceil(columns / block)), block even or 0 for a whole row; bits 2 to 8. As in the authors' code the zero point is a trained
+float, clamped to [0, 2^bits - 1] and rounded before use. Unlike it a step is not held to [1e-4, 1e4], which the paper does not
+say and which would move the steps of small weights: one below 2^-100, zero and negative included, counts as 2^-100. A nan or
+inf in the weight and a nan or inf in its group's step or a nan zero point give nan. Raises TypeError for dtypes, ValueError for
+shapes, bits and block."""
+
+
+def _check_fake_quantize_backward(grad, weight, steps, zeros, bits, block):
+    _check_fake("fake_quantize_backward", weight, steps, zeros, bits, block)
+    require_matrix("fake_quantize_backward", "grad", grad, FLOATS, weight.shape, weight.device)
+
+
+def _fake_fake_quantize_backward(grad, weight, steps, zeros, bits, block):
+    return weight.new_empty(weight.shape), steps.new_empty(steps.shape), zeros.new_empty(zeros.shape)
+
+
+def _native_fake_quantize_backward(grad, weight, steps, zeros, bits, block):
+    dweight, dsteps, dzeros = out = _fake_fake_quantize_backward(grad, weight, steps, zeros, bits, block)
+    if not dweight.numel():
+        dsteps.zero_(), dzeros.zero_()
+    else:
+        grad = grad.contiguous()
+        group, _alive = fake_tuple(weight, steps, zeros, bits, block)
+        native_module().fake_quantize_backward(*where(weight), group, grad.data_ptr(), CODES[float_code(grad.dtype)], dweight.data_ptr(),
+                                               dsteps.data_ptr(), dzeros.data_ptr())
+    return out
+
+
+fake_quantize_backward = Op(
+    "fake_quantize_backward", "(Tensor grad, Tensor weight, Tensor steps, Tensor zeros, int bits, int block) -> (Tensor, Tensor, Tensor)",
+    _check_fake_quantize_backward, _fake_fake_quantize_backward,
+    backends={"native": _native_fake_quantize_backward, "triton": "gradmill.kernels.quant:fake_quantize_backward",
+              "reference": reference.fake_quantize_backward},
+    order={"cpu": ("native", "triton", "reference"), "cuda": ("native", "triton", "reference")})
+fake_quantize_backward.__doc__ = """fake_quantize_backward(grad, weight, steps, zeros, bits, block) -> (dweight, dsteps, dzeros)
+
+Gradients of fake_quantize with straight-through rounding, given grad = dW^ (rows, columns) fp32, bf16 or fp16. Where q was not
+clamped: dW = dW^, ds = sum dW^ (round(W / s) - W / s), dz = 0; where it was: dW = 0, ds = sum dW^ (q - z), dz = -s sum dW^, sums over
+the group. The clamps of step and zero point themselves are passed straight through, so that one that left its range can come
+back. dweight has weight's dtype, dsteps and dzeros are fp32. Sums are taken in a fixed order (reference.quant.lane_sums): the
+same bits in every backend, whatever the thread count."""

@@ -50,24 +50,24 @@ def float_code_root(absmax, code):
     return sqrt(absmax) if code == "square8" else absmax
 
 
+def range_parameters(x, top):
+    """Scale and zero point that spread codes 0..top over each block's range: x (..., block) fp32 -> (...), (...)."""
+    # The range includes zero: otherwise the zero point's clamp destroys a one-sided block. Halves: the difference of
+    # two large values may overflow.
+    low, high = x.amin(-1).clamp(max=0), x.amax(-1).clamp(min=0)
+    scale = divide(high * 0.5 - low * 0.5, top * 0.5)
+    scale = torch.where(torch.isfinite(x).all(-1), scale, torch.nan)
+    return scale, torch.where(scale > 0, (0 - round_even(low / scale)).clamp(0, top), 0)
+
+
 def block_parameters(x, code):
     """Scale and zero point of each block: x (..., block) fp32 -> (...), (...)."""
     absmax = x.abs().amax(-1)
-    if code in SYMMETRIC or code in SMALL_FLOATS:
-        scale = divide(absmax, TOPS[code])
-    elif code in ZERO_POINT:
-        # The range includes zero: otherwise the zero point's clamp destroys a one-sided block. Halves: the
-        # difference of two large values may overflow.
-        low, high = x.amin(-1).clamp(max=0), x.amax(-1).clamp(min=0)
-        scale = divide(high * 0.5 - low * 0.5, TOPS[code] * 0.5)
-    else:
-        scale = divide(float_code_root(absmax, code), SQUARE_TOP if code == "square8" else MOMENT_TOP)
-    bad = ~torch.isfinite(absmax)
-    scale = torch.where(bad, torch.nan, scale)
-    zero = torch.zeros_like(scale)
     if code in ZERO_POINT:
-        zero = torch.where(scale > 0, (-round_even(low / scale)).clamp(0, TOPS[code]), zero)
-    return scale, zero
+        return range_parameters(x, TOPS[code])
+    scale = divide(absmax, TOPS[code]) if code in TOPS else divide(float_code_root(absmax, code), SQUARE_TOP if code == "square8" else MOMENT_TOP)
+    scale = torch.where(torch.isfinite(absmax), scale, torch.nan)
+    return scale, torch.zeros_like(scale)
 
 
 def shared_scales(x, format, stochastic=False):
@@ -328,3 +328,68 @@ def store(values, format, key=None, stream=0, dither=False):
         words = philox.words(seed, step, stream, 0, values.numel(), values.device).view(values.shape)
         return round_bf16_stochastic(values, words), None, None
     return values.to(FLOAT_DTYPES.get(format.code, torch.float32)), None, None
+
+
+# --- fake quantisation ------------------------------------------------------------------------------------
+#: A smaller step (or one that training took below zero) counts as this; a nan stays.
+SMALLEST_STEP = 2.0 ** -100
+#: The first step of a group of zeros: any positive one holds it exactly, this one lets it learn.
+EMPTY_STEP = 1e-4
+#: Sums over a group go to this many lanes, element i to lane i % LANES in ascending order, and lanes are then added in
+#: halves (j and j + 16, j and j + 8, ...): an order every backend can take at full speed.
+LANES = 32
+
+
+def lane_sums(x):
+    """Sums over the last dimension in that order."""
+    x = torch.nn.functional.pad(x, (0, -x.shape[-1] % LANES))
+    sums = x.new_zeros((*x.shape[:-1], LANES))
+    for part in x.split(LANES, -1):
+        sums = sums + part
+    while sums.shape[-1] > 1:
+        low, high = sums.chunk(2, -1)
+        sums = low + high
+    return sums[..., 0]
+
+
+def fake_quantize_parameters(weight, bits, block):
+    """See gradmill.functional.fake_quantize_parameters."""
+    rows, columns = weight.shape
+    if weight.numel() == 0:
+        shape = (rows, Format("uint8", block).blocks(columns))
+        return weight.new_full(shape, EMPTY_STEP, dtype=torch.float32), weight.new_zeros(shape, dtype=torch.float32)
+    steps, zeros = range_parameters(_blocks(weight.to(torch.float32), block), 2.0 ** bits - 1)
+    return torch.where(steps < SMALLEST_STEP, EMPTY_STEP, steps), zeros
+
+
+def _fake_codes(weight, steps, zeros, bits, block):
+    """Per element, in blocks (rows, blocks, block): w / s, rounded; z and s broadcast; the code; whether it is in range."""
+    top = 2.0 ** bits - 1
+    step = torch.where(steps < SMALLEST_STEP, SMALLEST_STEP, steps)[..., None]
+    zero = round_even(zeros.clamp(0, top))[..., None]
+    w = _blocks(weight.to(torch.float32), block)
+    ratio = w / step
+    rounded = round_even(ratio.clamp(-256, 256))  # beyond 2^8 every ratio is out of range
+    code = (rounded + zero).clamp(0, top)
+    return w, step, zero, ratio, rounded, code, rounded + zero == code
+
+
+def fake_quantize(weight, steps, zeros, bits, block, dtype):
+    """See gradmill.ops.quant.fake_quantize."""
+    if weight.numel() == 0:
+        return weight.new_empty(weight.shape, dtype=dtype)
+    w, step, zero, _, _, code, _ = _fake_codes(weight, steps, zeros, bits, block)
+    values = (code - zero) * step + (w - w)  # w - w: 0, or nan where w is not finite
+    return values.flatten(1)[:, :weight.shape[1]].to(dtype).contiguous()
+
+
+def fake_quantize_backward(grad, weight, steps, zeros, bits, block):
+    """See gradmill.ops.quant.fake_quantize_backward."""
+    if weight.numel() == 0:
+        return torch.empty_like(weight), torch.zeros_like(steps), torch.zeros_like(zeros)
+    _, step, zero, ratio, rounded, code, inside = _fake_codes(weight, steps, zeros, bits, block)
+    g = _blocks(grad.to(torch.float32), block)
+    dweight = torch.where(inside, g, 0).flatten(1)[:, :weight.shape[1]].to(weight.dtype).contiguous()
+    dsteps = lane_sums(g * torch.where(inside, rounded - ratio, code - zero))
+    dzeros = lane_sums(torch.where(inside, 0, g)) * -step[..., 0]
+    return dweight, dsteps, dzeros
