@@ -1,0 +1,260 @@
+"""Every recipe against its definition: products of what its formats' codes stand for."""
+import copy
+import pickle
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import gradmill
+from gradmill import QuantizedWeight, functional, recipes
+from gradmill.formats import FORMATS, Format
+from gradmill.nn import Linear
+from gradmill.ops import dequantize, quantize_to
+from gradmill.recipes import RECIPES, Matmul
+
+NAMES = list(RECIPES)
+DETERMINISTIC = [n for n, r in RECIPES.items() if r.gradient_rounding == "nearest"]
+QAT = [n for n in NAMES if n.startswith("qat_")]
+FROZEN = [n for n, r in RECIPES.items() if r.frozen]
+
+
+def values(x, format, transpose=False):
+    """What a format makes of x (of x^T), in fp64."""
+    x = x.t() if transpose else x
+    if format is None:
+        return x.double()
+    if not format.blocked:
+        return x.to(format.code_dtype).double()
+    with gradmill.use_backend("reference"):
+        return dequantize(*quantize_to(x.contiguous(), format), format.code, format.block, x.shape[1], torch.float32).double()
+
+
+def expected(recipe, x, w, dy):
+    """Y, dX and dW by the definition, in fp64. w: the float weight a layer was made of."""
+    stored = values(w, recipe.weight) if recipe.weight is not None else w.double()
+    seen = stored.float()  # what a product's own quantisation starts from
+    y = values(x, recipe.y.left) @ values(seen, recipe.y.right).t() if recipe.y else x.double() @ stored.t()
+    if recipe.dx == "forward":
+        dx = dy.double() @ values(seen, recipe.y.right)
+    elif recipe.dx:
+        dx = values(dy, recipe.dx.left) @ values(seen, recipe.dx.right, True).t()
+    else:
+        dx = dy.double() @ stored
+    if recipe.dw == "forward":
+        dw = dy.double().t() @ values(x, recipe.y.left)
+    elif recipe.dw:
+        dw = values(dy, recipe.dw.left, True) @ values(x, recipe.dw.right, True).t()
+    else:
+        dw = dy.double().t() @ x.double()
+    return y, dx, dw
+
+
+def run(layer, x, dy):
+    x = x.clone().requires_grad_()
+    layer.zero_grad()
+    y = layer(x)
+    y.backward(dy)
+    return y.detach(), x.grad, layer.weight.grad
+
+
+def close(got, want, bits=18):
+    assert (got.double() - want).abs().max() <= want.abs().max() * 2.0 ** -bits, (got.double() - want).abs().max() / want.abs().max()
+
+
+@pytest.mark.parametrize("tokens, columns, rows", [(1, 16, 3), (70, 300, 37), (129, 64, 130), (3, 1, 1)])
+@pytest.mark.parametrize("name", [n for n in DETERMINISTIC if n not in QAT])
+def test_the_three_products_are_the_definition(name, tokens, columns, rows):
+    recipe = RECIPES[name]
+    w, x, dy = torch.randn(rows, columns) / 8, torch.randn(tokens, columns), torch.randn(tokens, rows)
+    linear = torch.nn.Linear(columns, rows, bias=False)
+    linear.weight.data = w.clone()
+    y, dx, dw = run(Linear.from_linear(linear, name), x, dy)
+    want_y, want_dx, want_dw = expected(recipe, x, w, dy)
+    bits = 6 if name == "bf16" else 17  # torch's bf16 product rounds its result to bf16
+    close(y, want_y, bits)
+    close(dx, want_dx, bits)
+    if recipe.frozen:
+        assert dw is None
+    else:
+        close(dw, want_dw, bits)
+
+
+@pytest.mark.parametrize("name", ["fp4", "mxfp4"])
+def test_fp4_gradients_are_unbiased(name):
+    """Over many draws the mean of dX comes to dY times the quantised weight, and dW's to dY^T times X up to X's own
+    rounding: the error of a mean of n draws is that of one over sqrt(n)."""
+    recipe, n = RECIPES[name], 150
+    w, x, dy = torch.randn(32, 64) / 8, torch.randn(48, 64), torch.randn(48, 32)
+    layer = Linear(64, 32, bias=False, recipe=name)
+    layer.weight.data = w.clone()
+    want = dy.double() @ values(w, recipe.dx.right, True).t()
+    draws = []
+    for seed in range(n):
+        torch.manual_seed(seed)
+        draws.append(run(layer, x, dy)[1].double())
+    one = torch.stack([(d - want).norm() for d in draws]).mean()
+    assert one > 0.01 * want.norm()  # it does round
+    assert (torch.stack(draws).mean(0) - want).norm() < 1.5 * one / n ** 0.5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_same_seed_same_bits_and_checkpointing(name):
+    layer, x, dy = Linear(48, 20, recipe=name), torch.randn(33, 48), torch.randn(33, 20)
+
+    def go(recompute):
+        torch.manual_seed(7)
+        layer.zero_grad()
+        leaf = x.clone().requires_grad_()
+        (checkpoint(layer, leaf, use_reentrant=False) if recompute else layer(leaf)).backward(dy)
+        return [leaf.grad] + [p.grad.clone() for p in layer.parameters() if p.grad is not None]
+
+    first = go(False)
+    for again in (go(False), go(True)):
+        assert len(first) == len(again) and all(torch.equal(a, b) for a, b in zip(first, again))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", NAMES)
+def test_nan_and_inf_show_in_the_output(name, bad):
+    layer, x = Linear(40, 8, recipe=name), torch.randn(5, 40)
+    x[2, 3] = bad
+    leaf = x.clone().requires_grad_()
+    y = layer(leaf)
+    assert not y[2].isfinite().any()
+    dy = torch.zeros_like(y)
+    dy[1, 1] = bad
+    y.backward(dy)
+    assert not leaf.grad[1].isfinite().all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shapes_and_what_needs_a_gradient(name):
+    layer = Linear(24, 10, recipe=name)
+    for shape in ((0, 24), (24,), (2, 3, 24), (2, 1, 4, 24)):
+        x = torch.randn(shape, requires_grad=True)
+        y = layer(x)
+        assert y.shape == (*shape[:-1], 10)
+        y.sum().backward()
+        assert x.grad.shape == x.shape
+    layer(torch.randn(4, 24)).sum().backward()      # an input that needs none
+    layer.requires_grad_(False)
+    x = torch.randn(4, 24, requires_grad=True)
+    layer(x).sum().backward()                       # frozen weights
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_16_bit_layers(name, dtype):
+    layer, x = Linear(64, 12, recipe=name, dtype=dtype), torch.randn(9, 64, dtype=dtype, requires_grad=True)
+    y = layer(x)
+    y.float().square().mean().backward()
+    assert y.dtype == dtype and x.grad.dtype == dtype and y.isfinite().all() and x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_copies_and_state_dicts(name):
+    torch.manual_seed(3)
+    plain = torch.nn.Linear(64, 12)
+    layer = Linear.from_linear(copy.deepcopy(plain), name)
+    x = torch.randn(5, 64)
+    want = layer(x)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(other(x), want)
+    fresh = Linear(64, 12, recipe=name)
+    fresh.load_state_dict(layer.state_dict())
+    assert torch.equal(fresh(x), want)
+    fresh = Linear(64, 12, recipe=name)
+    fresh.load_state_dict(plain.state_dict(), strict=name not in QAT)
+    assert torch.equal(fresh(x), want)
+    assert type(layer.dequantize_()) is torch.nn.Linear
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_compile_fullgraph(name):
+    layer, x = Linear(32, 12, recipe=name), torch.randn(6, 32)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    results = []
+    for f in (layer, compiled):
+        torch.manual_seed(1)
+        leaf = x.clone().requires_grad_()
+        y = f(leaf)
+        y.square().sum().backward()
+        results.append((y.detach(), leaf.grad))
+    if name in DETERMINISTIC:
+        assert all(torch.allclose(a, b, atol=2e-2 if name == "bf16" else 1e-6) for a, b in zip(*results))
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in QAT])
+def test_saved_bytes_are_counted_exactly(name):
+    recipe, tokens, columns, rows = RECIPES[name], 130, 300, 17
+    layer, x = Linear(columns, rows, bias=False, recipe=name), torch.randn(tokens, columns)
+    seen = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t) or t, lambda t: t):
+        layer(x)  # x needs no gradient: only what dW needs is kept
+    kept = sum(t.nbytes for t in seen if t.dtype != torch.int64 and t is not layer.weight and t.shape != layer.weight.shape)
+    assert kept == recipe.saved_bytes(tokens, columns, 4)
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_step_sizes_train(name):
+    """The gradient of the step sizes by finite differences: Y is linear in them."""
+    layer = Linear(200, 6, bias=False, recipe=name).train_steps_()
+    x, dy = torch.randn(9, 200), torch.randn(9, 6)
+    layer(x).backward(dy)
+    assert layer.weight.grad is None
+    codes = dequantize(layer.weight.codes, torch.ones_like(layer.steps), layer.weight.zeros, layer.weight.format.code, layer.weight.format.block,
+                       200, torch.float32).double()
+    full = codes * (dy.double().t() @ x.double())
+    want = torch.stack([full[:, i:i + layer.weight.format.block].sum(1) for i in range(0, 200, layer.weight.format.block)], 1)
+    close(layer.steps.grad, want)
+    with torch.no_grad():
+        layer.steps.mul_(2)
+    before = layer(x)
+    assert torch.equal(layer.train_steps_(False)(x), before) and "steps" not in layer.state_dict()
+    assert torch.allclose(layer.dequantize_()(x), before, atol=1e-4)
+
+
+def test_shared_scales_are_shared_and_rounded():
+    x = torch.randn(40, 70)
+    x[3, 5], x[20, 40] = 100.0, -50.0
+    _, scales, _ = quantize_to(x, FORMATS["e4m3_tensor"])
+    assert scales.shape == (40, 1) and (scales == torch.tensor(100.0) / torch.tensor(448.0)).all()
+    _, scales, _ = quantize_to(x, Format("e4m3", 32, rows=16))
+    for r in range(0, 40, 16):
+        for c in range(0, 70, 32):
+            assert (scales[r:r + 16, c // 32] == x[r:r + 16, c:c + 32].abs().amax() / torch.tensor(448.0)).all()
+    _, scales, _ = quantize_to(x, FORMATS["mxfp4"], transpose=True)
+    assert scales.shape == (70, 2) and torch.equal(scales.log2(), scales.log2().round())
+    codes, scales, zeros = quantize_to(x, FORMATS["mxfp4"])
+    assert ((x - dequantize(codes, scales, zeros, "e2m1", 32, 70, torch.float32)).abs() <= scales.repeat_interleave(32, 1)[:, :70]).all()  # no saturation
+    _, scales, _ = quantize_to(x, FORMATS["nvfp4"])
+    share = scales / (x.abs().max() / torch.tensor(448.0 * 6))
+    assert torch.allclose(share, share.to(torch.float8_e4m3fn).float(), rtol=1e-6)
+    x[0, 0] = torch.nan
+    assert quantize_to(x, FORMATS["e4m3_tensor"])[1].isnan().all()
+    for shape in ((0, 5), (5, 0)):
+        assert quantize_to(torch.zeros(shape), FORMATS["nvfp4"])[0].numel() == 0
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (dict(y="int9"), "y is 'int9'"), (dict(y="forward"), "y is 'forward'"), (dict(dx="forward"), "needs a Matmul"),
+    (dict(gradient_rounding="up"), "gradient_rounding is 'up'"), (dict(dw=3), "dw is 3")])
+def test_bad_recipes_are_refused_by_name(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        recipes.Recipe("mine", **arguments)
+
+
+def test_a_recipe_is_data():
+    mine = recipes.Recipe("mine", y=Matmul(FORMATS["int8_row"], FORMATS["e4m3_row"]), dw="int7")
+    x, w = torch.randn(9, 70, requires_grad=True), torch.randn(4, 70, requires_grad=True)
+    y = functional.linear(x, w, None, mine)
+    close(y.detach(), values(x.detach(), FORMATS["int8_row"]) @ values(w.detach(), FORMATS["e4m3_row"]).t())
+    y.sum().backward()
+    with pytest.raises(ValueError, match="steps were given"):
+        functional.linear(x, w, None, "int8", torch.ones(4, 1))
+    with pytest.raises(ValueError, match="only the step sizes"):
+        Linear(4, 4).train_steps_()
+    assert isinstance(Linear(8, 8, recipe="w4").weight, QuantizedWeight)
