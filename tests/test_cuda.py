@@ -177,7 +177,7 @@ def test_launch_without_gpu_raises():
     x = torch.ones(4, 4)
     codes, scales = torch.empty(4, 4, dtype=torch.int8), torch.empty(4, 1)
     with pytest.raises(RuntimeError, match="CUDA|cuda"):
-        _C.quantize(0, 0, x.data_ptr(), 0, 4, (codes.data_ptr(), scales.data_ptr(), 0, 3, 4, 4, 4), False, None)
+        _C.quantize(0, 0, x.data_ptr(), 0, 4, (codes.data_ptr(), scales.data_ptr(), 0, 3, 4, 4, 4), False, None, False)
 
 
 def find_cuobjdump():
@@ -568,5 +568,5 @@ def test_wrong_device_names_the_reason():
     gpu_place("native")
     from gradmill import _C
     with pytest.raises(RuntimeError, match="cudaSetDevice for quantize failed"):
-        _C.quantize(torch.cuda.device_count() + 5, 0, 16, 0, 4, (16, 16, 0, 3, 4, 4, 4), False, None)
+        _C.quantize(torch.cuda.device_count() + 5, 0, 16, 0, 4, (16, 16, 0, 3, 4, 4, 4), False, None, False)
     assert torch.ones(3, device="cuda").sum().item() == 3  # the error is not left behind

@@ -6,6 +6,8 @@
 // and turns them round in registers into row buffers, so each line of x is read once although the result runs the
 // other way.
 #include "../common/hadamard.h"
+// FakeGroup<vf>: as a template argument __m256 loses its may_alias, which no value in a register needs.
+#pragma GCC diagnostic ignored "-Wignored-attributes"
 #include "simd.h"
 #include "tile.h"
 
