@@ -26,6 +26,8 @@ class Report:
     skipped: list[tuple[str, str]] = field(default_factory=list)  #: (name, why)
     bytes_before: int = 0  #: of the replaced layers' weights
     bytes_after: int = 0
+    #: replaced layer -> bytes: its weight before and after, what is kept of its input for backward before and after, for 1,024 tokens
+    bytes: dict[str, tuple[int, int, int, int]] = field(default_factory=dict)
     new_parameters: bool = False  #: the recipe stores weights in low precision or adds steps: an optimizer made before is out of date
 
     def __str__(self) -> str:
@@ -35,8 +37,11 @@ class Report:
         table = Table()
         table.add_column("layer", overflow="fold")
         table.add_column("result", overflow="fold")
+        table.add_column("weight bytes", justify="right")
+        table.add_column("kept per 1,024 tokens", justify="right")
         for name in self.replaced:
-            table.add_row(name, "replaced")
+            before, after, kept_before, kept = self.bytes[name]
+            table.add_row(name, "replaced", f"{before:,} -> {after:,}", f"{kept_before:,} -> {kept:,}")
         for name, why in self.skipped:
             table.add_row(name, f"skipped: {why}")
         text = io.StringIO()
@@ -99,6 +104,9 @@ def convert(model: torch.nn.Module, recipe: str | recipes.Recipe = "int8",
                     done[id(child)] = (new, child)  # keeps `child` alive: its id stays its own
                 setattr(parent, child_name, done[id(child)][0])
                 report.replaced.append(name)
+                new, old = done[id(child)]
+                kept = recipe.saved_bytes(1024, old.in_features, old.weight.element_size()) if new.weight.requires_grad else 0
+                report.bytes[name] = nbytes(old.weight), nbytes(new.weight), 1024 * old.in_features * old.weight.element_size(), kept
     return report
 
 

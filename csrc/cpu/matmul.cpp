@@ -142,7 +142,7 @@ struct ScaleSums {
 #if GM_LEVEL == 1 || GM_LEVEL == 2
 // Codes of 7 bits, [-64, 63]: four to a lane as bytes, a read as a + 64, 0..127. A vpmaddubsw then gives at most
 // 2 * 127 * 64 = 16256 in 16 bits, and two of them add up to 32512 without overflow before vpmaddwd with ones widens
-// them. The offset's 64 * sum_k b[j,k] comes from count_codes.
+// them. The offset's 64 * sum_k b[j,k] comes from seven_bit.
 struct SevenBitLanes : Int8Lanes<int32_t> {
   static constexpr int rows = GM_LEVEL == 1 ? 4 : 12, step = 2;  // registers: sums, four of b, two parts, one of a
   static GM_HD vi products(vi a, vi b) { return multiply_bytes(a, b); }
