@@ -66,10 +66,7 @@ def int7(ctx):
     n = ctx.pick(2048, 128)
 
     def make_ours():
-        def seven_bits(x):
-            scale = x.abs().amax(1, keepdim=True) / 63
-            return (x / scale).round_().to(torch.int8), scale
-        (x8, sx), (w8, sw) = (seven_bits(ctx.randn(n, n)) for _ in range(2))
+        (x8, sx, _), (w8, sw, _) = (ops.quantize(ctx.randn(n, n), "int7") for _ in range(2))
         return lambda i: ops.matmul_int8(x8, w8, sx, sw, None, torch.float32)
 
     def make_torch():
@@ -77,6 +74,19 @@ def int7(ctx):
         return lambda i: F.linear(x, w)
     return Bench(f"INT8 matmul {n} cubed, codes in [-63, 63]", Work(2.0 * n * n + 4.0 * n * n, 2.0 * n ** 3, "int7"), [
         ours(make_ours), baseline("torch fp32 matmul", make_torch)])
+
+
+@case("matmul", goal=("torch", 5.0))
+def bf16(ctx):
+    n = ctx.pick(1024, 128)
+    x, w = (ctx.once(lambda: ctx.randn(n, n, dtype=torch.bfloat16)) for _ in range(2))
+    fp32 = ctx.once(lambda: (x().float(), w().float()))
+
+    def make_ours():
+        return lambda i: ops.matmul_scaled(x(), None, None, "bf16", 0, w(), None, None, "bf16", 0, n, False, None, torch.bfloat16)
+    return Bench(f"bf16 matmul {n} cubed, sums in fp32", Work(6.0 * n * n, 2.0 * n ** 3, "fp32"), [
+        ours(make_ours), baseline("torch bf16 matmul", lambda: lambda i: F.linear(x(), w())),
+        rival("torch fp32 matmul", lambda: lambda i: F.linear(*fp32()))])
 
 
 @case("matmul", goal=("torch", 1.1))
@@ -118,6 +128,9 @@ def int8_quantizing(ctx):
         peer("torchao", "torchao int8 dynamic (w ready)", torchao_dynamic)])
 
 
+RECIPES = ("int7", "int8_switchback", "fp8_row", "fp8_block", "int4", "fp4", "bf16")
+
+
 @case("matmul")
 def linear_training(ctx):
     tokens, width = ctx.pick((4096, 1024), (64, 128))
@@ -152,6 +165,8 @@ def linear_training(ctx):
     return Bench(f"linear forward + backward, {tokens} tokens, {width}->{width}", work, [
         ours(lambda: both_ways(lambda x, w, b: gradmill.functional.linear(x, w, b, "int8"), *inputs()), "gradmill, recipe int8"),
         baseline("torch fp32", lambda: both_ways(F.linear, *inputs())),
+        *(rival(f"gradmill, recipe {name}", lambda name=name: both_ways(lambda x, w, b: gradmill.functional.linear(x, w, b, name), *inputs()))
+          for name in RECIPES),
         *([rival("torch bf16", lambda: both_ways(F.linear, *inputs(torch.bfloat16)))] if ctx.device == "cuda" else []),
         peer("torchao", "torchao int8 mixed precision", torchao_training)])
 
