@@ -113,8 +113,8 @@ MXFP4 = Recipe("mxfp4", Matmul(_MXFP4, _MXFP4), Matmul(_MXFP4, _MXFP4), Matmul(_
 BF16 = Recipe("bf16", "bf16", "bf16", "bf16")
 #: Weight-only: the weight packed and frozen, groups of 128 (w2: 64) with a zero point; X and dX in the input's precision.
 W8, W4, W3, W2 = (Recipe(name, weight=FORMATS[name], frozen=True) for name in ("w8", "w4", "w3", "w2"))
-#: Chen et al., "EfficientQAT", Block-AP: float matmuls over a weight quantised on the fly, groups of 128 (qat_w2: 64, as the
-#: paper has it), weight, steps and zero points all trained.
+#: Chen et al., "EfficientQAT", Block-AP: float matmuls over a weight quantised on the fly, groups of 128 (qat_w2: 64),
+#: weight, steps and zero points all trained.
 QAT_W4, QAT_W3, QAT_W2 = (Recipe(f"qat_w{bits}", fake=(bits, group)) for bits, group in ((4, 128), (3, 128), (2, 64)))
 #: INT8 matmuls over a weight that is itself stored in INT8, groups of 256 with a zero point (Zhang et al., "Q-GaLore").
 INT8_WEIGHTS = Recipe("int8_weights", "int8", "int8", "int8", weight=FORMATS["int8"])

@@ -257,8 +257,8 @@ fake_quantize.__doc__ = """fake_quantize(weight, steps, zeros, bits, block, dtyp
 The values of the group-wise quantised weight, (q - z) s with q = clamp(round(W / s) + z, 0, 2^bits - 1), rounding half to
 even: Chen et al., "EfficientQAT", Block-AP. weight (rows, columns) fp32, bf16 or fp16; steps and zeros fp32 (rows,
 ceil(columns / block)), block even or 0 for a whole row; bits 2 to 8. As in the authors' code the zero point is a trained
-float, clamped to [0, 2^bits - 1] and rounded before use. Unlike it a step is not held to [1e-4, 1e4], which the paper does not
-say and which would move the steps of small weights: one below 2^-100, zero and negative included, counts as 2^-100. A nan or
+float, clamped to [0, 2^bits - 1] and rounded before use. Unlike there a step is not held to [1e-4, 1e4],
+which would move the steps of small weights: one below 2^-100, zero and negative included, counts as 2^-100. A nan or
 inf in the weight and a nan or inf in its group's step or a nan zero point give nan. Raises TypeError for dtypes, ValueError for
 shapes, bits and block."""
 
