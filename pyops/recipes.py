@@ -109,7 +109,8 @@ INT4 = Recipe("int4", Matmul(FORMATS["int4_outlier"], FORMATS["int4"]), "forward
 FP4 = Recipe("fp4", Matmul(_FP4, _FP4_SQUARE), Matmul(_FP4, _FP4_SQUARE), Matmul(_FP4, _FP4, 16), gradient_rounding="stochastic")
 #: OCP Microscaling formats: e2m1 in blocks of 32 under a power-of-two scale (rounded up: nothing saturates).
 MXFP4 = Recipe("mxfp4", Matmul(_MXFP4, _MXFP4), Matmul(_MXFP4, _MXFP4), Matmul(_MXFP4, _MXFP4, 16), gradient_rounding="stochastic")
-#: bf16 operands, fp32 sums: half of the saved activations.
+#: bf16 operands, fp32 sums: half of the saved activations. Where torch's own product is the faster one (CUDA, CPUs with
+#: bf16 instructions) the sums are rounded to bf16 once more before they become the output's dtype.
 BF16 = Recipe("bf16", "bf16", "bf16", "bf16")
 #: Weight-only: the weight packed and frozen, groups of 128 (w2: 64) with a zero point; X and dX in the input's precision.
 W8, W4, W3, W2 = (Recipe(name, weight=FORMATS[name], frozen=True) for name in ("w8", "w4", "w3", "w2"))

@@ -8,7 +8,7 @@ import torch
 from gradmill.formats import Format
 from gradmill.ops._registry import forced_backend, native_module, use_backend
 from gradmill.ops.matmul import matmul_int8, matmul_packed, matmul_scaled
-from gradmill.ops.quant import dequantize, quantize_to
+from gradmill.ops.quant import dequantize, hadamard, quantize_to
 from gradmill.recipes import Matmul, Recipe
 from gradmill.reference.philox import stream
 from gradmill.weight import QuantizedWeight
@@ -48,7 +48,7 @@ def _multiply(a: Stored, b: Stored, bias, dtype):
     if a.format.code in _EXACT and b.format.code in _EXACT and not a.format.block and not b.format.block:
         return matmul_int8(a.codes, b.codes, a.scales, b.scales, bias, dtype)
     if a.scales is None and b.scales is None and (a.codes.is_cuda or a.codes.device.type == "cpu" and _torch_is_faster()):
-        y = torch.nn.functional.linear(a.codes, b.codes).to(dtype)  # both sum in fp32
+        y = torch.nn.functional.linear(a.codes, b.codes).to(dtype)  # sums in fp32 too, but rounds them to 16 bits
         return y if bias is None else y + bias.to(dtype)
     return matmul_scaled(*a.tensors, a.format.code, a.format.block, *b.tensors, b.format.code, b.format.block, b.columns, False, bias, dtype)
 
@@ -57,10 +57,11 @@ def _torch_is_faster():
     return not torch.compiler.is_compiling() and forced_backend() is None and native_module().cpu_has_bf16()
 
 
-def _rotated(x, size, transpose, key, number):
-    """x^T (x unless ``transpose``) through the random Hadamard transform along its rows."""
-    from gradmill.ops.quant import hadamard
-    return hadamard(x, size, transpose, key, stream(number, "hadamard"), x.dtype)
+def _over_tokens(x, format: Format, size: int, key, rounding=None) -> Stored:
+    """x^T as an operand of dW, through the random Hadamard transform of that size (the same for both operands) where the recipe has one."""
+    if not size:
+        return _store(x, format, True, rounding, stream(1, "gradient"))
+    return _store(hadamard(x, size, True, key, stream(2, "hadamard"), x.dtype), format, False, rounding, stream(1, "gradient"))
 
 
 class QuantizedLinear(torch.autograd.Function):
@@ -94,8 +95,7 @@ class QuantizedLinear(torch.autograd.Function):
             if dw_recipe == "forward":
                 saved_x = kept_x.tensors
             elif dw_recipe is not None:
-                ready, transpose = (_rotated(x, dw_recipe.hadamard, True, key, 2), False) if dw_recipe.hadamard else (x, True)
-                saved_x = _store(ready, dw_recipe.right, transpose).tensors
+                saved_x = _over_tokens(x, dw_recipe.right, dw_recipe.hadamard, key).tensors
             else:
                 saved_x = (x,)
         saved_w = ()
@@ -139,9 +139,7 @@ class QuantizedLinear(torch.autograd.Function):
                 format = recipe.y.left
                 dw = matmul_packed(dy.t(), *saved_x, format.code, format.block, columns, True, None, ctx.weight_dtype)
             elif recipe.dw is not None:
-                size = recipe.dw.hadamard
-                ready, transpose = (_rotated(dy, size, True, key, 2), False) if size else (dy, True)
-                left = _store(ready, recipe.dw.left, transpose, rounding, stream(1, "gradient"))
+                left = _over_tokens(dy, recipe.dw.left, recipe.dw.hadamard, key, rounding)
                 dw = _multiply(left, Stored(*saved_x, recipe.dw.right, left.columns), None, ctx.weight_dtype)
             else:
                 dw = (dy.t() @ saved_x[0].to(dy.dtype)).to(ctx.weight_dtype)

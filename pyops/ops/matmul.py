@@ -93,13 +93,7 @@ def _fake_packed_matmul(x, codes, scales, zeros, code, block, columns, transpose
 
 
 def _native_packed_matmul(x, codes, scales, zeros, code, block, columns, transpose, bias, dtype):
-    x, bias = x.contiguous(), _fp32_bias(bias)
-    out = _fake_packed_matmul(x, codes, scales, zeros, code, block, columns, transpose, bias, dtype)
-    if out.numel():
-        native_module().matmul_packed(*where(x), matrix_tuple(x, None, None, cached(float_code(x.dtype)), *x.shape),
-                                      matrix_tuple(codes, scales, zeros, cached(code, block), codes.shape[0], columns), transpose,
-                                      _pointer(bias), out.data_ptr(), CODES[float_code(dtype)])
-    return out
+    return _native_scaled(x.contiguous(), None, None, float_code(x.dtype), 0, codes, scales, zeros, code, block, columns, transpose, bias, dtype)
 
 
 matmul_packed = Op(

@@ -18,11 +18,7 @@ def matmul_int8(a, b, a_scales, b_scales, bias, dtype):
 
 def matmul_packed(x, codes, scales, zeros, code, block, columns, transpose, bias, dtype):
     """x (dequantised w)^T (+ bias), or x w if ``transpose``: see gradmill.ops.matmul."""
-    w = dequantize(codes, scales, zeros, code, block, columns, torch.float64)
-    out = x.to(torch.float64) @ (w if transpose else w.t())
-    if bias is not None:
-        out = out + bias.to(torch.float64)
-    return out.to(dtype)
+    return matmul_scaled(x, None, None, None, 0, codes, scales, zeros, code, block, columns, transpose, bias, dtype)
 
 
 def matmul_scaled(a, a_scales, a_zeros, a_code, a_block, b, b_scales, b_zeros, b_code, b_block, columns, transpose, bias, dtype):
