@@ -151,7 +151,7 @@ void matmul_int8(int device, uint64_t stream, int64_t m, int64_t n, int64_t k, u
 
 void matmul_packed(int device, uint64_t stream, const MatrixTuple& x, const MatrixTuple& w, bool transpose, uint64_t bias, uint64_t out, int out_code) {
   const Matrix left = matrix(x);
-  PackedMatmulArgs args{left.rows, left, matrix(w), transpose, pointer<const float>(bias), pointer(out), out_code};
+  PackedMatmulArgs args{left, matrix(w), transpose, pointer<const float>(bias), pointer(out), out_code};
   GM_RUN(cpu().matmul->packed(args), cuda::matmul_packed(args, launch))
 }
 

@@ -78,7 +78,6 @@ struct Int8MatmulArgs {
 // transpose=false: out (m x w.rows) = x (m x w.cols) w^T;  transpose=true: out (m x w.cols) = x (m x w.rows) w.
 // x may be any stored matrix, plain floats or codes.
 struct PackedMatmulArgs {
-  int64_t m;
   Matrix x;
   Matrix w;
   bool transpose;

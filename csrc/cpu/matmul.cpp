@@ -291,33 +291,33 @@ template <class Decoder>
 void gemv(const PackedMatmulArgs& p, const StoreFloats& epilogue) {
   constexpr int64_t chunk = 32;
   const int64_t k = p.w.cols, n = p.w.rows;
-  Scratch floats(p.m * k);
+  Scratch floats(p.x.rows * k);
   float* const x = reinterpret_cast<float*>(floats.data);
-  decode_floats(p.x.code, p.x.codes, p.m * k, x);
+  decode_floats(p.x.code, p.x.codes, p.x.rows * k, x);
   const bool parallel = static_cast<double>(n) * static_cast<double>(k) > 3e4;
 #pragma omp parallel for schedule(static) if (parallel)
   for (int64_t t = 0; t < divide_up(n, chunk); ++t) {
     const int64_t col = t * chunk, live = min_of(chunk, n - col);
     float sums[kGemvRows][chunk];
     for (int64_t j = 0; j < live; ++j) {
-      if (p.m == 1) dot_packed_row<Decoder, 1>(p, x, col + j, &sums[0][j], chunk);
-      else if (p.m == 2) dot_packed_row<Decoder, 2>(p, x, col + j, &sums[0][j], chunk);
-      else if (p.m == 3) dot_packed_row<Decoder, 3>(p, x, col + j, &sums[0][j], chunk);
+      if (p.x.rows == 1) dot_packed_row<Decoder, 1>(p, x, col + j, &sums[0][j], chunk);
+      else if (p.x.rows == 2) dot_packed_row<Decoder, 2>(p, x, col + j, &sums[0][j], chunk);
+      else if (p.x.rows == 3) dot_packed_row<Decoder, 3>(p, x, col + j, &sums[0][j], chunk);
       else dot_packed_row<Decoder, 4>(p, x, col + j, &sums[0][j], chunk);
     }
-    for (int64_t i = 0; i < p.m; ++i) epilogue(i, col, live, sums[i], nullptr);
+    for (int64_t i = 0; i < p.x.rows; ++i) epilogue(i, col, live, sums[i], nullptr);
   }
 }
 #endif
 
 void packed_matmul(const PackedMatmulArgs& p) {
   const int64_t n = p.transpose ? p.w.cols : p.w.rows, k = p.transpose ? p.w.rows : p.w.cols;
-  const Extent extent{p.m, n, k};
+  const Extent extent{p.x.rows, n, k};
   const Rows<FloatReader> x{{p.x}}, rows{{p.w}};
   const Columns<FloatReader> columns{{p.w}};
   const StoreFloats epilogue{p.out, p.out_code, n, p.bias};
 #if GM_LEVEL >= 1
-  if (!p.transpose && p.m > 0 && p.m <= kGemvRows && k > 0 && !is_blocked(p.x.code)) switch (p.w.code) {
+  if (!p.transpose && p.x.rows > 0 && p.x.rows <= kGemvRows && k > 0 && !is_blocked(p.x.code)) switch (p.w.code) {
     case kInt4: return gemv<BitsDecoder<4, true>>(p, epilogue);
     case kUInt4: return gemv<BitsDecoder<4, false>>(p, epilogue);
     case kInt3: return gemv<BitsDecoder<3, true>>(p, epilogue);
@@ -331,9 +331,9 @@ void packed_matmul(const PackedMatmulArgs& p) {
     case kE2M1: return gemv<Float4Decoder>(p, epilogue);
   }
 #endif
-  if (p.transpose && p.m <= kFewRows) add_scaled_rows(extent, x, columns, epilogue);
+  if (p.transpose && p.x.rows <= kFewRows) add_scaled_rows(extent, x, columns, epilogue);
   else if (p.transpose) gemm<FloatLanes>(extent, x, columns, epilogue);
-  else if (p.m <= kFewRows) dot_products<FloatLanes>(extent, x, rows, epilogue);
+  else if (p.x.rows <= kFewRows) dot_products<FloatLanes>(extent, x, rows, epilogue);
   else gemm<FloatLanes>(extent, x, rows, epilogue);
 }
 

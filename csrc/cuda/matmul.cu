@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kFewThreads) few_rows_kernel(const __grid_cons
   constexpr int warps = kFewThreads / 32, per_piece = 128 / BITS;
   __shared__ float partial[warps][NROWS][M];
   const Matrix& w = a.p.w;
-  const int m = static_cast<int>(a.p.m);
+  const int m = static_cast<int>(a.p.x.rows);
   const int64_t k = a.k, groups = divide_up(w.rows, NROWS), per_row = blocks_in_row(w), x_bytes = code_bits(a.p.x.code) / 8;
   const uint32_t flip = w.code == kInt8 ? 0x80808080u : w.code == kInt4 ? 0x88888888u : 0u;
   const bool whole = w.block >= w.cols;
@@ -212,13 +212,13 @@ template <int BITS>
 void few_rows(const PackedMatmulArgs& p, const Launch& where) {
   const FewRows a{p, p.w.cols};
   const auto name = "matmul_packed (few rows)";
-  if (p.m == 1) launch(name, few_rows_kernel<1, 4, BITS>, divide_up(p.w.rows, 4), dim3(kFewThreads), where, a);
-  else if (p.m <= 4) launch(name, few_rows_kernel<4, 4, BITS>, divide_up(p.w.rows, 4), dim3(kFewThreads), where, a);
+  if (p.x.rows == 1) launch(name, few_rows_kernel<1, 4, BITS>, divide_up(p.w.rows, 4), dim3(kFewThreads), where, a);
+  else if (p.x.rows <= 4) launch(name, few_rows_kernel<4, 4, BITS>, divide_up(p.w.rows, 4), dim3(kFewThreads), where, a);
   else launch(name, few_rows_kernel<kFewRows, 2, BITS>, divide_up(p.w.rows, 2), dim3(kFewThreads), where, a);
 }
 
 bool fits_few_rows(const PackedMatmulArgs& p) {
-  if (p.transpose || p.m > kFewRows || p.w.code < kInt8 || p.w.code > kUInt4 || is_blocked(p.x.code)) return false;
+  if (p.transpose || p.x.rows > kFewRows || p.w.code < kInt8 || p.w.code > kUInt4 || is_blocked(p.x.code)) return false;
   const int64_t per_piece = 128 / code_bits(p.w.code);
   return p.w.cols > 0 && p.w.cols % per_piece == 0 && (p.w.block >= p.w.cols || p.w.block % per_piece == 0) &&
          reinterpret_cast<uintptr_t>(p.w.codes) % 16 == 0;
@@ -293,9 +293,9 @@ void matmul_int8(const Int8MatmulArgs& p, const Launch& where) {
 void matmul_packed(const PackedMatmulArgs& p, const Launch& where) {
   if (fits_few_rows(p)) return code_bits(p.w.code) == 8 ? few_rows<8>(p, where) : few_rows<4>(p, where);
   const int64_t n = p.transpose ? p.w.cols : p.w.rows, k = p.transpose ? p.w.rows : p.w.cols;
-  const Product product_args{{p.x, true}, {p.w, !p.transpose}, p.m, n, k, p.bias, static_cast<char*>(p.out), p.out_code};
+  const Product product_args{{p.x, true}, {p.w, !p.transpose}, p.x.rows, n, k, p.bias, static_cast<char*>(p.out), p.out_code};
   if (p.x.code != kBF16 && p.x.code != kF16) return product("matmul_packed", product_args, where);
-  launch("matmul_packed (tensor cores)", tf32_kernel, divide_up(p.m, kTfTile) * divide_up(n, kTfTile), dim3(kGemmThreads), where, product_args);
+  launch("matmul_packed (tensor cores)", tf32_kernel, divide_up(p.x.rows, kTfTile) * divide_up(n, kTfTile), dim3(kGemmThreads), where, product_args);
 }
 
 }  // namespace gradmill::cuda
