@@ -138,12 +138,15 @@ def packed_bound(want, x, packed, code, block, columns, transpose, bias, dtype):
     """How far fp32 accumulation in any order may be from the exact product.
 
     A sum of K products, each rounded, is within (K + 1) u sum |x| |w| (u = 2^-24, second order absorbed by K + 8); a
-    decoded weight has 2 more roundings; a kernel may sum x q and x z apart, so a weight counts with |q| + z. Then
-    the output is rounded once more (and fp16 and bf16 have denormals)."""
+    decoded weight has 2 more roundings; a kernel may sum x q and x z apart, so a weight counts with |q| + z. Codes of 4 and 2
+    bits may be multiplied before they are taken apart: 2^bits + 1 units and a zero point of at most 2^bits more (csrc/cpu/matmul.cpp,
+    Fields). Then the output is rounded once more (and fp16 and bf16 have denormals)."""
     codes, scales, zeros = packed
     w = reference(dequantize, codes, scales, zeros, code, block, columns, torch.float32).double().abs()
     if Format(code).has_zero_point:
         w = w + 2 * (zeros.double() * scales.double()).repeat_interleave(block or columns or 1, 1)[:, :columns]
+    if Format(code).bits < 8 and code != "e2m1":
+        w = w + 2 * (2 ** Format(code).bits + 1) * scales.double().repeat_interleave(block or columns or 1, 1)[:, :columns]
     k = x.shape[1]
     size = x.double().abs() @ (w if transpose else w.t())
     if bias is not None:

@@ -21,9 +21,10 @@
 // as many instructions as two vpmaddwd and two vpaddd, and saturates at -128.
 //
 // packed: float x times an INT8/UINT8/INT4/UINT4 (or plain) weight, accumulated in fp32. Three ways by shape:
-//   m <= 4   gemv: 8.4 MB of INT4 at 4096 x 4096 against fp32's 67, but five vector instructions to turn W nibbles into
-//            floats and add them (four with AVX-512), so bound by instructions: about 8 weights in 1.3 cycles at best.
-//            Batch 1: AVX2 1.3 ms, AVX-512 1.0 ms, torch's fp32 3.1-3.4 ms (2.5x, 3.2-3.7x).
+//   m <= 4   gemv: 8.4 MB of INT4 at 4096 x 4096 against fp32's 67, but bound by instructions: seven to turn W codes into
+//            floats and add them (six with AVX-512), three for codes of 4 or 2 bits at few rows (Fields, below): predicted 2x
+//            there. One thread's time at batch 1 on a busy machine: INT4 AVX2 1.48 -> 1.01 ms, AVX-512 1.08 -> 0.85; INT2
+//            1.97 -> 1.37 and 1.63 -> 1.24; torch's fp32 3.4-3.6.
 //   m <= 16  dot products on decoded rows, or added rows when transposed. INT4, m = 16: AVX2 1.4x, AVX-512 1.8x.
 //   beyond   the fp32 gemm, dequantising while it packs. INT4, 2048 cubed: AVX2 1.07x, AVX-512 1.03x.
 //            Weak: m = 32 is at 1.0x, where packing is not yet paid for.
@@ -287,26 +288,119 @@ void dot_packed_row(const PackedMatmulArgs& p, const float* x, int64_t j, float*
   }
 }
 
-template <class Decoder>
-void gemv(const PackedMatmulArgs& p, const StoreFloats& epilogue) {
+// Codes of 4 or 2 bits need not be taken apart. A byte holds `fields` codes q_f; with v_f = its low f + 1 fields,
+//   sum_f x_f q_f = sum_f y_f v_f   where y_f = x_f 2^(-f BITS) - x_(f+1) 2^(-(f+1) BITS),
+// because every q_f counts 2^(f BITS) in v_f and all later ones. The y are made once for all rows of w, and the zero point
+// is paid once a block, from the sum of its x: 4 bits cost one widening, one `and`, two conversions and two fma for 2 W
+// weights, 6 instructions instead of 14 (AVX-512: 12). Signed codes are read with their top bit flipped, zero point 2^(BITS - 1).
+template <int BITS, bool SIGNED>
+struct Fields {
+  static constexpr int fields = 8 / BITS, span = fields * W;
+
+  // The y of every whole span of a block, where its x are, and -sum x of each block's spans.
+  static void prepare(const Matrix& w, int64_t rows, const float* x, float* y, float* block_sums) {
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t start = 0; start < w.cols; start += w.block) {
+        const int64_t end = min_of(start + w.block, w.cols);
+        float total = 0.0f;
+        for (int64_t k = r * w.cols + start; k + span <= r * w.cols + end; k += span)
+          for (int64_t lane = 0; lane < W; ++lane)
+            for (int f = 0; f < fields; ++f) {
+              const float here = x[k + lane * fields + f], next = f + 1 < fields ? x[k + lane * fields + f + 1] : 0.0f;
+              y[k + f * W + lane] = here * (1.0f / (1 << f * BITS)) - next * (1.0f / (1 << ((f + 1) * BITS & 31)));
+              total -= here;
+            }
+        *block_sums++ = total;
+      }
+  }
+
+  // What is left of a block after its whole spans. Out of line, so that nothing of it lives in the registers of the loop.
+  static float __attribute__((noinline)) rest(int code, const char* codes, Block b, const float* x, int64_t n) {
+    float values[span], total = 0.0f;
+    decode_one_block(code, codes, b, n, values);
+    for (int64_t i = 0; i < n; ++i) total += x[i] * values[i];
+    return total;
+  }
+
+  template <int ROWS>
+  static void dot(const PackedMatmulArgs& p, const float* x, const float* y, const float* block_sums, int64_t j, float* sums, int64_t stride) {
+    constexpr int chains = 2;
+    const Matrix& w = p.w;
+    const int64_t blocks = w.blocks_per_row();
+    vf total[ROWS];
+    float zeros[ROWS] = {};
+    for (int r = 0; r < ROWS; ++r) total[r] = zero();
+    for (int64_t start = 0, b = 0; start < w.cols; start += w.block, ++b) {
+      const float scale = w.scales[j * blocks + b];
+      const int zero_point = SIGNED ? 1 << (BITS - 1) : w.zeros[j * blocks + b];
+      const uint8_t* codes = reinterpret_cast<const uint8_t*>(tile_address(w, j, start));
+      const int64_t end = min_of(start + w.block, w.cols);
+      vf acc[ROWS][chains];
+      for (int r = 0; r < ROWS; ++r)
+        for (int c = 0; c < chains; ++c) acc[r][c] = zero();
+      int64_t k = start;
+      for (; k + span <= end; k += span, codes += W) {
+        const vu bytes = SIGNED ? widened(codes) ^ (BITS == 4 ? 0x88u : 0xaau) : widened(codes);
+#pragma GCC unroll 4
+        for (int f = 0; f < fields; ++f) {
+          const vf value = converted(f + 1 < fields ? bytes & ((1u << (f + 1) * BITS) - 1) : bytes);
+#pragma GCC unroll 4
+          for (int r = 0; r < ROWS; ++r) acc[r][f % chains] = fma(load(y + r * w.cols + k + f * W), value, acc[r][f % chains]);
+        }
+      }
+      for (int r = 0; r < ROWS; ++r) {
+        total[r] = fma(add(acc[r][0], acc[r][1]), broadcast(scale), total[r]);
+        zeros[r] += scale * static_cast<float>(zero_point) * block_sums[r * blocks + b];
+      }
+      if (k < end)
+        for (int r = 0; r < ROWS; ++r)
+          zeros[r] += rest(w.code, reinterpret_cast<const char*>(codes), Block{scale, SIGNED ? 0 : zero_point, 0.0f}, x + r * w.cols + k, end - k);
+    }
+    for (int r = 0; r < ROWS; ++r) sums[r * stride] = sum(total[r]) + zeros[r];
+  }
+};
+
+// rows(j, sums, stride) leaves the sums of x's rows with row j of w.
+template <class RowSums>
+void each_row(const PackedMatmulArgs& p, const StoreFloats& epilogue, const RowSums& rows) {
   constexpr int64_t chunk = 32;
-  const int64_t k = p.w.cols, n = p.w.rows;
-  Scratch floats(p.x.rows * k);
-  float* const x = reinterpret_cast<float*>(floats.data);
-  decode_floats(p.x.code, p.x.codes, p.x.rows * k, x);
-  const bool parallel = static_cast<double>(n) * static_cast<double>(k) > 3e4;
+  const int64_t n = p.w.rows;
+  const bool parallel = static_cast<double>(n) * static_cast<double>(p.w.cols) > 3e4;
 #pragma omp parallel for schedule(static) if (parallel)
   for (int64_t t = 0; t < divide_up(n, chunk); ++t) {
     const int64_t col = t * chunk, live = min_of(chunk, n - col);
     float sums[kGemvRows][chunk];
-    for (int64_t j = 0; j < live; ++j) {
-      if (p.x.rows == 1) dot_packed_row<Decoder, 1>(p, x, col + j, &sums[0][j], chunk);
-      else if (p.x.rows == 2) dot_packed_row<Decoder, 2>(p, x, col + j, &sums[0][j], chunk);
-      else if (p.x.rows == 3) dot_packed_row<Decoder, 3>(p, x, col + j, &sums[0][j], chunk);
-      else dot_packed_row<Decoder, 4>(p, x, col + j, &sums[0][j], chunk);
-    }
+    for (int64_t j = 0; j < live; ++j) rows(col + j, &sums[0][j], chunk);
     for (int64_t i = 0; i < p.x.rows; ++i) epilogue(i, col, live, sums[i], nullptr);
   }
+}
+
+template <class Decoder>
+void gemv(const PackedMatmulArgs& p, const float* x, const StoreFloats& epilogue) {
+  each_row(p, epilogue, [&](int64_t j, float* sums, int64_t stride) {
+    if (p.x.rows == 1) dot_packed_row<Decoder, 1>(p, x, j, sums, stride);
+    else if (p.x.rows == 2) dot_packed_row<Decoder, 2>(p, x, j, sums, stride);
+    else if (p.x.rows == 3) dot_packed_row<Decoder, 3>(p, x, j, sums, stride);
+    else dot_packed_row<Decoder, 4>(p, x, j, sums, stride);
+  });
+}
+
+template <int BITS, bool SIGNED>
+void gemv_fields(const PackedMatmulArgs& p, const float* x, const StoreFloats& epilogue) {
+  const int64_t size = p.x.rows * p.w.cols;
+  if (BITS == 4 && p.x.rows > 2) return gemv<BitsDecoder<BITS, SIGNED>>(p, x, epilogue);  // as fast there: bound by the fma and loads of x
+  for (int64_t i = 0; i < size; ++i)  // an infinite or nearly infinite x must not meet its own negative in the y
+    if (!(x[i] < 1e37f && x[i] > -1e37f)) return gemv<BitsDecoder<BITS, SIGNED>>(p, x, epilogue);
+  Scratch differences(size), sums(p.x.rows * p.w.blocks_per_row());
+  float *const y = reinterpret_cast<float*>(differences.data), *const block_sums = reinterpret_cast<float*>(sums.data);
+  Fields<BITS, SIGNED>::prepare(p.w, p.x.rows, x, y, block_sums);
+  each_row(p, epilogue, [&](int64_t j, float* out, int64_t stride) {
+    using Dot = Fields<BITS, SIGNED>;
+    if (p.x.rows == 1) Dot::template dot<1>(p, x, y, block_sums, j, out, stride);
+    else if (p.x.rows == 2) Dot::template dot<2>(p, x, y, block_sums, j, out, stride);
+    else if (p.x.rows == 3) Dot::template dot<3>(p, x, y, block_sums, j, out, stride);
+    else Dot::template dot<4>(p, x, y, block_sums, j, out, stride);
+  });
 }
 #endif
 
@@ -317,18 +411,23 @@ void packed_matmul(const PackedMatmulArgs& p) {
   const Columns<FloatReader> columns{{p.w}};
   const StoreFloats epilogue{p.out, p.out_code, n, p.bias};
 #if GM_LEVEL >= 1
-  if (!p.transpose && p.x.rows > 0 && p.x.rows <= kGemvRows && k > 0 && !is_blocked(p.x.code)) switch (p.w.code) {
-    case kInt4: return gemv<BitsDecoder<4, true>>(p, epilogue);
-    case kUInt4: return gemv<BitsDecoder<4, false>>(p, epilogue);
-    case kInt3: return gemv<BitsDecoder<3, true>>(p, epilogue);
-    case kUInt3: return gemv<BitsDecoder<3, false>>(p, epilogue);
-    case kInt2: return gemv<BitsDecoder<2, true>>(p, epilogue);
-    case kUInt2: return gemv<BitsDecoder<2, false>>(p, epilogue);
-    case kInt8: case kInt7: return gemv<ByteDecoder<true>>(p, epilogue);
-    case kUInt8: return gemv<ByteDecoder<false>>(p, epilogue);
-    case kE4M3: return gemv<Float8Decoder<3>>(p, epilogue);
-    case kE5M2: return gemv<Float8Decoder<2>>(p, epilogue);
-    case kE2M1: return gemv<Float4Decoder>(p, epilogue);
+  if (!p.transpose && p.x.rows > 0 && p.x.rows <= kGemvRows && k > 0 && !is_blocked(p.x.code)) {
+    Scratch scratch(p.x.rows * k);
+    float* const floats = reinterpret_cast<float*>(scratch.data);
+    decode_floats(p.x.code, p.x.codes, p.x.rows * k, floats);
+    switch (p.w.code) {
+      case kInt4: return gemv_fields<4, true>(p, floats, epilogue);
+      case kUInt4: return gemv_fields<4, false>(p, floats, epilogue);
+      case kInt3: return gemv<BitsDecoder<3, true>>(p, floats, epilogue);
+      case kUInt3: return gemv<BitsDecoder<3, false>>(p, floats, epilogue);
+      case kInt2: return gemv_fields<2, true>(p, floats, epilogue);
+      case kUInt2: return gemv_fields<2, false>(p, floats, epilogue);
+      case kInt8: case kInt7: return gemv<ByteDecoder<true>>(p, floats, epilogue);
+      case kUInt8: return gemv<ByteDecoder<false>>(p, floats, epilogue);
+      case kE4M3: return gemv<Float8Decoder<3>>(p, floats, epilogue);
+      case kE5M2: return gemv<Float8Decoder<2>>(p, floats, epilogue);
+      case kE2M1: return gemv<Float4Decoder>(p, floats, epilogue);
+    }
   }
 #endif
   if (p.transpose && p.x.rows <= kFewRows) add_scaled_rows(extent, x, columns, epilogue);

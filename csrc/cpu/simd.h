@@ -307,6 +307,15 @@ GM_HD vu widened(const uint8_t* p) {
   return vu{p[0], p[1], p[2], p[3]};
 #endif
 }
+GM_HD vf converted(vu x) {  // of less than 2^31
+#if GM_LEVEL >= 2
+  return _mm512_cvtepi32_ps((vi)x);
+#elif GM_LEVEL == 1
+  return _mm256_cvtepi32_ps((vi)x);
+#else
+  return vf{static_cast<float>(x[0]), static_cast<float>(x[1]), static_cast<float>(x[2]), static_cast<float>(x[3])};
+#endif
+}
 GM_HD void store_narrowed(uint8_t* p, vu x) {
 #if GM_LEVEL >= 2
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8((vi)x));
