@@ -123,9 +123,9 @@ __global__ void __launch_bounds__(kGemmThreads) int8_kernel(const __grid_constan
 }
 
 // --- float x packed weight, few rows ----------------------------------------------------------------------
-// Only int8, uint8, int4 and uint4, whose value is (u - offset) * scale with u the stored bits as an unsigned number
-// (the sign bit flipped for the signed codes). A thread takes pieces of 16 bytes, each within one block, of NROWS
-// neighbouring weight rows, sums (u - offset) * x over a piece and multiplies by the scale once.
+// Integer codes of 8, 4, 3 and 2 bits, whose value is (u - offset) * scale with u the stored bits as an unsigned number
+// (the sign bit flipped for the signed codes). A thread takes pieces of 16 bytes (12 for 3 bits: whole words of codes), each
+// within one block, of NROWS neighbouring weight rows, sums (u - offset) * x over a piece and multiplies by the scale once.
 constexpr int kFewRows = 16, kFewThreads = 128;
 
 struct FewRows {
@@ -133,40 +133,51 @@ struct FewRows {
   int64_t k;
 };
 
+constexpr int piece_words(int bits) { return bits == 3 ? 3 : 4; }
+
 template <int M, int NROWS, int BITS>
 __global__ void __launch_bounds__(kFewThreads) few_rows_kernel(const __grid_constant__ FewRows a) {
-  constexpr int warps = kFewThreads / 32, per_piece = 128 / BITS;
+  constexpr int warps = kFewThreads / 32, words = piece_words(BITS), per_piece = 32 * words / BITS;
   __shared__ float partial[warps][NROWS][M];
   const Matrix& w = a.p.w;
   const int m = static_cast<int>(a.p.x.rows);
   const int64_t k = a.k, groups = divide_up(w.rows, NROWS), per_row = blocks_in_row(w), x_bytes = code_bits(a.p.x.code) / 8;
-  const uint32_t flip = w.code == kInt8 ? 0x80808080u : w.code == kInt4 ? 0x88888888u : 0u;
+  const bool unsigned_codes = has_zero_point(w.code);
+  const uint32_t flip = unsigned_codes ? 0u : 1u << (BITS - 1);
   const bool whole = w.block >= w.cols;
   for (int64_t group = blockIdx.x; group < groups; group += gridDim.x) {
     const int64_t row0 = group * NROWS;
     float sums[NROWS][M] = {};
     for (int64_t piece = threadIdx.x; piece < k / per_piece; piece += kFewThreads) {
       const int64_t at = piece * per_piece;
-      uint4 packed[NROWS];
+      uint32_t packed[NROWS][words];
       float scale[NROWS], offset[NROWS], part[NROWS][M] = {};
 #pragma unroll
       for (int r = 0; r < NROWS; ++r) {
         const int64_t row = min_of(row0 + r, w.rows - 1);  // rows past the end repeat the last one and are not stored
-        packed[r] = *reinterpret_cast<const uint4*>(address(w, row, at));
+        const char* const codes = address(w, row, at);
+        if constexpr (words == 4) {
+          const uint4 all = *reinterpret_cast<const uint4*>(codes);
+          packed[r][0] = all.x, packed[r][1] = all.y, packed[r][2] = all.z, packed[r][3] = all.w;
+        } else {
+#pragma unroll
+          for (int i = 0; i < words; ++i) packed[r][i] = reinterpret_cast<const uint32_t*>(codes)[i];
+        }
         const int64_t block = row * per_row + (whole ? 0 : divide(at, w.block));
         scale[r] = w.scales[block];
-        offset[r] = has_zero_point(w.code) ? static_cast<float>(w.zeros[block]) : w.code == kInt8 ? 128.0f : 8.0f;
+        offset[r] = static_cast<float>(unsigned_codes ? w.zeros[block] : flip);
       }
 #pragma unroll
       for (int i = 0; i < per_piece; i += kChunk) {
         float v[NROWS][kChunk];
 #pragma unroll
         for (int r = 0; r < NROWS; ++r) {
-          const int place = i * BITS / 32;
-          const uint32_t word = (place == 0 ? packed[r].x : place == 1 ? packed[r].y : place == 2 ? packed[r].z : packed[r].w) ^ flip;
 #pragma unroll
           for (int c = 0; c < kChunk; ++c) {
-            const uint32_t u = word >> (i + c) * BITS % 32 & ((1u << BITS) - 1u);
+            const int word = (i + c) * BITS / 32, shift = (i + c) * BITS % 32;
+            uint32_t bits = packed[r][word] >> shift;
+            if (shift + BITS > 32) bits |= packed[r][word + 1 < words ? word + 1 : word] << (32 - shift);  // a 3-bit code in two words
+            const uint32_t u = (bits & ((1u << BITS) - 1u)) ^ flip;
             v[r][c] = (bits_float(0x4b000000u | u) - 8388608.0f) - offset[r];  // 2^23 + u, exactly
           }
         }
@@ -218,8 +229,12 @@ void few_rows(const PackedMatmulArgs& p, const Launch& where) {
 }
 
 bool fits_few_rows(const PackedMatmulArgs& p) {
-  if (p.transpose || p.x.rows > kFewRows || p.w.code < kInt8 || p.w.code > kUInt4 || is_blocked(p.x.code)) return false;
-  const int64_t per_piece = 128 / code_bits(p.w.code);
+  if (p.transpose || p.x.rows > kFewRows || is_blocked(p.x.code)) return false;
+  switch (p.w.code) {
+    case kInt8: case kUInt8: case kInt4: case kUInt4: case kInt3: case kUInt3: case kInt2: case kUInt2: break;
+    default: return false;
+  }
+  const int bits = code_bits(p.w.code), per_piece = 32 * piece_words(bits) / bits;
   return p.w.cols > 0 && p.w.cols % per_piece == 0 && (p.w.block >= p.w.cols || p.w.block % per_piece == 0) &&
          reinterpret_cast<uintptr_t>(p.w.codes) % 16 == 0;
 }
@@ -291,7 +306,12 @@ void matmul_int8(const Int8MatmulArgs& p, const Launch& where) {
 }
 
 void matmul_packed(const PackedMatmulArgs& p, const Launch& where) {
-  if (fits_few_rows(p)) return code_bits(p.w.code) == 8 ? few_rows<8>(p, where) : few_rows<4>(p, where);
+  if (fits_few_rows(p)) switch (code_bits(p.w.code)) {
+    case 8: return few_rows<8>(p, where);
+    case 4: return few_rows<4>(p, where);
+    case 3: return few_rows<3>(p, where);
+    default: return few_rows<2>(p, where);
+  }
   const int64_t n = p.transpose ? p.w.cols : p.w.rows, k = p.transpose ? p.w.rows : p.w.cols;
   const Product product_args{{p.x, true}, {p.w, !p.transpose}, p.x.rows, n, k, p.bias, static_cast<char*>(p.out), p.out_code};
   if (p.x.code != kBF16 && p.x.code != kF16) return product("matmul_packed", product_args, where);
