@@ -192,16 +192,17 @@ def _matmul_packed():
 
 
 def _projection():
-    for weight, code, left, loop in (("uint8", "uint4", False, False), ("bf16", "uint4", True, False), ("int8", "int8", False, True),
-                                      ("uint4", "uint4", True, False), ("e4m3", "e2m1", False, False)):
+    for weight, code, left, loop, residual in (("uint8", "uint4", False, False, None), ("bf16", "uint4", True, False, "bf16"),
+                                               ("int8", "int8", False, True, "fp32"), ("uint4", "uint4", True, False, None)):
         for target in TARGETS:
             plain = weight in ("fp32", "bf16", "fp16")
             p2 = projection.WIDEST // 2 if plain else projection.WIDEST
             precision = "ieee" if target == "gfx942" else "tf32x3"
-            yield Variant(f"project_back {weight} from {code}{' left' * left}{' long' * loop}", projection.back_kernel,
+            yield Variant(f"project_back {weight} from {code}{' left' * left}{' long' * loop}{' + residual' if residual else ''}", projection.back_kernel,
                           {"weight": "*i16" if plain else "*i8" if weight == "int8" else "*u8", "weight_scales": "*fp32", "weight_zeros": "*u8", "update": "*fp32",
-                           "codes": "*i8" if code in ("int8", "int7") else "*u8", "scales": "*fp32", "zeros": "*u8", "decay": "fp32", "alpha": "fp32"},
-                          {"W": CODES[weight], "CODE": CODES[code], "LEFT": left, "PER_ROW": True, "LOOP": loop, "ALIGNED": True, "PRECISION": precision,
+                           "codes": "*i8" if code in ("int8", "int7") else "*u8", "scales": "*fp32", "zeros": "*u8",
+                           "residual": "*i16" if residual == "bf16" else "*fp32", "residual_scales": "*fp32", "decay": "fp32", "alpha": "fp32"},
+                          {"W": CODES[weight], "CODE": CODES[code], "R": CODES[residual] if residual else -1, "LEFT": left, "PER_ROW": True, "LOOP": loop, "ALIGNED": True, "PRECISION": precision,
                            "BM": projection.ROWS, "KB": 1, "P2": p2, "BK": projection.DEPTH},
                           {target: "mfma" if target == "gfx942" else "mma.sync"}, warps=8 if p2 > 128 else 4, stages=2, odd=("decay", "alpha"), only=target, everywhere=weight == "uint8")
 

@@ -12,9 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
-from gradmill.formats import CODES, Format
-from gradmill.kernels._common import (INTERPRETING, KEY_ARGUMENTS, LAUNCH, STOCHASTIC, UNALIGNED, as_bits, block_parameters, differs, joined,
-                                      key_words, load_operand, measure, power_of_two, ready, run_scales, seed_of, store_piece, store_scales)
+from gradmill.formats import CODES, Format, float_code
+from gradmill.kernels._common import (INTERPRETING, KEY_ARGUMENTS, LAUNCH, NONE, STOCHASTIC, UNALIGNED, as_bits, block_parameters, differs, joined,
+                                      key_words, load_floats, load_operand, measure, power_of_two, ready, run_scales, seed_of, store_piece, store_scales)
 from gradmill.kernels.matmul import fitting, launch_packed, weight_tile
 from gradmill.kernels.optim import store_param
 from gradmill.reference import projection as reference
@@ -55,10 +55,24 @@ def product(update, codes, scales, zeros, first_row, first_column, rows, columns
     return acc
 
 
+@triton.jit
+def moved(old, back, residual, residual_scales, decay, alpha, row, col, limit, columns, R: tl.constexpr, LEFT: tl.constexpr, P2: tl.constexpr):
+    """New values of runs of P2: old decayed, plus the update, plus the residual where there is one."""
+    new = old * decay + alpha * back
+    if R != NONE:
+        if LEFT:
+            at = col[:, None] + tl.arange(0, P2)[None, :]
+            scale = tl.load(residual_scales + at, mask=tl.arange(0, P2)[None, :] < limit[:, None], other=0.0)
+        else:
+            scale = tl.load(residual_scales + row, mask=limit > 0, other=0.0)[:, None]
+        new = new + scale * load_floats(residual, row, col, limit, columns, R, P2)
+    return new
+
+
 @triton.jit(do_not_specialize=KEY_ARGUMENTS)
-def back_kernel(weight, weight_scales, weight_zeros, update, codes, scales, zeros, decay, alpha, rows, columns, unit, weight_block, rank,
-                block, blocks, seed_low, seed_high, step, stream, W: tl.constexpr, CODE: tl.constexpr, LEFT: tl.constexpr,
-                PER_ROW: tl.constexpr, LOOP: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, KB: tl.constexpr, P2: tl.constexpr,
+def back_kernel(weight, weight_scales, weight_zeros, update, codes, scales, zeros, residual, residual_scales, decay, alpha, rows, columns, unit, weight_block, rank,
+                block, blocks, seed_low, seed_high, step, stream, W: tl.constexpr, CODE: tl.constexpr, R: tl.constexpr,
+                LEFT: tl.constexpr, PER_ROW: tl.constexpr, LOOP: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, KB: tl.constexpr, P2: tl.constexpr,
                 BK: tl.constexpr):
     """BM rows x one unit of columns: KB whole blocks of P2, one block of up to P2, or (LOOP) one longer block in chunks."""
     key = (seed_of(seed_low, seed_high), step, stream, ALIGNED)
@@ -74,7 +88,7 @@ def back_kernel(weight, weight_scales, weight_zeros, update, codes, scales, zero
         acc = product(update, codes, scales, zeros, first_row, first_column, rows, columns, tl.minimum(unit, columns - first_column), rank, block,
                       blocks, CODE, PER_ROW, LEFT, PRECISION, BM, KB * P2, BK)
         old = load_operand(weight, old_scale, old_zero, row, col, size, columns, W, P2)
-        new = old * decay + alpha * tl.reshape(acc, (BM * KB, P2))
+        new = moved(old, tl.reshape(acc, (BM * KB, P2)), residual, residual_scales, decay, alpha, row, col, size, columns, R, LEFT, P2)
         store_param(weight, weight_scales, weight_zeros, new, old, key, row, col, size, columns, weight_block, W, False, P2)
     else:
         # Computing the product twice costs less than storing it: the first pass finds the block's parameters.
@@ -86,7 +100,7 @@ def back_kernel(weight, weight_scales, weight_zeros, update, codes, scales, zero
                           tl.minimum(P2, tl.minimum(unit - done, columns - first_column - done)), rank, block, blocks, CODE, PER_ROW, LEFT,
                           PRECISION, BM, P2, BK)
             old = load_operand(weight, old_scale, old_zero, row, col + done, limit, columns, W, P2)
-            new = old * decay + alpha * acc
+            new = moved(old, acc, residual, residual_scales, decay, alpha, row, col + done, limit, columns, R, LEFT, P2)
             valid = tl.arange(0, P2)[None, :] < limit[:, None]
             stats, changed = joined(stats, measure(new, valid)), tl.maximum(changed, differs(new, old, valid))
         scale, zero = block_parameters(stats[0], stats[1], stats[2], W)
@@ -97,18 +111,19 @@ def back_kernel(weight, weight_scales, weight_zeros, update, codes, scales, zero
                           PRECISION, BM, P2, BK)
             old = load_operand(weight, old_scale, old_zero, row, col + done, limit, columns, W, P2)
             tl.debug_barrier()  # the loads above before the stores below, whichever thread does which
-            store_piece(weight, old * decay + alpha * acc, scale, zero, key, row, col, done, limit, columns, W, STOCHASTIC, P2)
+            new = moved(old, acc, residual, residual_scales, decay, alpha, row, col + done, limit, columns, R, LEFT, P2)
+            store_piece(weight, new, scale, zero, key, row, col, done, limit, columns, W, STOCHASTIC, P2)
         tl.debug_barrier()
         store_scales(weight_scales, weight_zeros, row * tl.cdiv(columns, weight_block) + col // weight_block, scale, zero,
                      (size > 0) & (changed != 0), W)
 
 
 def project_back(weight, weight_scales, weight_zeros, weight_code, weight_block, columns, update, codes, scales, zeros, code, block,
-                 left, scalars, key, stream):
+                 left, scalars, key, stream, residual=None, residual_scales=None):
     """See gradmill.ops.projection.project_back."""
     if weight_code in UNALIGNED or code in UNALIGNED:
         return reference.project_back(weight, weight_scales, weight_zeros, weight_code, weight_block, columns, update, codes, scales, zeros,
-                                      code, block, left, scalars, key, stream)
+                                      code, block, left, scalars, key, stream, residual, residual_scales)
     format, rows = Format(weight_code, weight_block), weight.shape[0] if weight.dim() > 1 else 1
     if not rows * columns:
         return
@@ -127,10 +142,12 @@ def project_back(weight, weight_scales, weight_zeros, weight_code, weight_block,
     _, per_row = fitting(ROWS, block, d, ROWS) if left else (0, block >= d or (block % p2 == 0 and unit % p2 == 0 and runs == 1))
     aligned = (rows == 1 or columns % 4 == 0) and (unit % 4 == 0 or unit >= columns)
     bits = as_bits(weight)
+    extra = (update, update) if residual is None else (as_bits(residual.contiguous()), residual_scales)
     with ready(weight):
         back_kernel[(triton.cdiv(rows, ROWS) * triton.cdiv(columns, unit),)](
             bits, bits if weight_scales is None else weight_scales, bits if weight_zeros is None else weight_zeros, update, as_bits(codes), scales,
-            zeros, decay, alpha, rows, columns, unit, weight_block, rank, block, triton.cdiv(d, block), *key_words(key, stream),
-            W=CODES[weight_code], CODE=CODES[code], LEFT=left, PER_ROW=per_row, LOOP=loop, ALIGNED=aligned,
+            zeros, *extra, decay, alpha, rows, columns, unit, weight_block, rank, block, triton.cdiv(d, block), *key_words(key, stream),
+            W=CODES[weight_code], CODE=CODES[code], R=NONE.value if residual is None else CODES[float_code(residual.dtype)],
+            LEFT=left, PER_ROW=per_row, LOOP=loop, ALIGNED=aligned,
             PRECISION="ieee" if INTERPRETING or torch.version.hip else "tf32x3", BM=ROWS, KB=runs, P2=p2, BK=DEPTH, num_warps=8 if p2 * runs > 128 else 4,
             num_stages=2, **LAUNCH)

@@ -517,7 +517,8 @@ def test_project_back(place, left, weight_code, weight_block, rows, columns):
     elif rows > 2:
         update[1:3] = 0
     has = Format(weight_code).blocked, Format(weight_code).has_zero_point
-    for decay, alpha in ((1.0, 0.37), (0.993, -0.2)):
+    residual = torch.randn(rows, columns).to(torch.bfloat16), torch.randn(columns if left else rows)
+    for decay, alpha, extra in ((1.0, 0.37, ()), (0.993, -0.2, residual)):
         scalars = torch.tensor([decay, alpha])
         want = [t.clone() for t in weight]
         copies = [guarded(t, place.device) for t in weight]
@@ -525,10 +526,10 @@ def test_project_back(place, left, weight_code, weight_block, rows, columns):
         arguments = (weight_code, weight_block, columns)
         basis = (codes, scales, zeros)
         reference_projection.project_back(want[0], want[1] if has[0] else None, want[2] if has[1] else None, *arguments, update, *basis, code,
-                                          block, left, scalars, KEY, stream(5, "weight"))
+                                          block, left, scalars, KEY, stream(5, "weight"), *extra)
         with place.context():
             ops.project_back(got[0], got[1] if has[0] else None, got[2] if has[1] else None, *arguments, place.put(update),
-                             *map(place.put, basis), code, block, left, scalars, KEY, stream(5, "weight"))
+                             *map(place.put, basis), code, block, left, scalars, KEY, stream(5, "weight"), *map(place.put, extra))
         for g, w, name in zip(got, want, ("codes", "scales", "zeros")):
             same(g, w, f"{name} decay={decay}")
         for _, buffer, size in copies:

@@ -65,6 +65,7 @@ def samples():
     yield "project", (torch.randn(12, 9).half(), *packed, "uint4", 4, True)
     yield "project_back", back_arguments()
     yield "project_back", back_arguments("uint8", True)
+    yield "project_back", (*back_arguments("uint8", True), torch.randn(10, 12), torch.randn(12))
     for param, state, rule in (("fp32", "fp32", "adamw"), ("bf16", "int8", "adamw_amsgrad"), ("uint8", "int8", "lion"), ("int8", "bf16", "adamw")):
         yield "fused_step", tuple(step_arguments(param, state, rule).values())
     yield "subspace_basis", (torch.randn(9, 12), None, 3, 2, False, key(1, 1), 0)
@@ -294,10 +295,13 @@ def test_a_step_refuses_bad_arguments_by_name(changes, error, message):
     (3, "square8", ValueError, "weight_code is 'square8'"), (3, "nonsense", ValueError, "nonsense"), (6, torch.ones(10, 4), ValueError, "basis|update"),
     (6, torch.ones(9, 3), ValueError, "update"), (6, torch.ones(10, 3).double(), TypeError, "update is float64"), (13, torch.ones(3), ValueError, "scalars"),
     (13, torch.ones(2).double(), ValueError, "scalars"), (14, torch.ones(2), ValueError, "key"), (0, torch.ones(12, 10).t(), ValueError, "weight is .*contiguous"),
-    (0, torch.ones(10, 12).double(), TypeError, "weight"),
+    (0, torch.ones(10, 12).double(), TypeError, "weight"), (16, torch.ones(10, 12), ValueError, "residual_scales"),
+    (17, torch.ones(12), ValueError, "residual_scales"), (slice(16, 18), (torch.ones(10, 11), torch.ones(10)), ValueError, "residual is .*10, 11"),
+    (slice(16, 18), (torch.ones(10, 12), torch.ones(12)), ValueError, "residual_scales is .*12"),
+    (slice(16, 18), (torch.ones(10, 12).int(), torch.ones(10)), TypeError, "residual"),
 ])
 def test_project_back_refuses_bad_arguments_by_name(position, value, error, message):
-    arguments = list(back_arguments())
+    arguments = [*back_arguments(), None, None]
     arguments[position] = value
     with pytest.raises(error, match=message):
         project_back(*arguments)

@@ -1,6 +1,7 @@
 """projection: into a packed basis, back into a weight, and the basis itself; then Q-GaLore on top of them."""
 import copy
 import io
+import random
 
 import pytest
 import torch
@@ -109,9 +110,9 @@ def values(weight, code, block, columns):
     return codes.float()
 
 
-def back(weight, code, block, columns, update, packed, basis, left, decay, alpha, k, stream_word=0):
+def back(weight, code, block, columns, update, packed, basis, left, decay, alpha, k, stream_word=0, residual=None, scales=None):
     weight = tuple(None if t is None else t.clone() for t in weight)
-    project_back(*weight, code, block, columns, update, *packed, *basis, left, torch.tensor([decay, alpha]), k, stream_word)
+    project_back(*weight, code, block, columns, update, *packed, *basis, left, torch.tensor([decay, alpha]), k, stream_word, residual, scales)
     return weight
 
 
@@ -153,12 +154,23 @@ def test_project_back_exact_products_give_the_references_bits(code, block):
             packed = codes, torch.full((rank, -(-d // 32)), 0.5), torch.full((rank, -(-d // 32)), 8, dtype=torch.uint8)
             update = torch.randint(-4, 5, (rank, n) if left else (m, rank)).float()
             w0 = stored(torch.randn(m, n), code, block)
-            want = reference(back, w0, code, block, n, update, packed, ("uint4", 32), left, 1.0, 0.25, key(11, 12), 3 << 8)
-            for variant in LEVELS:
-                for count in (1, 2):
-                    with running(variant), threads(count):
-                        got = back(w0, code, block, n, update, packed, ("uint4", 32), left, 1.0, 0.25, key(11, 12), 3 << 8)
-                    assert_same_bits(got, want, f"{variant} {m}x{n} left {left} threads {count}")
+            residual = torch.randn(n, m).t().to(random.choice((torch.float32, torch.bfloat16, torch.float16)))  # any layout
+            for extra in ((), (residual, torch.randn(n if left else m))):
+                want = reference(back, w0, code, block, n, update, packed, ("uint4", 32), left, 1.0, 0.25, key(11, 12), 3 << 8, *extra)
+                for variant in LEVELS:
+                    for count in (1, 2):
+                        with running(variant), threads(count):
+                            got = back(w0, code, block, n, update, packed, ("uint4", 32), left, 1.0, 0.25, key(11, 12), 3 << 8, *extra)
+                        assert_same_bits(got, want, f"{variant} {m}x{n} left {left} threads {count} residual {bool(extra)}")
+
+
+def test_project_back_adds_the_residual_by_hand():
+    packed = torch.tensor([[0x98]], dtype=torch.uint8), torch.ones(1, 1), torch.full((1, 1), 8, dtype=torch.uint8)  # one vector, (0, 1)
+    residual, update = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[10.0], [20.0]])
+    right = back((torch.ones(2, 2), None, None), "fp32", 0, 2, update, packed, ("uint4", 2), False, 0.5, 1.0, key(1, 1), 0, residual, torch.tensor([1.0, -1.0]))
+    assert right[0].tolist() == [[1.5, 12.5], [-2.5, 16.5]]  # W / 2 + update (0, 1) + a scale per row
+    left = back((torch.ones(2, 2), None, None), "fp32", 0, 2, update.t(), packed, ("uint4", 2), True, 0.5, 1.0, key(1, 1), 0, residual, torch.tensor([1.0, -1.0]))
+    assert left[0].tolist() == [[1.5, -1.5], [13.5, 16.5]]   # a scale per column
 
 
 def test_project_back_leaves_an_unchanged_block_alone():

@@ -403,11 +403,12 @@ def test_project_back(weight, left, monkeypatch):
         if not format.has_zero_point:
             stored = (*stored[:2], None)
         scalars = torch.tensor([1.0 if i % 2 else 0.99, -0.03])
+        extra = () if i % 2 else (torch.randn(m, d).to((torch.float32, torch.bfloat16)[i // 2]), torch.randn(d if left else m))
         results = []
         key = random_key()
         for module in (projection, ref_projection):
             mine = [None if t is None else t.clone() for t in stored]
-            module.project_back(*mine, *weight, d, update, *basis, code, block, left, scalars, key, 5 << 8)
+            module.project_back(*mine, *weight, d, update, *basis, code, block, left, scalars, key, 5 << 8, *extra)
             results.append(mine)
         for name, got, want in zip(("codes", "scales", "zeros"), *results):
             assert_same(got, want, name, weight, (m, d, rank), code, block, left)

@@ -106,6 +106,9 @@ struct ProjectBackArgs {
   bool left;
   float decay, alpha;
   Key key;
+  const void* residual;         // floats of residual_code and of the weight's shape, may be null
+  int residual_code;
+  const float* residual_scales;  // one a column when left, else one a row: the side that is not projected
 };
 
 // One fused optimizer step over many tensors; see csrc/cpu/optim.cpp.

@@ -25,6 +25,10 @@ struct Back {
   int64_t unit;  // columns a thread block takes: whole blocks up to 256 columns, or one long block
   float decay, alpha;
   Key key;
+  const char* residual;
+  int residual_code;
+  const float* residual_scales;
+  bool by_column;
 };
 
 __global__ void __launch_bounds__(kGemmThreads, 2) back_kernel(const __grid_constant__ Back p) {
@@ -58,6 +62,13 @@ __global__ void __launch_bounds__(kGemmThreads, 2) back_kernel(const __grid_cons
           if (n > 0) read_chunk(w, row, col, n, old);
 #pragma unroll
           for (int i = 0; i < kChunk; ++i) v[i] = old[i] * p.decay + p.alpha * sums[r][i];
+          if (p.residual && n > 0) {
+            float residual[kChunk] = {0.0f, 0.0f, 0.0f, 0.0f};
+            load_floats(p.residual_code, p.residual + (row * w.cols + col) * (code_bits(p.residual_code) / 8), n, residual);
+#pragma unroll
+            for (int i = 0; i < kChunk; ++i)
+              if (i < n) v[i] += p.residual_scales[p.by_column ? col + i : row] * residual[i];
+          }
           if (is_short) {
             *reinterpret_cast<float4*>(shared + at * kBandCols + BackTile::col()) = make_float4(v[0], v[1], v[2], v[3]);
           } else if (!blocked) {
@@ -136,6 +147,7 @@ void project_back(const ProjectBackArgs& a, const Launch& where) {
   else p.a = {plain_matrix(a.update, kF32, a.weight.rows, p.k), true}, p.b = basis;
   p.unit = p.weight.block > kBandCols ? p.weight.block : kBandCols / p.weight.block * p.weight.block;
   p.decay = a.decay, p.alpha = a.alpha, p.key = a.key;
+  p.residual = static_cast<const char*>(a.residual), p.residual_code = a.residual_code, p.residual_scales = a.residual_scales, p.by_column = a.left;
   launch("project_back", back_kernel, divide_up(a.weight.rows, kBandRows) * divide_up(a.weight.cols, p.unit), dim3(kGemmThreads), where, p);
 }
 

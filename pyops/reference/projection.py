@@ -22,7 +22,7 @@ def project(grad, codes, scales, zeros, code, block, left):
 
 
 def project_back(weight, weight_scales, weight_zeros, weight_code, weight_block, columns, update, codes, scales, zeros, code, block,
-                 left, scalars, key, stream):
+                 left, scalars, key, stream, residual=None, residual_scales=None):
     """See gradmill.ops.projection.project_back."""
     format = Format(weight_code, weight_block)
     decay, alpha = scalars.tolist()
@@ -32,7 +32,10 @@ def project_back(weight, weight_scales, weight_zeros, weight_code, weight_block,
     back = (basis.t() @ update.double() if left else update.double() @ basis).to(torch.float32)
     old = optim.load(matrix, weight_scales, weight_zeros, format, columns)
     rounding = key if weight_code not in ("fp32", "fp16") else None
-    optim.write(matrix, weight_scales, weight_zeros, format, old * decay + alpha * back, rounding, stream, old=old)
+    new = old * decay + alpha * back
+    if residual is not None:
+        new = new + residual_scales[None if left else ..., ... if left else None] * residual.to(torch.float32)
+    optim.write(matrix, weight_scales, weight_zeros, format, new, rounding, stream, old=old)
 
 
 def random_basis(rank, d, key, stream):
