@@ -14,9 +14,10 @@ from gradmill import QuantizedWeight, functional, ops
 from gradmill.autograd import window as windows
 from gradmill.nn import Conv2d
 from gradmill.recipes import RECIPES, Recipe
+from gradmill.reference.conv import output_size
 from gradmill.weight import nbytes
 
-from .conftest import LEVELS, assert_same_bits, isa, threads
+from .conftest import BLOCKED, FLOATS, LEVELS, SPECIAL, assert_native_is_reference, assert_same_bits, fit, isa, threads, wild
 from .test_recipes import DETERMINISTIC, FROZEN, NAMES, QAT, close, expected
 
 NONE = Recipe("none")
@@ -198,6 +199,65 @@ def test_kept_images_and_kept_patches_give_the_same_gradient(name, monkeypatch):
         torch.manual_seed(2)
         results.append(run(layer, x, dy))
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5) if results[0][2] is not None else None
+
+
+# --- the kernels ------------------------------------------------------------------------------------------
+GEOMETRIES = [((3, 3), (1, 1), (1, 1), (1, 1)), ((1, 1), (1, 1), (0, 0), (1, 1)), ((5, 2), (2, 3), (2, 0), (1, 2)), ((2, 3), (1, 2), (0, 3), (3, 1)),
+              ((1, 4), (3, 1), (1, 2), (1, 1))]
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+@pytest.mark.parametrize("code", [*BLOCKED, "fp32", "bf16", "fp16"])
+def test_quantised_patches_have_the_references_bits(code, geometry):
+    for n, c, h, w in ((2, 3, 9, 7), (1, 17, 8, 40), (0, 3, 9, 9), (3, 0, 9, 9), (1, 1, 7, 7)):
+        x = torch.randn(n, c, h, w)
+        if x.numel():
+            x.view(-1)[torch.randint(x.numel(), (len(SPECIAL) // 2,))] = torch.tensor(SPECIAL)[torch.randperm(len(SPECIAL))[:len(SPECIAL) // 2]]
+        if code in ("square8",):
+            x = x.abs()
+        dtype = FLOATS[torch.randint(3, ()).item()]
+        for image in (x.to(dtype), x.to(dtype).to(memory_format=torch.channels_last), torch.randn(n, c, 2 * h, w + 3)[:, :, ::2, 2:-1]):
+            block = fit(code, torch.randint(1, 40, ()).item()) if code in BLOCKED else 0
+            for b in {block, 0} if code != "int4_outlier" else {block}:
+                for transpose in (False, True):
+                    assert_native_is_reference(ops.quantize_patches, image, *geometry, code, b, transpose, what=f"{tuple(image.shape)} {b} {transpose}")
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+def test_folded_patches_have_the_references_bits(geometry):
+    for n, c, h, w in ((2, 3, 9, 7), (1, 17, 8, 40), (0, 3, 9, 9), (3, 0, 9, 9), (1, 1, 7, 7), (2, 33, 17, 16)):
+        oh, ow = output_size(h, w, *geometry)
+        d = wild(n * oh * ow, c * geometry[0][0] * geometry[0][1])
+        for dtype in FLOATS:
+            for count in (1, 2):
+                with threads(count):
+                    assert_native_is_reference(ops.fold_patches, d, n, c, h, w, *geometry, dtype)
+        if n and c:
+            kernel, stride, padding, dilation = geometry
+            want = F.fold(d.double().view(n, oh * ow, -1).transpose(1, 2), (h, w), kernel, dilation, padding, stride)
+            size = F.fold(d.double().abs().view(n, oh * ow, -1).transpose(1, 2), (h, w), kernel, dilation, padding, stride)
+            got = ops.fold_patches(d, n, c, h, w, *geometry, torch.float32).double()
+            assert ((got - want).abs() <= size * 2.0 ** -21).all()
+
+
+def test_patches_are_torchs_unfold():
+    for kernel, stride, padding, dilation in GEOMETRIES:
+        x = torch.randn(2, 3, 9, 8)
+        want = F.unfold(x, kernel, dilation, padding, stride).transpose(1, 2).flatten(0, 1)
+        assert torch.equal(ops.quantize_patches(x, kernel, stride, padding, dilation, "fp32")[0], want)
+        assert torch.equal(ops.quantize_patches(x, kernel, stride, padding, dilation, "fp32", 0, True)[0], want.t())
+
+
+@pytest.mark.parametrize("change, error, message", [
+    (dict(x=torch.ones(2, 3, 4)), ValueError, "x is .*4-D"), (dict(x=torch.ones(1, 1, 3, 3, dtype=torch.int8)), TypeError, "x is int8"),
+    (dict(code="int9"), ValueError, "code is 'int9'"), (dict(kernel=[3]), ValueError, "kernel is"), (dict(kernel=[9, 1]), ValueError, "must fit"),
+    (dict(stride=[0, 1]), ValueError, "stride is"), (dict(code="uint4", block=3), ValueError, "block is 3")])
+def test_bad_arguments_of_the_kernels_are_refused_by_name(change, error, message):
+    arguments = dict(x=torch.ones(1, 1, 4, 4), kernel=[2, 2], stride=[1, 1], padding=[0, 0], dilation=[1, 1], code="int8")
+    with pytest.raises(error, match=message):
+        ops.quantize_patches(**{**arguments, **change})
+    with pytest.raises(ValueError, match="d is .*of shape"):
+        ops.fold_patches(torch.ones(3, 4), 1, 1, 3, 3, [2, 2], [1, 1], [0, 0], [1, 1], torch.float32)
 
 
 # --- special values and layouts ---------------------------------------------------------------------------
@@ -468,7 +528,7 @@ def test_a_converted_cnn_trains(name):
 
 def test_convert_names_what_it_leaves_and_keeps_ties_and_hooks():
     model = nn.ModuleDict({"a": nn.Conv2d(4, 4, 3), "special": Special(4, 4, 3), "up": nn.ConvTranspose2d(4, 4, 3), "line": nn.Conv1d(4, 4, 3),
-                           "head": nn.Conv2d(4, 2, 1), "lazy": nn.LazyConv2d(3, 3), "b": nn.Conv2d(4, 4, 3), "double": nn.Conv2d(2, 2, 1, dtype=torch.float64)})
+                           "head": nn.Conv2d(4, 2, 1), "lazy": nn.LazyConv2d(3, 3), "b": nn.Conv2d(4, 4, 3), "wide": nn.Conv2d(2, 2, 1, dtype=torch.float64)})
     model["again"], calls = model["a"], []
     model["b"].weight = model["a"].weight
     model["a"].register_forward_hook(lambda *_: calls.append(1))
@@ -477,7 +537,7 @@ def test_convert_names_what_it_leaves_and_keeps_ties_and_hooks():
     assert report.replaced == ["a", "b", "again"]
     why = dict(report.skipped)
     assert "subclass of nn.Conv2d (Special)" in why["special"] and "transposed" in why["up"] and "not a 2-D convolution (Conv1d)" in why["line"]
-    assert "head" in why["head"] and "LazyConv2d" in why["lazy"] and "float64" in why["double"]
+    assert "head" in why["head"] and "LazyConv2d" in why["lazy"] and "float64" in why["wide"]
     assert model["a"] is model["again"] and model["a"].weight is model["b"].weight is weight
     assert report.bytes_before == report.bytes_after == weight.nbytes and [layer.again for layer in report.layers.values()] == [False, True, True]
     model["a"](torch.randn(1, 4, 5, 5))

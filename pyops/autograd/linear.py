@@ -49,11 +49,11 @@ class Stored:
 
 def _store(x, format: Format, transpose=False, key=None, stream=0) -> Stored:
     """x (a matrix or Patches), or its transpose, as an operand."""
-    if isinstance(x, Patches):
-        if not format.blocked:
-            x = Patches(x.image.to(format.code_dtype), x.window)
-        x = x.matrix()
     columns = x.shape[0 if transpose else 1]
+    if isinstance(x, Patches) and not format.shared and key is None:
+        codes, scales, zeros = x.quantize(format, transpose)
+        return Stored(codes, *((scales, zeros) if format.blocked else (None, None)), format, columns)
+    x = x.matrix() if isinstance(x, Patches) else x
     if format.blocked:
         return Stored(*quantize_to(x, format, transpose, key, stream), format, columns)
     return Stored((x.t() if transpose else x).to(format.code_dtype).contiguous(), None, None, format, columns)

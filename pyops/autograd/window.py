@@ -6,8 +6,9 @@ from typing import NamedTuple
 import torch
 
 from gradmill.formats import Format
+from gradmill.ops.conv import fold_patches, quantize_patches
 from gradmill.recipes import Matmul, Recipe
-from gradmill.reference.conv import fold_patches, output_size, patches
+from gradmill.reference.conv import output_size, patches
 
 
 class Window(NamedTuple):
@@ -48,7 +49,7 @@ class Window(NamedTuple):
         format = recipe.dw.right if isinstance(recipe.dw, Matmul) and not recipe.dw.hadamard else recipe.y.left if recipe.dw == "forward" else None
         if format is None or not format.blocked:
             return format
-        covered = all(d == 1 and s <= k and (o - 1) * s + k >= p + size
+        covered = self.groups == 1 and all(d == 1 and s <= k and (o - 1) * s + k >= p + size
                       for size, o, k, s, p, d in zip(shape[2:], self.output(shape), *self[:4]))
         return format if covered and format.block == 0 and format.rows == 0 and format.scale == "fp32" else None
 
@@ -78,6 +79,10 @@ class Patches:
 
     def matrix(self):
         return patches(self.image, *self.window[:4])
+
+    def quantize(self, format: Format, transpose: bool):
+        """(codes, scales, zeros) in a format whose blocks share no scales; of a plain one empty scales and zeros."""
+        return quantize_patches(self.image, *self.window[:4], format.code, format.block, transpose)
 
     def split(self, dim: int, whole: bool) -> list["Patches"]:
         """Pieces whose matrices are of a size to keep at hand, along the images (0) or the channels (1)."""

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import torch
 
+from gradmill.formats import FLOAT_DTYPES
 from gradmill.reference import quant
 
 
@@ -23,7 +24,11 @@ def patches(x, kernel, stride, padding, dilation):
 
 
 def quantize_patches(x, kernel, stride, padding, dilation, code, block=0, transpose=False):
-    return quant.quantize(patches(x, kernel, stride, padding, dilation), code, block, transpose)
+    matrix = patches(x, kernel, stride, padding, dilation)
+    if code in FLOAT_DTYPES:
+        return ((matrix.t() if transpose else matrix).to(FLOAT_DTYPES[code]).contiguous(),
+                *(x.new_empty((0,), dtype=dtype) for dtype in (torch.float32, torch.uint8)))
+    return quant.quantize(matrix, code, block, transpose)
 
 
 def fold_patches(d, n, channels, height, width, kernel, stride, padding, dilation, dtype):
