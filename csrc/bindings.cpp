@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstdlib>
 #include <string>
 #include <vector>
@@ -23,16 +24,17 @@ namespace {
 struct Table {
   const QuantKernels* quant;
   const MatmulKernels* matmul;
+  const ConvKernels* conv;
   const OptimKernels* optim;
   const ProjectionKernels* projection;
 };
 const char* const kLevelNames[] = {"portable", "avx2", "avx512", "avx512_vnni"};
 const Table kTables[] = {
-    {&quant_portable, &matmul_portable, &optim_portable, &projection_portable},
+    {&quant_portable, &matmul_portable, &conv_portable, &optim_portable, &projection_portable},
 #if defined(__x86_64__)
-    {&quant_avx2, &matmul_avx2, &optim_avx2, &projection_avx2},
-    {&quant_avx512, &matmul_avx512, &optim_avx512, &projection_avx512},
-    {&quant_avx512, &matmul_avx512_vnni, &optim_avx512, &projection_avx512},
+    {&quant_avx2, &matmul_avx2, &conv_avx2, &optim_avx2, &projection_avx2},
+    {&quant_avx512, &matmul_avx512, &conv_avx512, &optim_avx512, &projection_avx512},
+    {&quant_avx512, &matmul_avx512_vnni, &conv_avx512, &optim_avx512, &projection_avx512},
 #endif
 };
 
@@ -142,6 +144,23 @@ void fake_quantize_backward(int device, uint64_t stream, const FakeTuple& group,
   GM_RUN(cpu().quant->fake_quantize_backward(a), cuda::fake_quantize_backward(a, launch))
 }
 
+// (channels, height, width, kernel, stride, dilation, output): CPU only, tensors on CUDA are unfolded by torch
+Window window(const std::array<int64_t, 11>& t) {
+  return {t[0], t[1], t[2], {t[3], t[4]}, {t[5], t[6]}, {t[7], t[8]}, {t[9], t[10]}};
+}
+
+void quantize_patches(uint64_t image, const std::array<int64_t, 11>& geometry, const MatrixTuple& out, bool transpose) {
+  PatchArgs a{pointer<const float>(image), window(geometry), matrix(out), transpose};
+  py::gil_scoped_release release;
+  cpu().conv->quantize_patches(a);
+}
+
+void fold_patches(uint64_t d, const std::array<int64_t, 11>& geometry, int64_t images, uint64_t image) {
+  FoldArgs a{pointer<const float>(d), window(geometry), images, pointer<float>(image)};
+  py::gil_scoped_release release;
+  cpu().conv->fold_patches(a);
+}
+
 void matmul_int8(int device, uint64_t stream, int64_t m, int64_t n, int64_t k, uint64_t a, uint64_t b, uint64_t a_scales, uint64_t b_scales,
                  uint64_t bias, uint64_t out, int out_code) {
   Int8MatmulArgs args{m, n, k, pointer<const int8_t>(a), pointer<const int8_t>(b), pointer<const float>(a_scales),
@@ -224,6 +243,8 @@ PYBIND11_MODULE(_C, m) {
 #endif
   m.def("quantize", &quantize);
   m.def("dequantize", &dequantize);
+  m.def("quantize_patches", &quantize_patches);
+  m.def("fold_patches", &fold_patches);
   m.def("hadamard", &hadamard);
   m.def("fake_quantize", &fake_quantize);
   m.def("fake_quantize_backward", &fake_quantize_backward);

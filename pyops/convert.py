@@ -1,20 +1,36 @@
-"""convert: swaps a model's linear layers for gradmill's, in place."""
+"""convert: swaps a model's linear layers and convolutions for gradmill's, in place."""
 from __future__ import annotations
 
 import io
 from dataclasses import dataclass, field
-from typing import Callable
+from typing import Callable, NamedTuple
 
 import torch
 
 from gradmill import formats, recipes
-from gradmill.nn.linear import Linear
+from gradmill.nn import Conv2d, Linear
+from gradmill.nn._layer import RecipeLayer
 from gradmill.weight import nbytes
 
-__all__ = ["Report", "convert"]
+__all__ = ["LayerBytes", "Report", "convert"]
+
+#: torch's layer -> what makes gradmill's of it.
+MADE_FROM = {torch.nn.Linear: Linear.from_linear, torch.nn.Conv2d: Conv2d.from_conv2d}
+#: What the report names, replaced or not.
+SIMILAR = (torch.nn.Linear, torch.nn.modules.conv._ConvNd)
 
 #: Names of a language model's or classifier's last layer, which loses most from low precision.
 HEAD_NAMES = ("lm_head", "head", "output", "classifier", "embed_out", "score", "fc_out")
+
+
+class LayerBytes(NamedTuple):
+    """Bytes of one replaced layer. Kept of its input for backward: for 1,024 tokens, or an output of 32 x 32 positions."""
+
+    weight_before: int
+    weight_after: int  #: with its steps and zero points
+    kept_before: int
+    kept_after: int
+    again: bool  #: the weight stands under an earlier name too: totals leave it out
 
 
 @dataclass
@@ -22,13 +38,22 @@ class Report:
     """What :func:`convert` did: ``str(report)`` is a table."""
 
     recipe: str
-    replaced: list[str] = field(default_factory=list)
+    layers: dict[str, LayerBytes] = field(default_factory=dict)  #: the replaced ones by name
     skipped: list[tuple[str, str]] = field(default_factory=list)  #: (name, why)
-    bytes_before: int = 0  #: of the replaced layers' weights
-    bytes_after: int = 0
-    #: replaced layer -> bytes: its weight before and after, what is kept of its input for backward before and after, for 1,024 tokens
-    bytes: dict[str, tuple[int, int, int, int]] = field(default_factory=dict)
     new_parameters: bool = False  #: the recipe stores weights in low precision or adds steps: an optimizer made before is out of date
+
+    @property
+    def replaced(self) -> list[str]:
+        return list(self.layers)
+
+    @property
+    def bytes_before(self) -> int:
+        """Of the replaced layers' weights, each counted once."""
+        return sum(layer.weight_before for layer in self.layers.values() if not layer.again)
+
+    @property
+    def bytes_after(self) -> int:
+        return sum(layer.weight_after for layer in self.layers.values() if not layer.again)
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -38,24 +63,23 @@ class Report:
         table.add_column("layer", overflow="fold")
         table.add_column("result", overflow="fold")
         table.add_column("weight bytes", justify="right")
-        table.add_column("kept per 1,024 tokens", justify="right")
-        for name in self.replaced:
-            before, after, kept_before, kept = self.bytes[name]
-            table.add_row(name, "replaced", f"{before:,} -> {after:,}", f"{kept_before:,} -> {kept:,}")
+        table.add_column("kept per 1,024 tokens or output positions", justify="right")
+        for name, layer in self.layers.items():
+            table.add_row(name, "replaced", f"{layer.weight_before:,} -> {layer.weight_after:,}", f"{layer.kept_before:,} -> {layer.kept_after:,}")
         for name, why in self.skipped:
             table.add_row(name, f"skipped: {why}")
         text = io.StringIO()
         Console(file=text, width=100).print(table)
         after = "\nThe converted layers have new parameters: make the optimizer after this." if self.new_parameters else ""
-        return (f"gradmill.convert, recipe {self.recipe}: {len(self.replaced)} replaced, {len(self.skipped)} skipped; replaced weights "
+        return (f"gradmill.convert, recipe {self.recipe}: {len(self.layers)} replaced, {len(self.skipped)} skipped; replaced weights "
                 f"{self.bytes_before:,} -> {self.bytes_after:,} bytes\n{text.getvalue().rstrip()}{after}")
 
 
 def convert(model: torch.nn.Module, recipe: str | recipes.Recipe = "int8",
             filter: Callable[[str, torch.nn.Module], bool] | None = None) -> Report:
-    """Replaces every ``torch.nn.Linear`` in ``model`` by :class:`gradmill.nn.Linear`, in place.
+    """Replaces every ``torch.nn.Linear`` and ``torch.nn.Conv2d`` in ``model`` by gradmill's of that name, in place.
 
-    Exact ``nn.Linear`` only (subclasses may mean something else); ties, hooks and, where the recipe allows, the
+    These exact classes only (subclasses may mean something else); ties, hooks and, where the recipe allows, the
     Parameter objects themselves are kept, so an optimizer made before still steps them. Where the recipe stores
     weights in low precision the Parameters are new: make the optimizer afterwards.
 
@@ -69,48 +93,52 @@ def convert(model: torch.nn.Module, recipe: str | recipes.Recipe = "int8",
         A :class:`Report`.
 
     Raises:
-        TypeError: if model is not a Module. ValueError: unknown recipe, or ``model`` is itself an ``nn.Linear``.
+        TypeError: if model is not a Module. ValueError: unknown recipe, or ``model`` is itself such a layer.
     """
     recipe = recipes.get(recipe)
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model is {type(model).__name__}; it must be a torch.nn.Module")
-    if type(model) is torch.nn.Linear:
-        raise ValueError("model is itself a torch.nn.Linear, which cannot be replaced in place: use gradmill.nn.Linear.from_linear")
+    if type(model) in MADE_FROM:
+        made_from = MADE_FROM[type(model)]
+        raise ValueError(f"model is itself a torch.nn.{type(model).__name__}, which cannot be replaced in place: use gradmill.nn.{made_from.__qualname__}")
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     report, done, packed = Report(recipe.name), {}, {}
     for parent_name, parent in list(model.named_modules()):
         for child_name, child in list(parent._modules.items()):  # not named_children: it hides the second name of a tie
             name = f"{parent_name}.{child_name}" if parent_name else child_name
-            if isinstance(child, Linear):
-                report.skipped.append((name, f"already a gradmill layer, recipe {child.recipe.name}"))
-            elif isinstance(child, torch.nn.Linear) and type(child) is not torch.nn.Linear:
-                report.skipped.append((name, f"a subclass of nn.Linear ({type(child).__name__})"))
-            elif isinstance(child, torch.nn.MultiheadAttention) and child.in_proj_weight is not None:
+            if isinstance(child, torch.nn.MultiheadAttention) and child.in_proj_weight is not None:
                 report.skipped.append((f"{name}.in_proj_weight", "a bare Parameter of nn.MultiheadAttention, which calls no nn.Linear for it"))
-            elif type(child) is torch.nn.Linear:
-                why = _why_not(name, child_name, child, filter, embeddings, recipe)
-                if why:
-                    report.skipped.append((name, why))
-                    continue
-                if id(child) not in done:  # a module used twice stays one module
-                    before = id(child.weight)
-                    report.bytes_before += nbytes(child.weight)
-                    new = Linear.from_linear(child, recipe)
-                    report.new_parameters |= recipe.weight is not None or recipe.fake is not None
-                    for kind, parameter in new._parameters.items():  # tied weights stay tied, with all that is made from them
-                        if kind.startswith("weight"):
-                            new._parameters[kind] = packed.setdefault((before, kind), parameter)
-                            report.bytes_after += nbytes(parameter)
-                    done[id(child)] = (new, child)  # keeps `child` alive: its id stays its own
-                setattr(parent, child_name, done[id(child)][0])
-                report.replaced.append(name)
-                new, old = done[id(child)]
-                kept = recipe.saved_bytes(1024, old.in_features, old.weight.element_size()) if new.weight.requires_grad else 0
-                report.bytes[name] = nbytes(old.weight), nbytes(new.weight), 1024 * old.in_features * old.weight.element_size(), kept
+            if not isinstance(child, SIMILAR):
+                continue
+            why = _why_not(name, child_name, child, filter, embeddings, recipe)
+            if why:
+                report.skipped.append((name, why))
+                continue
+            before, again = (id(child.weight), "weight"), id(child) in done
+            if not again:  # a module used twice stays one module
+                new = MADE_FROM[type(child)](child, recipe)
+                report.new_parameters |= recipe.weight is not None or recipe.fake is not None
+                again = before in packed
+                for kind, parameter in new._parameters.items():  # tied weights stay tied, with all that is made from them
+                    if kind.startswith("weight"):
+                        new._parameters[kind] = packed.setdefault((before[0], kind), parameter)
+                done[id(child)] = (new, child)  # keeps `child` alive: its id stays its own
+            new = done[id(child)][0]
+            setattr(parent, child_name, new)
+            after = sum(nbytes(p) for kind, p in new._parameters.items() if kind.startswith("weight"))
+            report.layers[name] = LayerBytes(nbytes(child.weight), after, *new.kept_bytes(), again)
     return report
 
 
 def _why_not(name, child_name, child, filter, embeddings, recipe) -> str:
+    kind = type(child).__name__
+    if isinstance(child, RecipeLayer):
+        return f"already a gradmill layer, recipe {child.recipe.name}"
+    if type(child) not in MADE_FROM:
+        for plain in MADE_FROM:
+            if isinstance(child, plain):
+                return f"a subclass of nn.{plain.__name__} ({kind})"
+        return f"a transposed convolution ({kind})" if child.transposed else f"not a 2-D convolution ({kind})"
     if child._parameters.get("weight") is None:
         return "its weight is computed (weight_norm, prune or a parametrisation)"
     if "forward" in child.__dict__ or child._compiled_call_impl is not None:

@@ -6,11 +6,14 @@ import torch
 from gradmill import formats, recipes
 from gradmill.autograd.fake_quantize import FakeQuantize
 from gradmill.autograd.linear import QuantizedLinear
+from gradmill.autograd.window import Window
 from gradmill.ops import quant
+from gradmill.ops.conv import check_geometry
 from gradmill.reference import quant as reference
+from gradmill.reference.optim import as_matrix
 from gradmill.weight import QuantizedWeight
 
-__all__ = ["fake_quantize", "fake_quantize_parameters", "linear"]
+__all__ = ["conv2d", "fake_quantize", "fake_quantize_parameters", "linear"]
 
 
 def _output_dtype(x: torch.Tensor) -> torch.dtype:
@@ -54,20 +57,90 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         raise ValueError(f"gradmill linear: weight has shape {tuple(weight.shape)}; it must be 2-D (out, in)")
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"gradmill linear: x has shape {tuple(x.shape)}; its last dimension must be {weight.shape[1]}, the weight's in")
-    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
-        raise ValueError(f"gradmill linear: bias has shape {tuple(bias.shape)}; it must be ({weight.shape[0]},)")
-    if (recipe.fake is None) != (zeros is None) or recipe.fake is not None and steps is None:
-        raise ValueError(f"gradmill linear: steps and zeros are {'given' if zeros is not None else 'missing'}; recipe {recipe.name} "
-                         f"{'takes no zeros' if recipe.fake is None else 'needs both: see fake_quantize_parameters'}")
-    if recipe.fake is not None:
-        weight, steps = fake_quantize(weight, steps, zeros, *recipe.fake), None
-    if steps is not None:
-        if recipe.y is not None or not isinstance(weight, QuantizedWeight):
-            raise ValueError(f"gradmill linear: steps were given; they need a packed weight and a weight-only recipe, not {recipe.name}")
-        if steps.dtype != torch.float32 or steps.shape != weight.scales.shape:
-            raise ValueError(f"gradmill linear: steps is {steps.dtype} of shape {tuple(steps.shape)}; it must be float32 of shape {tuple(weight.scales.shape)}")
+    weight, steps = _prepare("linear", weight, bias, recipe, steps, zeros)
     y = QuantizedLinear.apply(x.reshape(x.shape[:-1].numel(), x.shape[-1]), weight, bias, recipe, _output_dtype(x), steps)
     return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _prepare(function, weight, bias, recipe, steps, zeros):
+    """Checks what every layer has; the weight as the products see it and the trained steps of a packed one, or None."""
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        raise ValueError(f"gradmill {function}: bias has shape {tuple(bias.shape)}; it must be ({weight.shape[0]},)")
+    if (recipe.fake is None) != (zeros is None) or recipe.fake is not None and steps is None:
+        raise ValueError(f"gradmill {function}: steps and zeros are {'given' if zeros is not None else 'missing'}; recipe {recipe.name} "
+                         f"{'takes no zeros' if recipe.fake is None else 'needs both: see fake_quantize_parameters'}")
+    if recipe.fake is not None:
+        return fake_quantize(weight, steps, zeros, *recipe.fake), None
+    if steps is not None:
+        if recipe.y is not None or not isinstance(weight, QuantizedWeight):
+            raise ValueError(f"gradmill {function}: steps were given; they need a packed weight and a weight-only recipe, not {recipe.name}")
+        if steps.dtype != torch.float32 or steps.shape != weight.scales.shape:
+            raise ValueError(f"gradmill {function}: steps is {steps.dtype} of shape {tuple(steps.shape)}; it must be float32 of shape {tuple(weight.scales.shape)}")
+    return weight, steps
+
+
+def conv2d(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, stride: int | tuple[int, int] = 1,
+           padding: int | tuple[int, int] | str = 0, dilation: int | tuple[int, int] = 1, groups: int = 1,
+           recipe: str | recipes.Recipe = "int8", steps: torch.Tensor | None = None, zeros: torch.Tensor | None = None) -> torch.Tensor:
+    """torch.nn.functional.conv2d with its three products in a recipe's formats.
+
+    The products are a linear layer's over the image's patches: X (output positions, in / groups * kh * kw) and the weight as
+    ``flatten(1)``, so that a format's rows and blocks run over a patch, in dW over the output positions of the whole batch. Each
+    group of channels is a layer of its own, worked off one after the other. A product that the recipe leaves in the input's
+    precision is torch's own convolution. Kept for backward: of the input and its quantised patches whichever is smaller.
+
+    Args:
+        input: (n, in, height, width) or (in, height, width) float32, bfloat16 or float16.
+        weight: (out, in / groups, kh, kw), plain or a :class:`gradmill.QuantizedWeight`.
+        bias: (out) or None.
+        stride, dilation: an integer or one for each of height and width.
+        padding: the same, of zeros; "valid" (none) or "same" (the output has the input's size; stride 1 only).
+        groups: divides in and out.
+        recipe: a name or a :class:`gradmill.recipes.Recipe`.
+        steps, zeros: as in :func:`linear`, of the weight as (out, in / groups * kh * kw).
+
+    Returns:
+        (n, out, oh, ow), or without n, in autocast's dtype if autocast is on for the device, else in input's; channels last if
+        input is.
+
+    Raises:
+        TypeError: for a dtype that has no kernel (float64, complex, integers).
+        ValueError: for shapes and numbers that do not fit or an unknown recipe.
+    """
+    recipe = recipes.get(recipe)
+    _require_tensors("conv2d", input=input, weight=weight, **({} if bias is None else {"bias": bias}))
+    if weight.dim() != 4:
+        raise ValueError(f"gradmill conv2d: weight has shape {tuple(weight.shape)}; it must be 4-D (out, in / groups, kh, kw)")
+    if groups < 1 or weight.shape[0] % groups:
+        raise ValueError(f"gradmill conv2d: groups is {groups}; it must be positive and divide {weight.shape[0]}, the weight's out")
+    if input.dim() not in (3, 4) or input.shape[-3] != groups * weight.shape[1]:
+        raise ValueError(f"gradmill conv2d: input has shape {tuple(input.shape)}; it must be ((n,) {groups * weight.shape[1]}, height, width)")
+    kernel, (stride, dilation) = tuple(weight.shape[2:]), (_pair(name, value) for name, value in (("stride", stride), ("dilation", dilation)))
+    x = input if input.dim() == 4 else input[None]
+    if padding == "same":
+        if stride != (1, 1):
+            raise ValueError(f"gradmill conv2d: stride is {stride}; with padding 'same' it must be 1")
+        total = [d * (k - 1) for k, d in zip(kernel, dilation)]
+        padding = tuple(t // 2 for t in total)
+        if any(t % 2 for t in total):  # what is left over goes to the bottom and the right, as torch has it
+            x = torch.nn.functional.pad(x, (0, total[1] % 2, 0, total[0] % 2))
+    elif isinstance(padding, str) and padding != "valid":
+        raise ValueError(f"gradmill conv2d: padding is {padding!r}; it must be 'same', 'valid' or integers")
+    else:
+        padding = (0, 0) if padding == "valid" else _pair("padding", padding)
+    check_geometry("conv2d", *x.shape[2:], kernel, stride, padding, dilation)
+    weight, steps = _prepare("conv2d", weight, bias, recipe, steps, zeros)
+    y = QuantizedLinear.apply(x, weight, bias, recipe, _output_dtype(x), steps, Window(kernel, stride, padding, dilation, groups))
+    return y if input.dim() == 4 else y[0]
+
+
+def _pair(name, value) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) == 1:  # torch takes (2,) too
+        pair *= 2
+    if len(pair) != 2 or not all(isinstance(v, int) for v in pair):
+        raise ValueError(f"gradmill conv2d: {name} is {value!r}; it must be an integer or two")
+    return pair
 
 
 def fake_quantize(weight: torch.Tensor, steps: torch.Tensor, zeros: torch.Tensor, bits: int, group: int = 128) -> torch.Tensor:
@@ -78,7 +151,7 @@ def fake_quantize(weight: torch.Tensor, steps: torch.Tensor, zeros: torch.Tensor
     to the weight, one that was to its group's zero point; all of them move the step (see gradmill.ops.fake_quantize_backward).
 
     Args:
-        weight: (out, in) float32, bfloat16 or float16.
+        weight: (out, in) float32, bfloat16 or float16; of more dimensions it counts as ``flatten(1)``.
         steps, zeros: (out, ceil(in / group)), as :func:`fake_quantize_parameters` makes them, computed with in float32. Zero points are trained as
             floats, clamped to [0, 2^bits - 1] and rounded before use; a step below 2^-100 counts as 2^-100.
         bits: 2 to 8.
@@ -86,13 +159,14 @@ def fake_quantize(weight: torch.Tensor, steps: torch.Tensor, zeros: torch.Tensor
             whole row.
 
     Returns:
-        (out, in) in autocast's dtype if autocast is on for the device, else in weight's. A nan or inf in the weight gives a nan.
+        Weight's shape, in autocast's dtype if autocast is on for the device, else in weight's. A nan or inf in the weight gives a nan.
 
     Raises:
         TypeError: for dtypes. ValueError: for shapes, bits and group.
     """
     _require_tensors("fake_quantize", weight=weight, steps=steps, zeros=zeros)
-    return FakeQuantize.apply(weight, steps.to(torch.float32), zeros.to(torch.float32), bits, group, _output_dtype(weight))
+    matrix = as_matrix(weight) if weight.dim() > 2 else weight
+    return FakeQuantize.apply(matrix, steps.to(torch.float32), zeros.to(torch.float32), bits, group, _output_dtype(weight)).view(weight.shape)
 
 
 @torch.no_grad()
@@ -103,7 +177,7 @@ def fake_quantize_parameters(weight: torch.Tensor, bits: int, group: int = 128) 
     (or of values below 2^-100) gets the step 1e-4; one with a nan or an inf the step nan.
 
     Args:
-        weight: (out, in) float32, bfloat16 or float16.
+        weight: (out, in) float32, bfloat16 or float16; of more dimensions it counts as ``flatten(1)``.
         bits: 2 to 8.
         group: as in :func:`fake_quantize`.
 
@@ -114,5 +188,6 @@ def fake_quantize_parameters(weight: torch.Tensor, bits: int, group: int = 128) 
         TypeError: for weight's dtype. ValueError: for its shape, bits and group.
     """
     _require_tensors("fake_quantize_parameters", weight=weight)
+    weight = as_matrix(weight) if weight.dim() > 2 else weight
     quant.check_fake("fake_quantize_parameters", weight, bits, group)
     return reference.fake_quantize_parameters(weight, bits, group)  # once a weight: no kernel

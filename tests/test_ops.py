@@ -61,6 +61,10 @@ def samples():
     yield "matmul_int8", (a, b, sa, sb, torch.randn(7), torch.float16)
     yield "matmul_packed", (x, *packed, "uint4", 4, 12, False, torch.randn(7), torch.float32)
     yield "matmul_packed", (torch.randn(5, 7).bfloat16(), *packed, "uint4", 4, 12, True, None, torch.bfloat16)
+    image, geometry = torch.randn(2, 3, 6, 5), ([3, 2], [2, 1], [1, 0], [1, 2])
+    for code in ("int8", "uint4", "bf16"):
+        yield "quantize_patches", (image, *geometry, code, 4 if code == "uint4" else 0, code == "int8")
+    yield "fold_patches", (torch.randn(2 * 3 * 3, 18), 2, 3, 6, 5, *geometry, torch.bfloat16)
     yield "project", (torch.randn(9, 12), *packed, "uint4", 4, False)
     yield "project", (torch.randn(12, 9).half(), *packed, "uint4", 4, True)
     yield "project_back", back_arguments()

@@ -129,6 +129,26 @@ struct StepArgs {
   uint32_t step;
 };
 
+// A convolution over an already padded image (images, channels, height, width), contiguous.
+struct Window {
+  int64_t channels, height, width, kernel[2], stride[2], dilation[2], out[2];
+  int64_t columns() const { return channels * kernel[0] * kernel[1]; }
+};
+// out = the image's patches (images * out[0] * out[1], columns), or with `transpose` theirs; out.code may be a plain float.
+struct PatchArgs {
+  const float* image;
+  Window window;
+  Matrix out;
+  bool transpose;
+};
+// image = the sum of what d (images * out[0] * out[1], columns) holds for each pixel.
+struct FoldArgs {
+  const float* d;
+  Window window;
+  int64_t images;
+  float* image;
+};
+
 struct QuantKernels {
   void (*quantize)(const QuantizeArgs&);
   void (*dequantize)(const DequantizeArgs&);
@@ -139,6 +159,10 @@ struct QuantKernels {
 struct MatmulKernels {
   void (*int8)(const Int8MatmulArgs&);
   void (*packed)(const PackedMatmulArgs&);
+};
+struct ConvKernels {
+  void (*quantize_patches)(const PatchArgs&);
+  void (*fold_patches)(const FoldArgs&);
 };
 struct OptimKernels {
   void (*step)(const StepArgs&);
@@ -155,6 +179,7 @@ enum Level : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Vnni = 3 };
 #define GM_DECLARE(level)                              \
   extern const QuantKernels quant_##level;             \
   extern const MatmulKernels matmul_##level;           \
+  extern const ConvKernels conv_##level;               \
   extern const OptimKernels optim_##level;             \
   extern const ProjectionKernels projection_##level;
 GM_DECLARE(portable)

@@ -1,10 +1,11 @@
-"""The quantised linear layer's forward and backward."""
+"""The forward and backward of quantised linear layers and convolutions."""
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
 
+from gradmill.autograd.window import Patches, Window
 from gradmill.formats import Format
 from gradmill.ops._registry import forced_backend, native_module, use_backend
 from gradmill.ops.matmul import matmul_int8, matmul_packed, matmul_scaled
@@ -18,6 +19,12 @@ _EXACT = ("int8", "int7")
 
 def _values(weight):
     return weight.dequantize() if isinstance(weight, QuantizedWeight) else weight
+
+
+def _matrices(weight, groups: int):
+    """The weight's values as a matrix (out / groups, in / groups * window) for each group."""
+    weight = _values(weight)
+    return [w.reshape(w.shape[0], w.shape[1:].numel()) for w in weight.chunk(groups)]
 
 
 @dataclass
@@ -34,10 +41,19 @@ class Stored:
     def tensors(self):
         return self.codes, self.scales, self.zeros
 
+    def rows(self, first: int, last: int) -> "Stored":
+        """Some of its rows."""
+        zeros = self.zeros if self.zeros is None or self.zeros.dim() < 2 else self.zeros[first:last]
+        return Stored(self.codes[first:last], None if self.scales is None else self.scales[first:last], zeros, self.format, self.columns)
+
 
 def _store(x, format: Format, transpose=False, key=None, stream=0) -> Stored:
-    """x, or its transpose, as an operand."""
+    """x (a matrix or Patches), or its transpose, as an operand."""
     columns = x.shape[0 if transpose else 1]
+    if isinstance(x, Patches) and not format.shared and key is None:
+        codes, scales, zeros = x.quantize(format, transpose)
+        return Stored(codes, *((scales, zeros) if format.blocked else (None, None)), format, columns)
+    x = x.matrix() if isinstance(x, Patches) else x
     if format.blocked:
         return Stored(*quantize_to(x, format, transpose, key, stream), format, columns)
     return Stored((x.t() if transpose else x).to(format.code_dtype).contiguous(), None, None, format, columns)
@@ -57,11 +73,12 @@ def _torch_is_faster():
     return not torch.compiler.is_compiling() and forced_backend() is None and native_module().cpu_has_bf16()
 
 
-def _over_tokens(x, format: Format, size: int, key, rounding=None) -> Stored:
+def _over_tokens(x, format: Format, size: int, key, rounding=None, group: int = 0) -> Stored:
     """x^T as an operand of dW, through the random Hadamard transform of that size (the same for both operands) where the recipe has one."""
     if not size:
-        return _store(x, format, True, rounding, stream(1, "gradient"))
-    return _store(hadamard(x, size, True, key, stream(2, "hadamard"), x.dtype), format, False, rounding, stream(1, "gradient"))
+        return _store(x, format, True, rounding, stream(3 * group + 1, "gradient"))
+    x = x.matrix() if isinstance(x, Patches) else x
+    return _store(hadamard(x, size, True, key, stream(3 * group + 2, "hadamard"), x.dtype), format, False, rounding, stream(3 * group + 1, "gradient"))
 
 
 class QuantizedLinear(torch.autograd.Function):
@@ -72,15 +89,37 @@ class QuantizedLinear(torch.autograd.Function):
     and once by columns. Saved for dW: the quantised X that dW needs, not X. ``steps`` (out, groups), or None: the scales
     of a packed weight as a trained Parameter; their gradient is the sum of dW (q - z) over each group (Chen et al.,
     "EfficientQAT", E2E-QP).
+
+    With a ``window`` X is an image (n, in, h, w), W (out, in / groups, kh, kw), and the same three products run over the image's
+    patches, a row for each output position: each group of channels is a linear layer of its own, dX goes back through
+    col2im. A product without formats is torch's own convolution. Kept for dW: the image or its quantised patches, whichever
+    is smaller (of a 3x3 window, which sees every pixel 9 times, the image). Patch matrices are worked off in pieces:
+    Y and dX by images, dW by channels, wherever no scale spans the pieces, so that no bit depends on their size.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, recipe: Recipe, dtype, steps):
-        y_recipe, dw_recipe = recipe.y, recipe.dw
-        kept_x = kept_w = None
+    def forward(ctx, x, weight, bias, recipe: Recipe, dtype, steps, window: Window | None = None):
+        y_recipe, dw_recipe, groups = recipe.y, recipe.dw, 1 if window is None else window.groups
+        needs_dw = ctx.needs_input_grad[1] or ctx.needs_input_grad[5]
+        keeps_operand = window is None or window.saved_bytes(recipe, x.shape, x.element_size())[1]
+        kept_x, kept_w = [], []
         if isinstance(y_recipe, Matmul):
-            kept_x, kept_w = _store(x, y_recipe.left), _store(_values(weight), y_recipe.right)
-            y = _multiply(kept_x, kept_w, bias, dtype)
+            kept_w = [_store(w, y_recipe.right) for w in _matrices(weight, groups)]
+            whole = not _by_row(y_recipe.left) or needs_dw and dw_recipe == "forward" and keeps_operand
+            parts = []
+            for group, w in enumerate(kept_w):
+                part_bias = None if bias is None else bias.chunk(groups)[group]
+                pieces = []
+                for rows in [x] if window is None else window.patches(x, group).split(0, whole):
+                    kept_x.append(_store(rows, y_recipe.left))
+                    pieces.append(_multiply(kept_x[-1], w, part_bias, dtype))
+                    if not whole:
+                        kept_x.clear()
+                parts.append(_joined(pieces, 0))
+            y = _joined(parts, 1)
+            y = y if window is None else window.image(y, x.shape, x)
+        elif window is not None:
+            y = torch.nn.functional.conv2d(x.to(dtype), _stepped(weight, steps).to(dtype), None if bias is None else bias.to(dtype), *window[1:])
         elif isinstance(weight, QuantizedWeight):
             y = matmul_packed(x, *_packed(weight, steps), False, bias, dtype)
         else:
@@ -91,20 +130,25 @@ class QuantizedLinear(torch.autograd.Function):
             key = torch.stack((torch.randint(-2 ** 63, 2 ** 63 - 1, (), dtype=torch.int64, device="cpu"),
                                torch.zeros((), dtype=torch.int64, device="cpu")))
         saved_x = ()
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[5]:
-            if dw_recipe == "forward":
-                saved_x = kept_x.tensors
-            elif dw_recipe is not None:
-                saved_x = _over_tokens(x, dw_recipe.right, dw_recipe.hadamard, key).tensors
-            else:
-                saved_x = (x,)
+        if needs_dw and not keeps_operand:
+            format = window.kept_format(recipe, x.shape)
+            image = x.detach()
+            saved_x = (image,) if format is None else _store(image.reshape(len(x), x.shape[1:].numel()), format).tensors
+        elif needs_dw and dw_recipe == "forward":
+            saved_x = [t for operand in kept_x for t in operand.tensors]
+        elif needs_dw and dw_recipe is not None:
+            saved_x = [t for group in range(groups) for t in _over_tokens(x if window is None else window.patches(x, group), dw_recipe.right,
+                                                                          dw_recipe.hadamard, key, group=group).tensors]
+        elif needs_dw:
+            saved_x = (x,)
         saved_w = ()
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[5]:
-            saved_w = kept_w.tensors if recipe.dx == "forward" else (weight,)
+            saved_w = [t for operand in kept_w for t in operand.tensors] if recipe.dx == "forward" else (weight,)
         ctx.lengths = len(saved_w), len(saved_x)
         ctx.save_for_backward(key, steps, *saved_w, *saved_x)
         ctx.backend = None if torch.compiler.is_compiling() else forced_backend()  # backward may run in another thread, outside the user's `with use_backend`
-        ctx.recipe, ctx.x_dtype, ctx.weight_dtype, ctx.shape = recipe, x.dtype, weight.dtype, weight.shape
+        ctx.recipe, ctx.x_dtype, ctx.x_shape, ctx.weight_dtype, ctx.shape = recipe, x.dtype, x.shape, weight.dtype, weight.shape
+        ctx.window, ctx.keeps_operand, ctx.last = window, keeps_operand, window is not None and x.is_contiguous(memory_format=torch.channels_last)
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
 
@@ -120,34 +164,106 @@ class QuantizedLinear(torch.autograd.Function):
     def _backward(ctx, dy):
         key, steps, *saved = ctx.saved_tensors
         saved_w, saved_x = saved[:ctx.lengths[0]], saved[ctx.lengths[0]:]
-        recipe, dx, dw, db, dsteps = ctx.recipe, None, None, None, None
+        recipe, window, dx, dw, db, dsteps = ctx.recipe, ctx.window, None, None, None, None
         rounding = key if recipe.gradient_rounding == "stochastic" else None
-        columns = ctx.shape[1]
+        needs_dw = ctx.needs_input_grad[1] or ctx.needs_input_grad[5]
+        if window is None:
+            dys = [dy]
+        elif recipe.dx is not None and ctx.needs_input_grad[0] or recipe.dw is not None and needs_dw:
+            dys = [window.rows(dy, group) for group in range(window.groups)]
         if ctx.needs_input_grad[0]:
-            if recipe.dx == "forward":
-                format = recipe.y.right
-                dx = matmul_packed(dy, *saved_w, format.code, format.block, columns, True, None, ctx.x_dtype)
-            elif recipe.dx is not None:
-                left = _store(dy, recipe.dx.left, False, rounding, stream(0, "gradient"))
-                dx = _multiply(left, _store(_values(saved_w[0]), recipe.dx.right, transpose=True), None, ctx.x_dtype)
+            if recipe.dx is not None:
+                dx = _dx(ctx, dys, saved_w, rounding)
+            elif window is not None:
+                dx = torch.nn.grad.conv2d_input(ctx.x_shape, _stepped(saved_w[0], steps).to(dy.dtype), dy, *window[1:]).to(ctx.x_dtype)
             elif isinstance(saved_w[0], QuantizedWeight):
                 dx = matmul_packed(dy, *_packed(saved_w[0], steps), True, None, ctx.x_dtype)
             else:
                 dx = (dy @ saved_w[0].to(dy.dtype)).to(ctx.x_dtype)
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[5]:
-            if recipe.dw == "forward":
-                format = recipe.y.left
-                dw = matmul_packed(dy.t(), *saved_x, format.code, format.block, columns, True, None, ctx.weight_dtype)
-            elif recipe.dw is not None:
-                left = _over_tokens(dy, recipe.dw.left, recipe.dw.hadamard, key, rounding)
-                dw = _multiply(left, Stored(*saved_x, recipe.dw.right, left.columns), None, ctx.weight_dtype)
+        if needs_dw:
+            if recipe.dw is not None:
+                dw = _dw(ctx, dys, saved_x, key, rounding).view(ctx.shape)
+            elif window is not None:
+                dw = torch.nn.grad.conv2d_weight(saved_x[0].to(dy.dtype), ctx.shape, dy, *window[1:]).to(ctx.weight_dtype)
             else:
                 dw = (dy.t() @ saved_x[0].to(dy.dtype)).to(ctx.weight_dtype)
         if ctx.needs_input_grad[5]:
             dsteps = _step_gradient(dw, saved_w[0])
         if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
-            db = dy.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-        return dx, dw if ctx.needs_input_grad[1] else None, db, None, None, dsteps
+            db = dy.sum(0 if window is None else (0, 2, 3), dtype=torch.float32).to(ctx.bias_dtype)
+        return dx, dw if ctx.needs_input_grad[1] else None, db, None, None, dsteps, None
+
+
+def _dx(ctx, dys, saved_w, rounding):
+    """dX = dY W in the recipe's formats."""
+    recipe, window = ctx.recipe, ctx.window
+    if recipe.dx == "forward":
+        format, columns = recipe.y.right, ctx.shape[1:].numel()
+        weights = [Stored(*saved_w[i:i + 3], format, columns) for i in range(0, len(saved_w), 3)]
+    else:
+        weights = [_store(w, recipe.dx.right, transpose=True) for w in _matrices(saved_w[0], len(dys))]
+    if window is not None:
+        dx = torch.empty(ctx.x_shape, dtype=ctx.x_dtype, device=dys[0].device, memory_format=torch.channels_last if ctx.last else torch.contiguous_format)
+    for group, (dy, w) in enumerate(zip(dys, weights)):
+        left = dy if recipe.dx == "forward" else _store(dy, recipe.dx.left, False, rounding, stream(3 * group, "gradient"))
+
+        def product(first, last, dtype):
+            if recipe.dx == "forward":
+                return matmul_packed(left[first:last], *w.tensors, w.format.code, w.format.block, w.columns, True, None, dtype)
+            return _multiply(left.rows(first, last), w, None, dtype)
+
+        if window is None:
+            return product(0, len(dy), ctx.x_dtype)
+        first = 0
+        for piece in window.patches(dx, group).split(0, whole=False):
+            last = first + piece.shape[0]
+            piece.image.copy_(piece.fold(product(first, last, torch.float32), ctx.x_dtype))
+            first = last
+    return dx
+
+
+def _dw(ctx, dys, saved_x, key, rounding):
+    """dW = dY^T X in the recipe's formats: (out, in) or, of a convolution, ``weight.flatten(1)``'s."""
+    recipe, window, parts = ctx.recipe, ctx.window, []
+    forward, columns = recipe.dw == "forward", ctx.shape[1:].numel()
+    if not ctx.keeps_operand:
+        format = window.kept_format(recipe, ctx.x_shape)
+        image = saved_x[0] if format is None or not format.blocked else dequantize(*saved_x, format.code, format.block, ctx.x_shape[1:].numel(), ctx.x_dtype)
+        image = image.view(ctx.x_shape)
+    for group, dy in enumerate(dys):
+        kept = saved_x[3 * group:3 * group + 3]
+        if forward:
+            format, first, total = recipe.y.left, 0, None
+            operands = [Stored(*kept, format, columns)] if ctx.keeps_operand else (
+                _store(piece, format) for piece in window.patches(image, group).split(0, not _by_row(format)))
+            for operand in operands:
+                last = first + len(operand.codes)
+                part = matmul_packed(dy[first:last].t(), *operand.tensors, format.code, format.block, columns, True, None, torch.float32)
+                first, total = last, part if total is None else total.add_(part)
+            parts.append(total.to(ctx.weight_dtype))
+        else:
+            format, size = recipe.dw.right, recipe.dw.hadamard
+            left = _over_tokens(dy, recipe.dw.left, size, key, rounding, group)
+            operands = [Stored(*kept, format, left.columns)] if ctx.keeps_operand else (
+                _over_tokens(piece, format, size, key, group=group) for piece in window.patches(image, group).split(1, not _by_row(format)))
+            parts.append(_joined([_multiply(left, operand, None, ctx.weight_dtype) for operand in operands], 1))
+    return _joined(parts, 0)
+
+
+def _by_row(format: Format) -> bool:
+    """Whether each row of an operand is quantised for itself, so that the operand can be made in pieces."""
+    return not format.blocked or format.rows == 1 and format.scale != "e4m3"
+
+
+def _joined(parts, dim: int):
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def _stepped(weight, steps):
+    """The values of a weight whose steps, if given, replace its scales."""
+    if steps is None:
+        return _values(weight)
+    return dequantize(weight.codes, steps.detach(), weight.zeros, weight.format.code, weight.format.block, weight.shape[1:].numel(), weight.dtype).view(weight.shape)
 
 
 def _packed(weight: QuantizedWeight, steps):
@@ -158,8 +274,8 @@ def _packed(weight: QuantizedWeight, steps):
 
 def _step_gradient(dw, weight: QuantizedWeight):
     """The sum of dW (q - z) over each group: (out, groups) fp32."""
-    format, columns = weight.format, weight.shape[1]
+    format, columns = weight.format, weight.shape[1:].numel()
     units = dequantize(weight.codes, torch.ones_like(weight.scales), weight.zeros, format.code, format.block, columns, torch.float32)
     block = format.block or columns
-    product = torch.nn.functional.pad(units.mul_(dw), (0, -columns % block))
+    product = torch.nn.functional.pad(units.mul_(dw.reshape(units.shape)), (0, -columns % block))
     return product.view(dw.shape[0], -1, block).sum(-1)

@@ -1,4 +1,5 @@
 """Drop-in modules."""
+from gradmill.nn.conv import Conv2d
 from gradmill.nn.linear import Linear
 
-__all__ = ["Linear"]
+__all__ = ["Conv2d", "Linear"]

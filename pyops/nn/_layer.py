@@ -1,0 +1,95 @@
+"""What nn.Linear and nn.Conv2d share: a recipe, its parameters, and the way from and to torch's layer."""
+from __future__ import annotations
+
+import torch
+
+from gradmill import functional, recipes
+from gradmill.weight import QuantizedWeight
+
+_FAKE = ("weight_steps", "weight_zeros")  # Parameters of a recipe that fakes
+
+
+class RecipeLayer:
+    """Mixin before a torch layer with ``weight`` and ``bias``, which ``_plain`` names."""
+
+    _plain: type[torch.nn.Module]
+
+    def _adopt(self, recipe: recipes.Recipe):
+        self.recipe = recipe
+        if recipe.weight is not None and not isinstance(self.weight, QuantizedWeight):
+            requires_grad = self.weight.requires_grad and not recipe.frozen
+            self.weight = torch.nn.Parameter(QuantizedWeight.quantize(self.weight.detach(), recipe.weight), requires_grad)
+
+        if recipe.fake is not None:
+            for name, start in zip(_FAKE, functional.fake_quantize_parameters(self.weight.detach(), *recipe.fake)):
+                self.register_parameter(name, torch.nn.Parameter(start, self.weight.requires_grad))
+
+    @classmethod
+    def _from(cls, layer: torch.nn.Module, recipe):
+        new = cls.__new__(cls)
+        new.__dict__ = layer.__dict__.copy()
+        for name in ("_parameters", "_buffers", "_modules"):
+            new.__dict__[name] = layer.__dict__[name].copy()
+        new._adopt(recipes.get(recipe))
+        return new
+
+    @property
+    def _steps(self) -> dict:
+        """What the functional form takes beside the weight."""
+        return {"steps": self._parameters.get("weight_steps" if self.recipe.fake else "steps"), "zeros": self._parameters.get("weight_zeros")}
+
+    def reset_steps_(self):
+        """Takes steps and zero points anew from the range of each group of the weight. ValueError unless the recipe fakes."""
+        if self.recipe.fake is None:
+            raise ValueError(f"recipe is {self.recipe.name}; only one that fakes (qat_w4, qat_w3, qat_w2) has steps to reset")
+        for name, start in zip(_FAKE, functional.fake_quantize_parameters(self.weight.detach(), *self.recipe.fake)):
+            old = self._parameters[name]
+            if old.device == start.device:
+                with torch.no_grad():
+                    old.copy_(start)
+            else:  # the weight was assigned over a layer on the meta device
+                self._parameters[name] = torch.nn.Parameter(start, old.requires_grad)
+        return self
+
+    def reset_parameters(self):
+        super().reset_parameters()
+        if self._parameters.get("weight_steps") is not None:  # not yet there when torch's constructor calls
+            self.reset_steps_()
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        names = [prefix + name for name in _FAKE]
+        if self.recipe.fake is not None and prefix + "weight" in state_dict and not any(name in state_dict for name in names):
+            missing_keys[:] = [key for key in missing_keys if key not in names]
+            self.reset_steps_()
+
+    def train_steps_(self, mode: bool = True):
+        """Makes the step sizes (scales) of a packed weight a Parameter ``steps`` (out, groups) fp32, or packs them back:
+        the end-to-end phase of Chen et al., "EfficientQAT". ValueError unless the recipe is weight-only."""
+        if not (self.recipe.frozen and isinstance(self.weight, QuantizedWeight)):
+            raise ValueError(f"recipe is {self.recipe.name}; only the step sizes of a weight-only recipe (w8, w4, w3, w2) can train")
+        if mode and self._parameters.get("steps") is None:
+            self.steps = torch.nn.Parameter(self.weight.scales.clone())
+        elif not mode and self._parameters.get("steps") is not None:
+            self.weight.scales.copy_(self.steps.detach())
+            del self.steps
+        return self
+
+    def dequantize_(self) -> torch.nn.Module:
+        """This layer as torch's plain one, sharing what it can."""
+        new = self._plain.__new__(self._plain)
+        if self._parameters.get("steps") is not None:
+            self.train_steps_(False)
+        new.__dict__ = {k: v for k, v in self.__dict__.items() if k != "recipe"}
+        new._parameters = self._parameters.copy()
+        if isinstance(self.weight, QuantizedWeight):
+            new._parameters["weight"] = torch.nn.Parameter(self.weight.dequantize(), self.weight.requires_grad)
+        if self.recipe.fake is not None:  # the values that the products saw
+            steps, zeros = (new._parameters.pop(name).detach() for name in _FAKE)
+            with torch.autocast(self.weight.device.type, enabled=False):
+                values = functional.fake_quantize(self.weight.detach(), steps, zeros, *self.recipe.fake)
+            new._parameters["weight"] = torch.nn.Parameter(values, self.weight.requires_grad)
+        return new
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, recipe={self.recipe.name}"
