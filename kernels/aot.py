@@ -131,8 +131,7 @@ def _optim():
         for param, grad, states, p_split, s_split, loop in (
                 ("fp32", "fp32", ("fp32",) * 3, False, False, False), ("bf16", "bf16", ("moment8", "square8", "square8"), False, False, False),
                 ("uint8", "bf16", ("moment8", "square8", "square8"), False, False, False), ("int8", "fp32", ("bf16", "fp16", "fp32"), False, False, True),
-                ("delta", "fp32", ("moment8", "square8", "square8"), False, False, False), ("int4", "fp16", ("moment8",) * 3, False, True, False),
-                ("e4m3", "bf16", ("e4m3", "square8", "square8"), False, False, False), ("e2m1", "bf16", ("moment8", "square8", "square8"), False, False, True)):
+                ("delta", "fp32", ("moment8", "square8", "square8"), False, False, False), ("int4", "fp16", ("moment8",) * 3, False, True, False)):
             if rule != "adamw" and param not in ("bf16", "uint8"):
                 continue  # formats and rules do not meet: all formats once, all rules twice
             codes = [CODES[c] for c in states[:count]] + [-1] * (3 - count)
@@ -193,7 +192,7 @@ def _matmul_packed():
 
 def _projection():
     for weight, code, left, loop in (("uint8", "uint4", False, False), ("bf16", "uint4", True, False), ("int8", "int8", False, True),
-                                      ("uint4", "uint4", True, False), ("e4m3", "e2m1", False, False)):
+                                      ("uint4", "uint4", True, False)):
         for target in TARGETS:
             plain = weight in ("fp32", "bf16", "fp16")
             p2 = projection.WIDEST // 2 if plain else projection.WIDEST

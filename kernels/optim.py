@@ -21,10 +21,9 @@ import triton
 import triton.language as tl
 
 from gradmill.formats import CODES, Format, float_code
-from gradmill.kernels._common import (BF16, DELTA, DITHER, LAUNCH, NEAREST, NONE, SQUARE8, STOCHASTIC, UNALIGNED, block_parameters, block_scales,
+from gradmill.kernels._common import (BF16, DELTA, DITHER, LAUNCH, NEAREST, NONE, SQUARE8, STOCHASTIC, block_parameters, block_scales,
                                       differs, joined, load_floats, load_operand, measure, power_of_two, ready, rounding_words, run_scales,
                                       store_blocks, store_floats, store_piece, store_scales, warps_for)
-from gradmill.reference import optim as reference
 from gradmill.reference.philox import PURPOSES
 
 TILE = 1024         # elements a tile aims at: 4 a thread keep registers below 128, so that two programs share an SM
@@ -264,9 +263,6 @@ def _cut(rows, columns, param_format, state_blocked, state_block):
 def fused_step(rule, params, param_scales, param_zeros, grads, states, state_scales, scalars, key, ids, param_code, param_block,
                state_codes, state_block):
     """See gradmill.ops.optim.fused_step."""
-    if not {param_code, *state_codes}.isdisjoint(UNALIGNED):
-        return reference.fused_step(rule, params, param_scales, param_zeros, grads, states, state_scales, scalars, key, ids, param_code,
-                                    param_block, state_codes, state_block)
     count, param_format = len(state_codes), Format(param_code, param_block)
     blocked = [Format(code).blocked for code in state_codes]
     seed, step = key.tolist()

@@ -18,6 +18,8 @@ from gradmill.reference import optim as ref_optim
 from gradmill.reference import projection as ref_projection
 from gradmill.reference import quant as ref_quant
 
+from .conftest import fit
+
 assert _common.INTERPRETING
 CODES = ("int8", "uint8", "int4", "uint4", "moment8", "square8", "e4m3", "e5m2", "e2m1", "int7", "uint2", "int2", "uint3", "int4_outlier")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -52,14 +54,9 @@ def assert_same(got, want, *what):
     assert equal.all(), (*what, f"{int((~equal).sum())} differ", (~equal).nonzero()[:4].tolist(), got[~equal][:4], want[~equal][:4])
 
 
-def legal(code, block):
-    """The next block that the code takes."""
-    return (block or 256 * (code == "int4_outlier")) + -block % Format(code).multiple
-
-
 # --- quant ------------------------------------------------------------------------------------------------
 def check_quantize(x, code, block, transpose, key, scales=None):
-    stream, block = random.getrandbits(32), legal(code, block)
+    stream, block = random.getrandbits(32), fit(code, block)
     before = None if scales is None else scales.clone()
     got = quant.quantize(x, code, block, transpose, key, stream, scales)
     want = ref_quant.quantize(x, code, block, transpose, key, stream, scales)
@@ -84,7 +81,7 @@ def test_quantize_with_given_scales(code, monkeypatch):
     """Values beyond them saturate, scale 0 gives codes 0, a nan or an inf still makes its own block's scale nan."""
     for i, ((rows, columns), block, tile) in enumerate((((5, 100), 32, 512), ((3, 300), 0, 64), ((1, 1), 0, 512), ((7, 64), 16, 512))):
         monkeypatch.setattr(quant, "TILE", tile)
-        transpose, block = bool(i % 2), legal(code, block)
+        transpose, block = bool(i % 2), fit(code, block)
         x = torch.randn(rows, columns)
         scales = torch.rand(rows, Format(code, block).blocks(columns)) * 10.0 ** -torch.randint(0, 4, (rows, 1))
         x[-1, -1], scales[0, 0] = random.choice((float("nan"), float("inf"), 1.0)), random.choice((0.0, 1e-40, 1e30, 0.01))
@@ -190,7 +187,7 @@ def within(got, want, magnitude, k, extra=0.0):
 @pytest.mark.parametrize("code", CODES)
 def test_matmul_packed(code):
     for i, ((rows, columns), block, transpose) in enumerate(itertools.product(((7, 64), (33, 100), (1, 1), (4, 0)), (0, 32, 10), (False, True))):
-        dtype, out, block = FLOATS[i % 3], random.choice(FLOATS), legal(code, block)
+        dtype, out, block = FLOATS[i % 3], random.choice(FLOATS), fit(code, block)
         w = torch.randn(rows, columns)
         packed = ref_quant.quantize(w.abs() if code == "square8" else w, code, block)
         m, k, n = random.choice((1, 5, 33)), *((rows, columns) if transpose else (columns, rows))
@@ -272,8 +269,7 @@ def test_matmul_scaled_nan_scale_gives_nan():
 # --- optim ------------------------------------------------------------------------------------------------
 SHAPES = [(3, 37), (2, 128), (17,), (1, 260), (), (4, 0), (2, 6, 6)]
 STATES = {"adamw": 2, "adamw_amsgrad": 3, "lion": 1}
-PARAMS = (("fp32", 0), ("bf16", 0), ("fp16", 0), ("delta", 0), ("uint8", 64), ("int8", 0), ("int4", 32), ("uint4", 0), ("uint4", 20),
-          ("e4m3", 64), ("e2m1", 0), ("int2", 32), ("int3", 32))
+PARAMS = (("fp32", 0), ("bf16", 0), ("fp16", 0), ("delta", 0), ("uint8", 64), ("int8", 0), ("int4", 32), ("uint4", 0), ("uint4", 20))
 
 
 def tensors(shapes, param, state_codes, state_block, grad_dtype, special):
@@ -338,13 +334,12 @@ def test_step(rule, param):
                special=not i % 2)
 
 
-@pytest.mark.parametrize("param", (("fp32", 0), ("uint8", 0), ("int4", 0), ("uint4", 192), ("bf16", 0), ("e2m1", 0)), ids=lambda p: f"{p[0]}-{p[1]}")
+@pytest.mark.parametrize("param", (("fp32", 0), ("uint8", 0), ("int4", 0), ("uint4", 192), ("bf16", 0)), ids=lambda p: f"{p[0]}-{p[1]}")
 def test_step_of_blocks_longer_than_a_tile(param, monkeypatch):
     monkeypatch.setattr(optim, "TILE", 64)
     monkeypatch.setattr(optim, "LONGEST", 64)
     shapes = [(2, 37), (2, 150)]
-    for states, block in ((("fp32", "bf16"), 0), (("moment8", "square8"), 0), (("moment8", "square8"), 32), (("int8", "fp32"), 0),
-                          (("e4m3", "square8"), 0)):
+    for states, block in ((("fp32", "bf16"), 0), (("moment8", "square8"), 0), (("moment8", "square8"), 32), (("int8", "fp32"), 0)):
         check_step("adamw", *param, states, block, shapes=shapes, special=random.random() < 0.5)
 
 
@@ -365,8 +360,7 @@ def test_step_of_many_tensors_and_other_layouts():
 # --- projection -------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("left", (False, True))
 def test_project(left):
-    for (m, d, rank), (code, block), dtype in itertools.product(((20, 64, 8), (33, 100, 40), (1, 16, 1)), (("uint4", 32), ("int8", 0), ("uint8", 10), ("e4m3", 40)),
-                                                                FLOATS):
+    for (m, d, rank), (code, block), dtype in itertools.product(((20, 64, 8), (33, 100, 40), (1, 16, 1)), (("uint4", 32), ("int8", 0), ("uint8", 10)), FLOATS):
         grad, side = torch.randn(m, d).to(dtype), m if left else d
         basis = ref_quant.quantize(torch.randn(rank, side), code, block)
         got, want = projection.project(grad, *basis, code, block, left), ref_projection.project(grad, *basis, code, block, left)
@@ -374,7 +368,7 @@ def test_project(left):
         zero = (basis[2].double() * basis[1]).repeat_interleave(block or side, 1)[:, :side] if basis[2].numel() else 0
         magnitude = (b + zero) @ grad.double().abs() if left else grad.double().abs() @ (b + zero).t()
         assert got.is_contiguous() and got.dtype == torch.float32
-        within(got, want, magnitude, side, 2 ** -8 if dtype == torch.bfloat16 and block in (10, 40) else 0)
+        within(got, want, magnitude, side, 2 ** -8 if dtype == torch.bfloat16 and block == 10 else 0)
 
 
 def exact_basis(rank, d, code, block):
@@ -388,7 +382,7 @@ def exact_basis(rank, d, code, block):
 
 
 @pytest.mark.parametrize("left", (False, True))
-@pytest.mark.parametrize("weight", (("fp32", 0), ("bf16", 0), ("fp16", 0), ("uint8", 32), ("int8", 0), ("int4", 20), ("uint4", 64), ("uint4", 0), ("e5m2", 32), ("uint2", 0), ("uint3", 32)),
+@pytest.mark.parametrize("weight", (("fp32", 0), ("bf16", 0), ("fp16", 0), ("uint8", 32), ("int8", 0), ("int4", 20), ("uint4", 64), ("uint4", 0)),
                          ids=lambda w: f"{w[0]}-{w[1]}")
 def test_project_back(weight, left, monkeypatch):
     """Bit-equal where the product is exact, so that everything else of the kernel is."""
