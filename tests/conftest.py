@@ -14,6 +14,7 @@ import torch
 import gradmill
 from gradmill import _C
 from gradmill.formats import CODES, Format
+from gradmill.optim.rules import RULES
 
 os.environ.setdefault("GRADMILL_TEST_SEED", str(random.SystemRandom().randrange(2 ** 31)))  # xdist's workers inherit it
 SEED = int(os.environ["GRADMILL_TEST_SEED"])
@@ -33,6 +34,17 @@ def fit(code: str, block: int) -> int:
     """The nearest block length from ``block`` up that the code can have."""
     block += -block % Format(code).multiple
     return min(block or 256, 256) if code == "int4_outlier" else block
+
+
+#: What the scalars of every rule are made from. CLASSP's power is one that needs the polynomials.
+HYPERPARAMETERS = dict(betas=(0.9, 0.95), eps=1e-6, weight_decay=0.1, momentum=0.9, dampening=0.25, nesterov=True, lr_decay=0.1, weight_decouple=False,
+                       rectify=True, degenerated_to_sgd=True, rho=0.04, samples=4, threshold=0.5, power=1.7)
+
+
+def scalars_of(rule, step=3, lr=0.01, factor=1.0, **changes):
+    """A row of fused_step's scalars."""
+    h = [factor, *RULES[rule].scalars({**HYPERPARAMETERS, **changes}, step, lr)]
+    return torch.tensor([h + [0.0] * (16 - len(h))])
 
 
 FLT_MAX = torch.finfo(torch.float32).max

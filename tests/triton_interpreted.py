@@ -13,12 +13,13 @@ import torch
 
 from gradmill.formats import Format
 from gradmill.kernels import _common, matmul, optim, projection, quant
+from gradmill.optim.rules import RULES
 from gradmill.reference import matmul as ref_matmul
 from gradmill.reference import optim as ref_optim
 from gradmill.reference import projection as ref_projection
 from gradmill.reference import quant as ref_quant
 
-from .conftest import fit
+from .conftest import fit, scalars_of
 
 assert _common.INTERPRETING
 CODES = ("int8", "uint8", "int4", "uint4", "moment8", "square8", "e4m3", "e5m2", "e2m1", "int7", "uint2", "int2", "uint3", "int4_outlier")
@@ -268,7 +269,6 @@ def test_matmul_scaled_nan_scale_gives_nan():
 
 # --- optim ------------------------------------------------------------------------------------------------
 SHAPES = [(3, 37), (2, 128), (17,), (1, 260), (), (4, 0), (2, 6, 6)]
-STATES = {"adamw": 2, "adamw_amsgrad": 3, "lion": 1}
 PARAMS = (("fp32", 0), ("bf16", 0), ("fp16", 0), ("delta", 0), ("uint8", 64), ("int8", 0), ("int4", 32), ("uint4", 0), ("uint4", 20))
 
 
@@ -290,7 +290,7 @@ def tensors(shapes, param, state_codes, state_block, grad_dtype, special):
         for i, code in enumerate(state_codes):
             format = Format(code, state_block if Format(code).blocked else 0)
             value = torch.randn(matrix.shape) * 0.1
-            codes, s, _ = ref_quant.store(value * value if i else value, format)
+            codes, s, _ = ref_quant.store(value if i == 0 and code != "square8" else value * value, format)
             states.append(codes if format.blocked else codes.view(shape))
             state_scales.append(torch.empty(0) if s is None else s)
     if not any(Format(code).blocked for code in state_codes):
@@ -302,12 +302,7 @@ def check_step(rule, param_code, param_block, state_codes, state_block, shapes=S
     """still: no decay and no step, so that blocks must keep their codes. rows: scalars differ between tensors."""
     a = tensors(shapes, Format(param_code, param_block), state_codes, state_block, grad_dtype, special)
     b = [[t.clone() for t in group] for group in a]
-    h = torch.zeros(len(shapes) if rows else 1, 16)
-    h[:, :8] = torch.tensor([0.5, 0.99, 0.1, 0.999, 0.001, 0.01, 1.3, 1e-8])
-    if rule == "lion":
-        h[:, 3:5] = torch.tensor([0.01, 0.003])
-    if still:
-        h[:, 1], h[:, 4 if rule == "lion" else 5] = 1, 0
+    h = scalars_of(rule, random.randint(1, 9), 0.0 if still else 0.01, 0.5).repeat(len(shapes) if rows else 1, 1)
     if rows:
         h *= torch.arange(1, len(shapes) + 1)[:, None]
     arguments = (h, random_key(), [random.getrandbits(20) for _ in shapes], param_code, param_block, list(state_codes), state_block)
@@ -319,18 +314,19 @@ def check_step(rule, param_code, param_block, state_codes, state_block, shapes=S
 
 
 def test_every_rule_of_the_reference_is_here():
-    assert set(optim.RULES) == set(ref_optim.RULES) == set(STATES)
+    assert set(optim.RULES) == set(ref_optim.RULES) == set(RULES)
 
 
-@pytest.mark.parametrize("rule", STATES)
-@pytest.mark.parametrize("param", PARAMS, ids=lambda p: f"{p[0]}-{p[1]}")
+@pytest.mark.parametrize("rule, param", [(rule, param) for rule in RULES for param in (PARAMS if rule in ("adamw", "adamw_amsgrad", "lion") else PARAMS[1:5:3])],
+                         ids=lambda x: x if isinstance(x, str) else f"{x[0]}-{x[1]}")
 def test_step(rule, param):
+    """Every format under three rules, which have one to three states; the other rules with bf16 and uint8 weights."""
     i = PARAMS.index(param) + len(rule)
     block = 40 if param[1] == 20 else 64
-    blocked = ("moment8", "square8", "square8")[:STATES[rule]]
+    blocked = RULES[rule].state_codes
     check_step(rule, *param, blocked, block, special=bool(i % 2), still=i % 3 == 0, rows=i % 3 == 1)
     plain = ("fp32", "bf16", "fp16")
-    check_step(rule, *param, tuple(plain[(i + s) % 3] for s in range(STATES[rule])), 0, grad_dtype=FLOATS[i % 3], shapes=SHAPES[:5],
+    check_step(rule, *param, tuple(plain[(i + s) % 3] for s in range(len(blocked))), 0, grad_dtype=FLOATS[i % 3], shapes=SHAPES[:5],
                special=not i % 2)
 
 
