@@ -519,3 +519,215 @@ def test_exp_log_and_power_are_within_their_bounds():
         bound = want * (4 + (y * torch.log2(x.double())).abs()) * 2.0 ** -23
         assert ((power(x, y).double() - want).abs() <= bound)[inside].all()
     assert power(torch.tensor([0.0, float("inf")]), 0.7).tolist() == [0.0, float("inf")] and power(torch.tensor([float("nan")]), 0.7).isnan()
+
+
+# --- SWATS, STEP, FedSpeed, XGrad -------------------------------------------------------------------------
+def test_swats_switches_each_tensor_to_its_own_sgd():
+    """Algorithm 1 in float64. Gradients that hardly change settle at once; random ones never."""
+    options = dict(lr=0.01, betas=(0.9, 0.9), tolerance=1e-4)
+    x = [torch.randn(20, dtype=torch.float64) for _ in range(2)]
+    params = [torch.nn.Parameter(t.float()) for t in x]
+    optimizer = optim.SWATS(params, **options)
+    states, steady, switched = [{}, {}], torch.rand(20) + 0.5, [None, None]
+    for t in range(1, 31):
+        for i, (p, s) in enumerate(zip(params, states)):
+            p.grad = steady.clone() if i == 0 else torch.randn(20)
+            g = p.grad.double()
+            if switched[i] is not None:
+                s["buffer"] = 0.9 * s.get("buffer", 0) + g
+                x[i] = x[i] - (1 - 0.9) * switched[i] * s["buffer"]
+                continue
+            correction = adam_moments(g, s, t, options["betas"])
+            step = -0.01 * correction * s["m"] / (s["v"].sqrt() + 1e-9)
+            x[i] = x[i] + step
+            gamma = float(step @ step / -(step @ g))
+            s["lambda"] = 0.9 * s.get("lambda", 0) + 0.1 * gamma
+            settled = s["lambda"] / (1 - 0.9 ** t)
+            if t > 1 and abs(settled - gamma) < 1e-4 and settled > 0:
+                switched[i] = settled
+        optimizer.step()
+        for p, want in zip(params, x):
+            torch.testing.assert_close(p.detach().double(), want, rtol=0, atol=t * 2.0 ** -20)
+    assert switched[0] is not None and switched[1] is None
+    assert ["sgd_lr" in optimizer.state[p] for p in params] == [True, False]
+    copies = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    again = optim.SWATS(copies, **options)
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for p, q in zip(params, copies):
+        p.grad = q.grad = torch.randn(20)
+    optimizer.step(), again.step()
+    assert_same_bits([p.detach() for p in copies], [p.detach() for p in params])
+
+
+@pytest.mark.parametrize("states", ["fp32", "int8"])
+def test_step_freezes_a_settled_variance(states):
+    """beta2 = .9, a window of 10: with a steady gradient abs(v_t - v_(t-1)) = .1 * .9^(t-1) g^2."""
+    x = (torch.rand(4, 128) + 0.5).double()
+    g = torch.full((4, 128), 0.5)
+    p = torch.nn.Parameter(x.float())
+    optimizer = optim.STEPAdam([p], lr=0.01, betas=(0.8, 0.9), threshold=1e-4, min_steps=50, states=states, min_quantized_numel=1)
+    v = m = frozen = 0
+    changes = []
+    for t in range(1, 120):
+        p.grad = g * (1 if not frozen else 3)
+        m = 0.8 * m + 0.2 * p.grad.double()
+        if frozen:
+            x = x - 0.01 * m / (1 - 0.8 ** t) / (v.sqrt() + 1e-8)
+        else:
+            new = 0.9 * v + 0.1 * p.grad.double() ** 2
+            changes, v = [*changes, float((new - v).abs().mean())], new
+            x = x - 0.01 * m / (1 - 0.8 ** t) / ((v / (1 - 0.9 ** t)).sqrt() + 1e-8)
+            if t > 50 and sum(changes[-10:]) / 10 < 1e-4:
+                frozen = t
+        optimizer.step()
+        torch.testing.assert_close(p.detach().double(), x, rtol=0, atol=t * (2.0 ** -22 if states == "fp32" else 2.0 ** -8 * 0.01))
+        if states == "fp32":
+            assert optimizer.param_groups[0]["frozen_at"] == frozen
+    assert optimizer.param_groups[0]["frozen_at"] >= 51
+    name = "exp_avg_sq" if states == "fp32" else "exp_avg_sq_codes"
+    kept = optimizer.state[p][name].clone()
+    p.grad = g * 100
+    optimizer.step()
+    assert (optimizer.state[p][name] == kept).float().mean() > 0.999  # re-encoding may move a code by one, once in 10^4
+
+
+def test_fedspeed_follows_algorithm_1():
+    options = dict(lr=0.05, rho=0.3, alpha=0.7, prox=0.2, weight_decay=0.1)
+    x = [torch.randn(6, dtype=torch.float64), torch.randn(3, 2, dtype=torch.float64)]
+    params = [torch.nn.Parameter(t.float()) for t in x]
+    optimizer = optim.FedSpeed(params, **options)
+    slope = torch.rand(12).double() + 0.5
+
+    def loss_of(tensors):
+        z = torch.cat([t.flatten().double() for t in tensors])
+        return (slope * (z - 1) ** 2).sum() + (z[1:] * z[:-1]).cos().sum()
+
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_of(params)
+        loss.backward()
+        return loss
+
+    h = [torch.zeros_like(t) for t in x]
+    for _ in range(3):
+        optimizer.begin_round()
+        start = [t.clone() for t in x]
+        for _ in range(4):
+            leaves = [t.clone().requires_grad_() for t in x]
+            first = torch.autograd.grad(loss_of(leaves), leaves)
+            norm = sqrt(sum(float(g.square().sum()) for g in first))
+            uphill = [(t + 0.3 * g / (norm + 1e-7)).requires_grad_() for t, g in zip(x, first)]
+            second = torch.autograd.grad(loss_of(uphill), uphill)
+            x = [t - 0.05 * (0.3 * a + 0.7 * b + 0.1 * t + 0.2 * (t - s + c)) for t, a, b, s, c in zip(x, first, second, start, h)]
+            before = float(loss_of(params).detach())
+            assert float(optimizer.step(closure).detach()) == before
+        h = [c + t - s for c, t, s in zip(h, x, start)]
+        optimizer.end_round()
+        for p, want, c in zip(params, x, h):
+            torch.testing.assert_close(p.detach().double(), want, rtol=0, atol=1e-5)
+            torch.testing.assert_close(optimizer.state[p]["correction"].double(), c, rtol=0, atol=1e-5)
+    with pytest.raises(RuntimeError, match="closure"):
+        optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(saved)
+    del saved["state"][0]["start"]
+    with pytest.raises(gradmill.CheckpointError, match="start"):
+        optimizer.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("make, decoupled, decay", [(lambda p: optim.SGD(p, lr=0.05, momentum=0.9), None, 0.0),
+                                                    (lambda p: optim.AdamW(p, lr=0.05, weight_decay=0.2), True, 0.2),
+                                                    (lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0.2), True, 0.2)])
+@pytest.mark.parametrize("s", [0, 1, 2])
+def test_xgrad_takes_gradients_at_the_predicted_weights(make, decoupled, decay, s):
+    p, q = (torch.nn.Parameter(torch.full((5,), 2.0)) for _ in range(2))
+    optimizer, inner = optim.XGrad(make([p]), s, decoupled=decoupled), make([q])
+    predicted = q.detach().clone()
+    for t in range(6):
+        (p ** 4).sum().backward()
+        before = q.detach().clone()
+        q.grad = 4 * predicted ** 3
+        torch.testing.assert_close(p.grad, q.grad)
+        optimizer.step()
+        inner.step()
+        optimizer.zero_grad()
+        predicted = q.detach() + s * (q.detach() - before * (1 - 0.05 * decay))
+        torch.testing.assert_close(p.detach(), predicted)
+        with optimizer.weights():
+            torch.testing.assert_close(p.detach(), q.detach())
+        torch.testing.assert_close(p.detach(), predicted)
+
+
+def test_xgrad_resumes_and_refuses():
+    p = torch.nn.Parameter(torch.ones(4))
+    optimizer = optim.XGrad(optim.Adam([p], lr=0.1))
+
+    def closure(optimizer, p):
+        optimizer.zero_grad()
+        loss = (p ** 2).sum()
+        loss.backward()
+        return loss
+    for _ in range(3):
+        loss = optimizer.step(lambda: closure(optimizer, p))
+    assert loss < 4
+    q = torch.nn.Parameter(p.detach().clone())
+    again = optim.XGrad(optim.Adam([q], lr=5.0))
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for o, w in ((optimizer, p), (again, q)):
+        for _ in range(2):
+            o.step(lambda: closure(o, w))
+    assert_same_bits(q.detach(), p.detach())
+    with pytest.raises(ValueError, match="decoupled"):
+        optim.XGrad(optim.AdamW([p]))
+    with pytest.raises(ValueError, match="s is"):
+        optim.XGrad(optim.SGD([p]), -1)
+    with pytest.raises(TypeError, match="QuantizedWeight"):
+        optim.XGrad(optim.SGD([torch.nn.Parameter(gradmill.QuantizedWeight.quantize(torch.ones(2, 256)))]))
+    with pytest.raises(ValueError, match="not those"):
+        again.load_state_dict({"optimizer": optimizer.optimizer.state_dict(), "weights": [torch.ones(3)]})
+
+
+# --- what every optimizer does ----------------------------------------------------------------------------
+EVERY = [cls for name in optim.__all__ if isinstance(cls := getattr(optim, name), type) and issubclass(cls, torch.optim.Optimizer)
+         and name not in ("FusedOptimizer", "FedSpeed", "QGaLoreAdamW")]
+
+
+@pytest.mark.parametrize("cls", EVERY, ids=lambda c: c.__name__)
+def test_any_layout_shape_dtype_and_missing_gradient(cls):
+    """Transposed parameters step like their contiguous twins, to the bit; empty, 0-d and gradient-less ones pass; copies go on alike."""
+    matrices = cls.__name__ in ("Muon", "AuON", "HybridAuON")
+    for dtype in (torch.float32, torch.bfloat16):
+        values = [torch.randn(90, 70), torch.randn(5, 128), torch.randn(0, 3)] + ([] if matrices else [torch.randn(()), torch.randn(0), torch.randn(7)])
+        a = [torch.nn.Parameter(v.to(dtype).t().contiguous().t() if v.dim() == 2 else v.to(dtype)) for v in values]
+        b = [torch.nn.Parameter(v.to(dtype).clone()) for v in values]
+        frozen = torch.nn.Parameter(torch.ones(3, 3))
+        lr = torch.tensor(0.01)
+        ours = [cls([*ps, extra], lr=lr, states="int8", min_quantized_numel=1, seed=3) for ps, extra in ((a, frozen), (b, torch.nn.Parameter(torch.ones(3, 3))))]
+        for _ in range(3):
+            for p, q in zip(a, b):
+                p.grad = torch.randn(p.shape).to(dtype)
+                q.grad = p.grad.clone()
+            for o in ours:
+                o.step()
+        assert_same_bits([p.detach().contiguous() for p in a], [q.detach() for q in b])
+        assert not a[0].is_contiguous() and (frozen == 1).all() and not ours[0].state.get(frozen)
+        params, optimizer = copy.deepcopy((b, ours[1]))
+        for p, q in zip(params, b):
+            p.grad = q.grad.clone()  # a parameter's copy has none
+        ours[1].step(), optimizer.step()
+        assert_same_bits([p.detach() for p in params], [q.detach() for q in b])
+        assert any((q.detach().float() != v.to(dtype).float()).any() for q, v in zip(b, values))
+
+
+@pytest.mark.parametrize("cls", EVERY, ids=lambda c: c.__name__)
+@pytest.mark.parametrize("states", ["fp32", "bf16", "int8"])
+def test_maximising_the_negative_is_minimising(cls, states):
+    values = torch.randn(16, 128)
+    p, q = (torch.nn.Parameter(values.clone()) for _ in range(2))
+    a, b = cls([p], states=states, min_quantized_numel=1, seed=1), cls([q], states=states, min_quantized_numel=1, seed=1, maximize=True)
+    for _ in range(4):
+        p.grad = torch.randn(16, 128)
+        q.grad = -p.grad
+        a.step(), b.step()
+    assert_same_bits(q.detach(), p.detach())
+    assert (p != values).any()

@@ -20,10 +20,10 @@ def _betas(group):
 
 
 def _adam(group, step, lr, decay=0.0):
-    """``decay`` is the decoupled one."""
+    """``decay`` is the decoupled one. A beta2 of 1 freezes the second moment, and leaves it uncorrected."""
     beta1, beta2 = _betas(group)
     return (1 - lr * decay, 1 - beta1, beta2, 1 - beta2, lr / (1 - beta1 ** step),
-            1 / sqrt(1 - beta2 ** step), group["eps"], group["weight_decay"])
+            1 / sqrt(1 - beta2 ** step) if beta2 < 1 else 1.0, group["eps"], group["weight_decay"])
 
 
 def _adamw(group, step, lr):
