@@ -19,6 +19,7 @@ from triton.compiler import ASTSource
 from gradmill.formats import CODES
 from gradmill.kernels import matmul, optim, projection, quant
 from gradmill.kernels._common import INTERPRETING, warps_for
+from gradmill.optim.rules import RULES
 
 TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "sm_100": GPUTarget("cuda", 100, 32),
            "gfx942": GPUTarget("hip", "gfx942", 64)}
@@ -127,18 +128,18 @@ def _quant():
 
 def _optim():
     for rule in optim.RULES:
-        count = {"adamw_amsgrad": 3, "lion": 1}.get(rule, 2)
+        count = len(RULES[rule].states)
         for param, grad, states, p_split, s_split, loop in (
                 ("fp32", "fp32", ("fp32",) * 3, False, False, False), ("bf16", "bf16", ("moment8", "square8", "square8"), False, False, False),
                 ("uint8", "bf16", ("moment8", "square8", "square8"), False, False, False), ("int8", "fp32", ("bf16", "fp16", "fp32"), False, False, True),
-                ("delta", "fp32", ("moment8", "square8", "square8"), False, False, False), ("int4", "fp16", ("moment8",) * 3, False, True, False),
-                ("e4m3", "bf16", ("e4m3", "square8", "square8"), False, False, False), ("e2m1", "bf16", ("moment8", "square8", "square8"), False, False, True)):
+                ("delta", "fp32", ("moment8", "square8", "square8"), False, False, False), ("int4", "fp16", ("moment8",) * 3, False, True, False)):
             if rule != "adamw" and param not in ("bf16", "uint8"):
                 continue  # formats and rules do not meet: all formats once, all rules twice
-            codes = [CODES[c] for c in states[:count]] + [-1] * (3 - count)
-            plain = param in ("fp32", "bf16", "delta") and not s_split and states[0] == "fp32"
+            states = RULES[rule].state_codes if states[0] == "moment8" and param != "int4" else states[:count]
+            codes = [CODES[c] for c in states] + [-1] * (3 - count)
+            plain = param in ("fp32", "bf16", "delta") and not s_split and not {"moment8", "square8"} & set(states)
             p2 = optim.TILE if plain or loop else 256
-            yield Variant(f"fused_step {rule} {param} {'/'.join(states[:count])}{' long' * loop}{' split' * s_split}", optim.step_kernel,
+            yield Variant(f"fused_step {rule} {param} {'/'.join(states) or 'no states'}{' long' * loop}{' split' * s_split}", optim.step_kernel,
                           {"table": "*i64"},
                           {"RULE": rule, "P": CODES[param], "G": CODES[grad], "S0": codes[0], "S1": codes[1], "S2": codes[2], "P_SPLIT": p_split,
                            "S_SPLIT": s_split, "LOOP": loop, "ALIGNED": True, "NB": 1 if loop else optim.TILE // p2, "P2": p2, "TILES": optim.TILES},

@@ -21,10 +21,9 @@ import triton
 import triton.language as tl
 
 from gradmill.formats import CODES, Format, float_code
-from gradmill.kernels._common import (BF16, DELTA, DITHER, LAUNCH, NEAREST, NONE, SQUARE8, STOCHASTIC, UNALIGNED, block_parameters, block_scales,
+from gradmill.kernels._common import (BF16, DELTA, DITHER, LAUNCH, NEAREST, NONE, SQUARE8, STOCHASTIC, block_parameters, block_scales,
                                       differs, joined, load_floats, load_operand, measure, power_of_two, ready, rounding_words, run_scales,
                                       store_blocks, store_floats, store_piece, store_scales, warps_for)
-from gradmill.reference import optim as reference
 from gradmill.reference.philox import PURPOSES
 
 TILE = 1024         # elements a tile aims at: 4 a thread keep registers below 128, so that two programs share an SM
@@ -65,7 +64,121 @@ def sign(x):
     return tl.where(x > 0.0, 1.0, tl.where(x < 0.0, -1.0, tl.where(x != x, x, 0.0)))  # nan stays
 
 
-RULES = ("adamw", "adamw_amsgrad", "lion")  # the names apply_rule knows
+@triton.jit
+def magnitude(x):
+    return tl.where(x < 0.0, -x, x)
+
+
+@triton.jit
+def exp2_of(x):
+    x = tl.where(x < -126.0, -126.0, tl.where(x > 127.75, 127.75, x))
+    shifted = x + 12582912.0
+    f = x - (shifted - 12582912.0)
+    p = (((((f * 1.53533663e-4 + 1.33988797e-3) * f + 9.61843692e-3) * f + 5.55033237e-2) * f + 0.240226477) * f + 0.693147182) * f + 1.0
+    return (p.to(tl.int32, bitcast=True) + (shifted.to(tl.int32, bitcast=True) << 23)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def log2_of(x):
+    bits = x.to(tl.int32, bitcast=True) + (0x3f800000 - 0x3f3504f3)
+    m = ((bits & 0x7fffff) + 0x3f3504f3).to(tl.float32, bitcast=True)
+    e = ((bits >> 23) + 0x4b400000).to(tl.float32, bitcast=True) - (12582912.0 + 127.0)
+    s = tl.div_rn(m - 1.0, m + 1.0)
+    s2 = s * s
+    return e + (((s2 * 0.431735814 + 0.576714396) * s2 + 0.961798847) * s2 + 2.88539004) * s
+
+
+@triton.jit
+def power(x, y):
+    result = tl.where(x - x != 0.0, x, tl.where(x < 1.17549435e-38, 0.0, exp2_of(log2_of(x) * y)))
+    return tl.where(y == 1.0, x, tl.where(y == 2.0, x * x, tl.where(y == 0.5, tl.sqrt_rn(x), result)))
+
+
+@triton.jit
+def adam(p, g, m, v, unused, h):
+    return adamw(p, g + tl.load(h + 8) * p, m, v, unused, h)
+
+
+@triton.jit
+def adam_amsgrad(p, g, m, v, vmax, h):
+    return adamw_amsgrad(p, g + tl.load(h + 8) * p, m, v, vmax, h)
+
+
+@triton.jit
+def sgd(p, g, unused0, unused1, unused2, h):
+    return p * tl.load(h + 1) - tl.load(h + 2) * (g + tl.load(h + 3) * p), unused0, unused1, unused2
+
+
+@triton.jit
+def sgd_momentum(p, g, b, unused1, unused2, h):
+    momentum, nesterov = tl.load(h + 4), tl.load(h + 6)
+    g = g + tl.load(h + 3) * p
+    b = momentum * b + tl.load(h + 5) * g
+    p = p * tl.load(h + 1) - tl.load(h + 2) * tl.where(nesterov != 0.0, nesterov * g + momentum * b, b)
+    return p, b, unused1, unused2
+
+
+@triton.jit
+def adagrad(p, g, total, unused1, unused2, h):
+    g = g + tl.load(h + 2) * p
+    total = total + g * g
+    p = p - tl.load(h + 1) * tl.div_rn(g, tl.sqrt_rn(total) + tl.load(h + 3))
+    return p, total, unused1, unused2
+
+
+@triton.jit
+def adabelief(p, g, m, s, unused, h):
+    g = g + tl.load(h + 9) * p
+    m = m + tl.load(h + 2) * (g - m)
+    d = g - m
+    s = (s * tl.load(h + 3) + (tl.load(h + 4) * d) * d) + tl.load(h + 8)
+    p = p * tl.load(h + 1) - tl.load(h + 5) * tl.div_rn(m, tl.sqrt_rn(s) * tl.load(h + 6) + tl.load(h + 7))
+    return p, m, s, unused
+
+
+@triton.jit
+def diffgrad(p, g, m, v, previous, h):
+    g = g + tl.load(h + 1) * p
+    m = m + tl.load(h + 2) * (g - m)
+    v = v * tl.load(h + 3) + (tl.load(h + 4) * g) * g
+    friction = tl.div_rn(tl.full(g.shape, 1.0, tl.float32), 1.0 + exp2_of(magnitude(previous - g) * -1.44269504))
+    p = p - tl.load(h + 5) * tl.div_rn(friction * m, tl.sqrt_rn(v) + tl.load(h + 6))
+    return p, m, v, g
+
+
+@triton.jit
+def grams(p, g, m, v, unused, h):
+    m = m + tl.load(h + 2) * (g - m)
+    v = v * tl.load(h + 3) + (tl.load(h + 4) * g) * g
+    p = p * tl.load(h + 1) - tl.load(h + 5) * (sign(g) * tl.div_rn(magnitude(m), tl.sqrt_rn(v) + tl.load(h + 6)))
+    return p, m, v, unused
+
+
+@triton.jit
+def sophia(p, g, m, hessian, unused, h):
+    m = m + tl.load(h + 2) * (g - m)
+    d = tl.load(h + 3) * hessian
+    u = tl.div_rn(m, tl.where(d < tl.load(h + 4), tl.load(h + 4), d))
+    p = p * tl.load(h + 1) - tl.load(h + 5) * tl.where(u > 1.0, 1.0, tl.where(u < -1.0, -1.0, u))
+    return p, m, hessian, unused
+
+
+@triton.jit
+def sophia_hessian(p, g, hessian, unused1, unused2, h):
+    new = tl.where(tl.load(h + 2) != 0.0, tl.load(h + 2) * g, (tl.load(h + 3) * g) * g)
+    return p, hessian * tl.load(h + 1) + new, unused1, unused2
+
+
+@triton.jit
+def classp(p, g, total, unused1, unused2, h):
+    grown = total + power(magnitude(g), tl.load(h + 4))
+    kept = g * g <= tl.load(h + 2)
+    p = tl.where(kept, p, p - tl.load(h + 1) * tl.div_rn(g, power(grown + tl.load(h + 3), tl.load(h + 5))))
+    return p, tl.where(kept, total, grown), unused1, unused2
+
+
+RULES = ("adamw", "adamw_amsgrad", "lion", "adam", "adam_amsgrad", "sgd", "sgd_momentum", "adagrad", "adabelief", "diffgrad", "grams", "sophia",
+         "sophia_hessian", "classp")  # the names apply_rule knows
 
 
 @triton.jit
@@ -76,6 +189,28 @@ def apply_rule(RULE: tl.constexpr, p, g, s0, s1, s2, h):
         return adamw_amsgrad(p, g, s0, s1, s2, h)
     elif RULE == "lion":
         return lion(p, g, s0, s1, s2, h)
+    elif RULE == "adam":
+        return adam(p, g, s0, s1, s2, h)
+    elif RULE == "adam_amsgrad":
+        return adam_amsgrad(p, g, s0, s1, s2, h)
+    elif RULE == "sgd":
+        return sgd(p, g, s0, s1, s2, h)
+    elif RULE == "sgd_momentum":
+        return sgd_momentum(p, g, s0, s1, s2, h)
+    elif RULE == "adagrad":
+        return adagrad(p, g, s0, s1, s2, h)
+    elif RULE == "adabelief":
+        return adabelief(p, g, s0, s1, s2, h)
+    elif RULE == "diffgrad":
+        return diffgrad(p, g, s0, s1, s2, h)
+    elif RULE == "grams":
+        return grams(p, g, s0, s1, s2, h)
+    elif RULE == "sophia":
+        return sophia(p, g, s0, s1, s2, h)
+    elif RULE == "sophia_hessian":
+        return sophia_hessian(p, g, s0, s1, s2, h)
+    elif RULE == "classp":
+        return classp(p, g, s0, s1, s2, h)
     else:
         tl.static_assert(False, "unknown rule")
 
@@ -264,9 +399,6 @@ def _cut(rows, columns, param_format, state_blocked, state_block):
 def fused_step(rule, params, param_scales, param_zeros, grads, states, state_scales, scalars, key, ids, param_code, param_block,
                state_codes, state_block):
     """See gradmill.ops.optim.fused_step."""
-    if not {param_code, *state_codes}.isdisjoint(UNALIGNED):
-        return reference.fused_step(rule, params, param_scales, param_zeros, grads, states, state_scales, scalars, key, ids, param_code,
-                                    param_block, state_codes, state_block)
     count, param_format = len(state_codes), Format(param_code, param_block)
     blocked = [Format(code).blocked for code in state_codes]
     seed, step = key.tolist()

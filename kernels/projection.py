@@ -13,11 +13,10 @@ import triton
 import triton.language as tl
 
 from gradmill.formats import CODES, Format, float_code
-from gradmill.kernels._common import (INTERPRETING, KEY_ARGUMENTS, LAUNCH, NONE, STOCHASTIC, UNALIGNED, as_bits, block_parameters, differs, joined,
+from gradmill.kernels._common import (INTERPRETING, KEY_ARGUMENTS, LAUNCH, NONE, STOCHASTIC, as_bits, block_parameters, differs, joined,
                                       key_words, load_floats, load_operand, measure, power_of_two, ready, run_scales, seed_of, store_piece, store_scales)
 from gradmill.kernels.matmul import fitting, launch_packed, weight_tile
 from gradmill.kernels.optim import store_param
-from gradmill.reference import projection as reference
 
 WIDEST = 256     # columns of a tile; a longer block is worked off in chunks, in two passes
 ROWS = 16        # weight rows of a tile
@@ -121,9 +120,6 @@ def back_kernel(weight, weight_scales, weight_zeros, update, codes, scales, zero
 def project_back(weight, weight_scales, weight_zeros, weight_code, weight_block, columns, update, codes, scales, zeros, code, block,
                  left, scalars, key, stream, residual=None, residual_scales=None):
     """See gradmill.ops.projection.project_back."""
-    if weight_code in UNALIGNED or code in UNALIGNED:
-        return reference.project_back(weight, weight_scales, weight_zeros, weight_code, weight_block, columns, update, codes, scales, zeros,
-                                      code, block, left, scalars, key, stream, residual, residual_scales)
     format, rows = Format(weight_code, weight_block), weight.shape[0] if weight.dim() > 1 else 1
     if not rows * columns:
         return

@@ -14,6 +14,7 @@ import torch
 import gradmill
 from gradmill import _C
 from gradmill.formats import CODES, Format
+from gradmill.optim.rules import RULES
 
 os.environ.setdefault("GRADMILL_TEST_SEED", str(random.SystemRandom().randrange(2 ** 31)))  # xdist's workers inherit it
 SEED = int(os.environ["GRADMILL_TEST_SEED"])
@@ -33,6 +34,17 @@ def fit(code: str, block: int) -> int:
     """The nearest block length from ``block`` up that the code can have."""
     block += -block % Format(code).multiple
     return min(block or 256, 256) if code == "int4_outlier" else block
+
+
+#: What the scalars of every rule are made from. CLASSP's power is one that needs the polynomials.
+HYPERPARAMETERS = dict(betas=(0.9, 0.95), eps=1e-6, weight_decay=0.1, momentum=0.9, dampening=0.25, nesterov=True, lr_decay=0.1, weight_decouple=False,
+                       rectify=True, degenerated_to_sgd=True, rho=0.04, samples=4, threshold=0.5, power=1.7)
+
+
+def scalars_of(rule, step=3, lr=0.01, factor=1.0, **changes):
+    """A row of fused_step's scalars."""
+    h = [factor, *RULES[rule].scalars({**HYPERPARAMETERS, **changes}, step, lr)]
+    return torch.tensor([h + [0.0] * (16 - len(h))])
 
 
 FLT_MAX = torch.finfo(torch.float32).max
@@ -179,3 +191,33 @@ def misaligned(x):
 
 def key(seed=0, step=0):
     return torch.tensor([seed, step], dtype=torch.int64)
+
+
+# --- optimizers -------------------------------------------------------------------------------------------
+def parameters(generator_seed=0):
+    g = torch.Generator().manual_seed(generator_seed)
+    shapes = [(70, 130), (70,), (8, 3, 3, 3), (1,), (), (0,), (3, 0)]
+    return [torch.nn.Parameter(torch.randn(s, generator=g)) for s in shapes]
+
+
+def assert_follows_torch(ours, theirs, params, other, steps=25, between=lambda step: None, gradient=None, update=1.0, coupled=False):
+    """Step by step. Both compute in fp32 with a few differently rounded operations. A first moment of gradients up to G is
+    off by 2^-23 G a step, and so, over the root of a second moment that remembers them (at least 1/32 G), an update of lr
+    by 2^-18 lr; a weight is rounded by 2^-24 of itself a step. A second moment has no cancellation: relative error, unless
+    the gradient itself is a sum, with a decay in it.
+    ``update``: how large an update is, in units of lr, where it is not the ratio of two moments."""
+    largest = 1.0
+    for step in range(1, steps + 1):
+        for p, q in zip(params, other):
+            g = torch.randn(p.shape) if gradient is None else gradient(p)
+            largest = max(largest, 0 if g is None or not g.numel() else float(g.abs().max()))
+            p.grad, q.grad = (None, None) if g is None else (g.clone(), g.clone())
+        ours.step()
+        theirs.step()
+        between(step)
+        lr = max(float(g["lr"]) for g in theirs.param_groups)
+        for p, q in zip(params, other):
+            torch.testing.assert_close(p.detach(), q.detach(), rtol=step * 2.0 ** -23, atol=step * lr * update * 2.0 ** -18 + step * 2.0 ** -24)
+            for name, value in theirs.state[q].items():
+                size = largest if name in ("exp_avg", "momentum_buffer") else largest ** 2 if coupled else 0
+                torch.testing.assert_close(ours.state[p][name], value, rtol=step * 2.0 ** -22, atol=step * 2.0 ** -23 * size)

@@ -21,13 +21,14 @@ import torch
 import gradmill
 from gradmill import ops
 from gradmill.formats import Format
+from gradmill.optim.rules import RULES
 from gradmill.reference import matmul as reference_matmul
 from gradmill.reference import optim as reference_optim
 from gradmill.reference import projection as reference_projection
 from gradmill.reference import quant as reference_quant
 from gradmill.reference.philox import stream
 
-from .conftest import fit
+from .conftest import fit, scalars_of
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -411,7 +412,6 @@ def stored(shape, code, block, seed):
     return reference_quant.quantize(reference_optim.as_matrix(x), code, block)
 
 
-STEP_SCALARS = [1.0, 0.999, 0.1, 0.999, 0.001, 0.03, 1.3, 1e-8] + [0.0] * 8
 SMALL = [(5, 3), (1,), (70, 65), (3, 4, 5), (513,), (2, 2100)]
 #        param code, block, state code, block, grad dtype, shapes
 STEP_CASES = [
@@ -435,19 +435,21 @@ STEP_CASES = [
 ]
 
 
-@pytest.mark.parametrize("rule", ["adamw", "adamw_amsgrad", "lion"])
-@pytest.mark.parametrize("case", STEP_CASES, ids=lambda c: f"{c[0]}.{c[1]}-{c[2]}.{c[3]}")
+@pytest.mark.parametrize("rule, case", [(rule, case) for rule in RULES
+                                        for case in (STEP_CASES if rule in ("adamw", "adamw_amsgrad", "lion") else STEP_CASES[1:7:5])],
+                         ids=lambda x: x if isinstance(x, str) else f"{x[0]}.{x[1]}-{x[2]}.{x[3]}")
 def test_fused_step(place, rule, case):
+    """Every format under three rules, which have one to three states; the other rules with bf16 and uint8 weights."""
     param_code, param_block, state_code, state_block, grad_dtype, shapes = case
     if shapes is SMALL and rule == "adamw":
         shapes = SMALL * 4  # more tensors than one launch takes
-    count = {"adamw": 2, "adamw_amsgrad": 3, "lion": 1}[rule]
-    state_codes = ["square8" if s and state_code == "moment8" else state_code for s in range(count)]
+    count = len(RULES[rule].states)
+    state_codes = RULES[rule].state_codes if state_code == "moment8" else [state_code] * count
     blocked = Format(param_code, param_block).blocked, [Format(c).blocked for c in state_codes]
     params = [stored(shape, param_code, param_block, i) for i, shape in enumerate(shapes)]
     states = [stored(shape, c, state_block, 50 + i * count + s) for i, shape in enumerate(shapes) for s, c in enumerate(state_codes)]
     if state_code != "moment8":
-        states = [(t[0].abs(), *t[1:]) if i % count else t for i, t in enumerate(states)]
+        states = [(t[0].abs(), *t[1:]) if RULES[rule].state_codes[i % count] == "square8" else t for i, t in enumerate(states)]
     want, got, guards = {}, {}, []
     for name, tensors in (("params", [p[0] for p in params]), ("param_scales", [p[1] for p in params] if blocked[0] else []),
                           ("param_zeros", [p[2] for p in params] if Format(param_code).has_zero_point else []),
@@ -456,8 +458,8 @@ def test_fused_step(place, rule, case):
         copies = [guarded(t, place.device) for t in tensors]
         got[name] = [c[0] for c in copies]
         guards += copies
-    scalars = torch.tensor([STEP_SCALARS]).repeat(len(shapes), 1)
-    scalars[:, 5] *= torch.arange(1, len(shapes) + 1)  # a row per tensor, each its own step size
+    # a row per tensor, each its own step size; every third without decay
+    scalars = torch.cat([scalars_of(rule, lr=0.03 * (i + 1), weight_decay=0.0 if i % 3 == 1 else 0.1) for i in range(len(shapes))])
     ids = [7 * i + 1 for i in range(len(shapes))]
     for step in range(3):
         key = torch.tensor([99 + (1 << 40), step])
@@ -465,16 +467,14 @@ def test_fused_step(place, rule, case):
         for i, g in enumerate(grads):
             if i % 3 == 1:  # a tensor that hardly moves: blocks without a change stay as they are
                 g.zero_()
-            elif g.numel() > 300 and step == 2 and rule != "lion":  # torch.sign(nan) is 0 on CPU
+            elif g.numel() > 300 and step == 2:
                 g.view(-1)[299] = torch.nan
-        h = scalars.clone()
-        h[1::3, 1] = 1.0
         for_place = [place.put(g) for g in grads]
         reference_optim.fused_step(rule, want["params"], want["param_scales"], want["param_zeros"], grads, want["states"], want["state_scales"],
-                                   h, key, ids, param_code, param_block, state_codes, state_block)
+                                   scalars, key, ids, param_code, param_block, list(state_codes), state_block)
         with place.context():
             ops.fused_step(rule, got["params"], got["param_scales"], got["param_zeros"], for_place, got["states"], got["state_scales"],
-                           h, key, ids, param_code, param_block, state_codes, state_block)
+                           scalars, key, ids, param_code, param_block, list(state_codes), state_block)
         for name in want:
             for i, (g, w) in enumerate(zip(got[name], want[name])):
                 same(g, w, f"{name}[{i}] after step {step}")
@@ -543,7 +543,7 @@ def test_second_stream_and_graph():
     place = gpu_place("native")
     p, g, m, v = (torch.randn(4096, device="cuda").abs() for _ in range(4))
     start = [t.clone() for t in (p, m, v)]
-    scalars, key = torch.tensor([STEP_SCALARS]), torch.tensor([1, 1])
+    scalars, key = scalars_of("adamw"), torch.tensor([1, 1])
 
     def step():
         ops.fused_step("adamw", [p], [], [], [g], [m, v], [], scalars, key, [0], "fp32", 0, ["fp32", "fp32"], 0)

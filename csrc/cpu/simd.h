@@ -287,6 +287,8 @@ GM_HD void transpose(vf (&r)[W]) {
 
 // The same lanes as unsigned integers, for code written in the compilers' vector extensions.
 typedef uint32_t vu __attribute__((vector_size(4 * W)));
+GM_HD vu float_bits(vf x) { return (vu)x; }
+GM_HD vf bits_float(vu x) { return (vf)x; }
 GM_HD vf root(vf x) {
 #if GM_LEVEL >= 2
   return _mm512_sqrt_ps(x);

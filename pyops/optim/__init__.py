@@ -1,7 +1,17 @@
 """Fused optimizers: torch.optim.Optimizer subclasses whose step is one native call per parameter group."""
 from gradmill.optim._base import CheckpointError, FusedOptimizer, state_nbytes
-from gradmill.optim.adamw import AdamW
+from gradmill.optim.adagrad import CLASSP, AdaGradNorm, Adagrad, norm_test
+from gradmill.optim.adam_variants import AdaBelief, DiffGrad, Grams
+from gradmill.optim.adamw import Adam, AdamW
+from gradmill.optim.fedspeed import FedSpeed
 from gradmill.optim.lion import Lion
+from gradmill.optim.muon import AuON, HybridAuON, Muon, newton_schulz
 from gradmill.optim.qgalore import QGaLoreAdamW
+from gradmill.optim.sgd import SGD
+from gradmill.optim.sophia import Sophia, gauss_newton_bartlett, hutchinson
+from gradmill.optim.switching import STEPAdam, SWATS
+from gradmill.optim.xgrad import XGrad
 
-__all__ = ["AdamW", "CheckpointError", "FusedOptimizer", "Lion", "QGaLoreAdamW", "state_nbytes"]
+__all__ = ["AdaBelief", "AdaGradNorm", "Adagrad", "Adam", "AdamW", "AuON", "CLASSP", "CheckpointError", "DiffGrad", "FedSpeed",
+           "FusedOptimizer", "Grams", "HybridAuON", "Lion", "Muon", "QGaLoreAdamW", "SGD", "STEPAdam", "SWATS", "Sophia", "XGrad",
+           "gauss_newton_bartlett", "hutchinson", "newton_schulz", "norm_test", "state_nbytes"]

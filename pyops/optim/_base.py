@@ -61,12 +61,17 @@ class FusedOptimizer(Optimizer):
 
     Group options every subclass has: ``states`` ("fp32", "bf16" or "int8": 8-bit codes, one fp32 scale per 256
     elements of a row), ``min_quantized_numel`` (smaller tensors keep fp32 states), ``maximize``, ``seed`` (default
-    ``torch.initial_seed()``).
+    ``torch.initial_seed()``). Of torch.optim's arguments ``foreach`` and ``fused`` are accepted and ignored (the step is
+    always fused), ``capturable`` and ``differentiable`` refused if True.
     """
 
     _step_supports_amp_scaling = True  # GradScaler hands us grad_scale and found_inf instead of unscaling itself
 
-    def __init__(self, params, defaults: dict, *, states="fp32", min_quantized_numel=4096, maximize=False, seed=None):
+    def __init__(self, params, defaults: dict, *, states="fp32", min_quantized_numel=4096, maximize=False, seed=None, foreach=None, fused=None,
+                 capturable=False, differentiable=False):
+        for name, value in (("capturable", capturable), ("differentiable", differentiable)):
+            if value:
+                raise ValueError(f"{type(self).__name__}: {name}=True is not supported; gradmill's step is already fused, and runs outside autograd")
         seed = torch.initial_seed() if seed is None else seed
         if not isinstance(seed, int):
             raise TypeError(f"seed is {seed!r}; it must be an int or None")
@@ -186,12 +191,12 @@ class FusedOptimizer(Optimizer):
     def _step_group(self, group: dict, items: list[Item], factor: float):
         self.apply_rule(group, items, factor)
 
-    def apply_rule(self, group: dict, items: list[Item], factor: float, *, lr=None, param_code=None, decay=True):
-        """Steps ``items`` by the group's rule, one native call for all that share formats, step and device.
+    def apply_rule(self, group: dict, items: list[Item], factor: float, *, rule=None, lr=None, param_code=None, decay=True):
+        """Steps ``items`` by a rule (default: the group's), one native call for all that share formats, step and device.
 
         param_code "delta" leaves the update in each item's fp32 param instead of stepping it (no weight decay).
         """
-        name = self.rule(group)
+        name = rule or self.rule(group)
         rule = RULES[name]
         buckets = defaultdict(list)
         code_names = [f"{n}_codes" for n in rule.states]

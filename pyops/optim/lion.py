@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from gradmill.optim._base import FusedOptimizer
-from gradmill.optim.adamw import check_betas, check_lr_and_decay, refuse
+from gradmill.optim.adamw import check_betas, check_lr_and_decay
 
 
 class Lion(FusedOptimizer):
@@ -13,19 +13,16 @@ class Lion(FusedOptimizer):
 
     Args:
         params, lr, betas, weight_decay: as in the paper (lr 1e-4, betas (0.9, 0.99), weight_decay 0).
-        maximize, states, min_quantized_numel, seed: see :class:`gradmill.optim.FusedOptimizer`.
-        foreach, fused: accepted and ignored. capturable, differentiable: refused if True.
+        maximize, foreach, fused, capturable, differentiable, states, min_quantized_numel, seed: see
+            :class:`gradmill.optim.FusedOptimizer`.
 
     Raises:
         ValueError: for hyperparameters out of range. TypeError: for parameters of another dtype than float32,
             bfloat16 or float16. RuntimeError at step for sparse gradients.
     """
 
-    def __init__(self, params, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0, *, maximize=False, foreach=None, capturable=False,
-                 differentiable=False, fused=None, states="fp32", min_quantized_numel=4096, seed=None):
-        refuse("Lion", capturable=capturable, differentiable=differentiable)
-        super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay), states=states,
-                         min_quantized_numel=min_quantized_numel, maximize=maximize, seed=seed)
+    def __init__(self, params, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0, **options):
+        super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay), **options)
 
     def check_group(self, group):
         check_lr_and_decay(group)

@@ -12,6 +12,42 @@ from gradmill.reference import quant
 from gradmill.reference.philox import stream
 
 
+def sign(x):
+    return torch.where(x.isnan(), x, torch.sign(x))  # torch.sign(nan) is 0: a nan would vanish
+
+
+def magnitude(x):
+    return torch.where(x < 0, -x, x)
+
+
+def exp2(x):
+    """2^x by a polynomial on [-1/2, 1/2], saturating at 2^-126 and 2^127.75; relative error within (1 + |x|) 2^-23."""
+    x = torch.where(x < -126, -126.0, torch.where(x > 127.75, 127.75, x))
+    shifted = x + 12582912.0  # 1.5 * 2^23: the low bits are the nearest whole number
+    f = x - (shifted - 12582912.0)
+    p = f * 1.53533663e-4
+    for c in (1.33988797e-3, 9.61843692e-3, 5.55033237e-2, 0.240226477, 0.693147182):
+        p = (p + c) * f
+    return ((p + 1).view(torch.int32) + (shifted.view(torch.int32) << 23)).view(torch.float32)
+
+
+def log2(x):
+    """log2 of normal numbers x > 0: exponent plus a series in (m - 1) / (m + 1); error within 2^-22 of max(1, |log2 x|)."""
+    bits = x.view(torch.int32) + (0x3f800000 - 0x3f3504f3)
+    m = ((bits & 0x7fffff) + 0x3f3504f3).view(torch.float32)
+    e = ((bits >> 23) + 0x4b400000).view(torch.float32) - (12582912.0 + 127.0)
+    s = (m - 1) / (m + 1)
+    s2 = s * s
+    return e + (((s2 * 0.431735814 + 0.576714396) * s2 + 0.961798847) * s2 + 2.88539004) * s
+
+
+def power(x, y: float):
+    """x^y for x >= 0: exact products and roots for y of 1, 2 and 1/2, else within (4 + |y log2 x|) 2^-23 of itself."""
+    if y in (1.0, 2.0, 0.5):
+        return x if y == 1.0 else x * x if y == 2.0 else quant.sqrt(x)
+    return torch.where(x - x != 0, x, torch.where(x < 1.17549435e-38, 0.0, exp2(log2(x) * y)))
+
+
 def adamw(p, g, states, h):
     """Loshchilov and Hutter, "Decoupled Weight Decay Regularization", Algorithm 2 (torch.optim.AdamW's form)."""
     m, v = states
@@ -38,13 +74,104 @@ def lion(p, g, states, h):
     (m,) = states
     _, decay, one_minus_beta1, one_minus_beta2, lr = h[:5]
     u = m + one_minus_beta1 * (g - m)
-    p = p * decay - lr * torch.where(u.isnan(), u, torch.sign(u))  # torch.sign(nan) is 0: a nan would vanish
+    p = p * decay - lr * sign(u)
     m = m + one_minus_beta2 * (g - m)
     return p, [m]
 
 
+def adam(p, g, states, h):
+    """Kingma and Ba, "Adam", in torch.optim.Adam's form: the decay is part of the gradient (h[1] is 1)."""
+    return adamw(p, g + h[8] * p, states, h)
+
+
+def adam_amsgrad(p, g, states, h):
+    return adamw_amsgrad(p, g + h[8] * p, states, h)
+
+
+def sgd(p, g, states, h):
+    """torch.optim.SGD without momentum; h[1] multiplies p."""
+    _, factor, lr, decay = h[:4]
+    return p * factor - lr * (g + decay * p), []
+
+
+def sgd_momentum(p, g, states, h):
+    """torch.optim.SGD; with dampening = momentum the moving average of Muon and AuON."""
+    (b,) = states
+    _, factor, lr, decay, momentum, one_minus_dampening, nesterov = h[:7]
+    g = g + decay * p
+    b = momentum * b + one_minus_dampening * g
+    return p * factor - lr * (nesterov * g + momentum * b if nesterov else b), [b]
+
+
+def adagrad(p, g, states, h):
+    """Duchi, Hazan and Singer, "Adaptive Subgradient Methods", in torch.optim.Adagrad's form."""
+    (total,) = states
+    _, lr, decay, eps = h[:4]
+    g = g + decay * p
+    total = total + g * g
+    return p - lr * (g / (quant.sqrt(total) + eps)), [total]
+
+
+def adabelief(p, g, states, h):
+    """Zhuang et al., "AdaBelief Optimizer: Adapting Stepsizes by the Belief in Observed Gradients"."""
+    m, s = states
+    _, factor, one_minus_beta1, beta2, one_minus_beta2, step_size, root_factor, rest, eps, decay = h[:10]
+    g = g + decay * p
+    m = m + one_minus_beta1 * (g - m)
+    d = g - m
+    s = (s * beta2 + (one_minus_beta2 * d) * d) + eps
+    return p * factor - step_size * (m / (quant.sqrt(s) * root_factor + rest)), [m, s]
+
+
+def diffgrad(p, g, states, h):
+    """Dubey et al., "diffGrad: An Optimization Method for Convolutional Neural Networks"."""
+    m, v, previous = states
+    _, decay, one_minus_beta1, beta2, one_minus_beta2, step_size, eps = h[:7]
+    g = g + decay * p
+    m = m + one_minus_beta1 * (g - m)
+    v = v * beta2 + (one_minus_beta2 * g) * g
+    friction = 1 / (1 + exp2(magnitude(previous - g) * -1.44269504))
+    return p - step_size * ((friction * m) / (quant.sqrt(v) + eps)), [m, v, g]
+
+
+def grams(p, g, states, h):
+    """Cao et al., "Grams: Gradient Descent with Adaptive Momentum Scaling"."""
+    m, v = states
+    _, factor, one_minus_beta1, beta2, one_minus_beta2, step_size, eps = h[:7]
+    m = m + one_minus_beta1 * (g - m)
+    v = v * beta2 + (one_minus_beta2 * g) * g
+    return p * factor - step_size * (sign(g) * (magnitude(m) / (quant.sqrt(v) + eps))), [m, v]
+
+
+def sophia(p, g, states, h):
+    """Liu et al., "Sophia: A Scalable Stochastic Second-order Optimizer", Algorithm 3."""
+    m, hessian = states
+    _, factor, one_minus_beta1, rho, eps, lr = h[:6]
+    m = m + one_minus_beta1 * (g - m)
+    d = rho * hessian
+    u = m / torch.where(d < eps, eps, d)
+    return p * factor - lr * torch.where(u > 1, 1.0, torch.where(u < -1, -1.0, u)), [m, hessian]
+
+
+def sophia_hessian(p, g, states, h):
+    """Sophia's moving average of the Hessian's diagonal, of estimates or of squared gradients; p stays."""
+    (hessian,) = states
+    _, beta2, on_estimate, on_square = h[:4]
+    return p, [hessian * beta2 + (on_estimate * g if on_estimate else (on_square * g) * g)]
+
+
+def classp(p, g, states, h):
+    """Ludwig, "CLASSP: a Biologically-Inspired Approach to Continual Learning"."""
+    (total,) = states
+    _, lr, threshold, eps, exponent, inverse = h[:6]
+    grown = total + power(magnitude(g), exponent)
+    kept = g * g <= threshold
+    return torch.where(kept, p, p - lr * (g / power(grown + eps, inverse))), [torch.where(kept, total, grown)]
+
+
 #: name -> rule(p, g, states, scalars) -> (p, states)
-RULES = {"adamw": adamw, "adamw_amsgrad": adamw_amsgrad, "lion": lion}
+RULES = {f.__name__: f for f in (adamw, adamw_amsgrad, lion, adam, adam_amsgrad, sgd, sgd_momentum, adagrad, adabelief, diffgrad, grams, sophia,
+                                 sophia_hessian, classp)}
 
 
 def as_matrix(t):
