@@ -128,6 +128,17 @@ def int8_quantizing(ctx):
         peer("torchao", "torchao int8 dynamic (w ready)", torchao_dynamic)])
 
 
+def both_ways(forward, *tensors):
+    """run(i) of forward and backward: leaves, then the gradient of what forward makes of them."""
+    *leaves, dy = tensors
+
+    def run(i):
+        for t in leaves:
+            t.grad = None
+        forward(*leaves).backward(dy)
+    return run
+
+
 def _linear(ctx, tokens, inputs, outputs, recipes):
     """Forward + backward of one linear layer: int8 against torch, and ``recipes`` beside them."""
     tokens, inputs, outputs = ctx.pick((tokens, inputs, outputs), (64, 128, 128))
@@ -135,13 +146,6 @@ def _linear(ctx, tokens, inputs, outputs, recipes):
     def tensors(dtype=torch.float32):
         x, w, b = ctx.randn(tokens, inputs, dtype=dtype), ctx.randn(outputs, inputs, dtype=dtype) / 32, ctx.randn(outputs, dtype=dtype)
         return *(t.requires_grad_() for t in (x, w, b)), ctx.randn(tokens, outputs, dtype=dtype)
-
-    def both_ways(forward, x, w, b, dy):
-        def run(i):
-            for t in (x, w, b):
-                t.grad = None
-            forward(x, w, b).backward(dy)
-        return run
 
     def recipe(name):
         def make():

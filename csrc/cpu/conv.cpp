@@ -4,6 +4,18 @@
 // element costs a read from L1 or L2, where the image's rows are for as long as they are needed, half a dozen shuffles that turn
 // W positions x W elements round, and what encoding it costs; written is what the format stores. Transposed (a row for each
 // element of the window, as dW wants them) rows are runs of the image's own and nothing is turned.
+//
+// Counted: batch 32, 128 -> 128 channels, 16x16, 3x3 has patches of 8192 x 1152, 37.7 MB in fp32, 9.4 MB in int8, of a 4.2 MB
+// image; each product is 2.4 Gop. Forward and backward against torch's conv2d in the same process, one thread's CPU time, least of
+// 7, interleaved, a Zen 4 in use by others (torch and gradmill both held to AVX2 in the second row of a pair):
+//                       torch   int8            int7            bf16
+//   128 -> 128  VNNI    66 ms   53 ms (1.26x)   58 ms (1.15x)   66 ms (1.00x)
+//               AVX2    74 ms   81 ms (0.90x)   67 ms (1.10x)  114 ms (0.64x)
+//   256 -> 256  VNNI   269 ms  159 ms (1.69x)  181 ms (1.49x)  203 ms (1.32x)
+//               AVX2   293 ms  282 ms (1.04x)  211 ms (1.39x)  366 ms (0.80x)
+// Forward alone: int8 1.52x and 2.13x with VNNI, 0.98x and 1.20x with AVX2. Of int8's time at 128 channels with VNNI the products are
+// 6/10, quantising patches twice 2/10, folding 1/10. Before these kernels (torch unfolds, quantize reads, torch adds up) int8 was at
+// 0.86x there. With two threads nothing could be measured: other processes had 80 % of the machine.
 #include "simd.h"
 #include "tile.h"
 

@@ -1,0 +1,33 @@
+"""conv: convolutions in a recipe, at the size of VGG-16's middle layers."""
+from __future__ import annotations
+
+import torch.nn.functional as F
+
+import gradmill
+
+from .matmul import both_ways
+from .runner import Bench, Work, baseline, case, ours, rival
+
+
+def _layer(ctx, channels):
+    batch, side = ctx.pick(32, 2), ctx.pick(16, 4)
+    channels = ctx.pick(channels, 8)
+    inputs = ctx.once(lambda: (ctx.randn(batch, channels, side, side).requires_grad_(), (ctx.randn(channels, channels, 3, 3) / 30).requires_grad_(),
+                               ctx.randn(batch, channels, side, side)))
+    image, ops = 4.0 * batch * channels * side * side, 6.0 * batch * side * side * 9 * channels * channels
+
+    def make(name):
+        return lambda: both_ways(lambda x, w: gradmill.functional.conv2d(x, w, padding=1, recipe=name), *inputs())
+    return Bench(f"conv2d forward + backward, batch {batch}, {channels}->{channels}, 3x3, {side}x{side}", Work(6 * image, ops, "int8"), [
+        ours(make("int8"), "gradmill, recipe int8"), baseline("torch fp32", lambda: both_ways(lambda x, w: F.conv2d(x, w, padding=1), *inputs())),
+        *(rival(f"gradmill, recipe {name}", make(name)) for name in ("int7", "bf16"))])
+
+
+@case("conv")
+def vgg_128(ctx):
+    return _layer(ctx, 128)
+
+
+@case("conv")
+def vgg_256(ctx):
+    return _layer(ctx, 256)
