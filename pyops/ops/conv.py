@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import torch
 
-from gradmill.formats import CODES, FLOAT_DTYPES, cached
+from gradmill.formats import FLOAT_DTYPES, cached
 from gradmill.ops._registry import Op, native_module, reject, require_matrix, short
 from gradmill.ops.quant import FLOATS, check_format, empty_quantized, matrix_tuple, quantize
 from gradmill.reference import conv as reference
