@@ -268,7 +268,7 @@ def changed_step(**changes):
 
 
 @pytest.mark.parametrize("changes, error, message", [
-    (dict(rule="sgd"), ValueError, "rule is 'sgd'; it must be one of adamw"),
+    (dict(rule="sgdx"), ValueError, "rule is 'sgdx'; it must be one of adamw"),
     (dict(param_code="int3"), ValueError, "int3"),
     (dict(grads=[]), ValueError, r"len\(grads\) is 0"),
     (dict(ids=[0, 1]), ValueError, r"len\(ids\) is 2"),
