@@ -102,6 +102,36 @@ def prepared(model: nn.Module, recipe: str) -> nn.Module:
     return model
 
 
+# --- task: the demo's language model ----------------------------------------------------------------------
+STEPS = 300
+
+
+@functools.lru_cache(maxsize=None)
+def texts():
+    return demo.read_text(None)[:2]
+
+
+@functools.lru_cache(maxsize=None)
+def trained_demo(recipe: str, seed: int) -> demo.Half:
+    options = demo.Options(steps=STEPS, recipe="none" if recipe in ("fp32", NOISE) else recipe, optimizer="adamw", width=128, depth=4, seed=seed, threads=1)
+    half = demo.Half("gradmill", options.checked(), *texts())
+    if recipe == NOISE:
+        prepared(half.model, recipe)
+    for _ in range(STEPS):
+        half.step()
+    return half
+
+
+def language(recipe: str, seed: int) -> dict[str, float]:
+    """Validation loss after training in a recipe."""
+    if not (recipe in RECIPES and RECIPES[recipe].frozen):
+        return {"loss": trained_demo(recipe, seed).validate()}
+    half = copy.copy(trained_demo("fp32", seed))
+    half.model = copy.deepcopy(half.model)
+    gradmill.convert(half.model, recipe)
+    return {"loss": half.validate()}
+
+
 class Task(NamedTuple):
     run: Callable[[str, int], dict[str, float]]
     title: str
@@ -111,7 +141,10 @@ class Task(NamedTuple):
 TASKS = {"digits": Task(digits, "A CNN on scikit-learn's digits in every recipe", f"""\
 Convolutions 1-16-16-32 (3x3, the third of stride 2) and 32-16 (1x1), each with GroupNorm and GELU, linear layers 256-64-10; everything
 but the head is converted, the first convolution included. {EPOCHS} epochs over 1198 images of 8x8 in batches of {BATCH}, gradmill's AdamW with fp32 states,
-one-cycle rate up to {LR:g}, weight decay 0.01; 599 images held out, cross-entropy.""")}
+one-cycle rate up to {LR:g}, weight decay 0.01; 599 images held out, cross-entropy."""),
+         "language": Task(language, "The demo's language model in every recipe", f"""\
+A LLaMA-style byte-level model (width 128, 4 blocks, 0.9 million parameters) on Python's standard library; the blocks' linear layers are
+converted. {STEPS} steps of 8 x 128 bytes, gradmill's AdamW with fp32 states at the demo's rate; cross-entropy over {demo.VALIDATION_WINDOWS} held-out windows.""")}
 
 
 # --- gradients --------------------------------------------------------------------------------------------

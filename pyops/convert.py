@@ -2,12 +2,13 @@
 from __future__ import annotations
 
 import io
+import warnings
 from dataclasses import dataclass, field
 from typing import Callable, NamedTuple
 
 import torch
 
-from gradmill import formats, recipes
+from gradmill import formats, recipes, speeds
 from gradmill.nn import Conv2d, Linear
 from gradmill.nn._layer import RecipeLayer
 from gradmill.weight import nbytes
@@ -19,6 +20,8 @@ MADE_FROM = {torch.nn.Linear: Linear.from_linear, torch.nn.Conv2d: Conv2d.from_c
 #: What the report names, replaced or not.
 SIMILAR = (torch.nn.Linear, torch.nn.modules.conv._ConvNd)
 
+#: A recipe measured below this share of fp32's speed is reported: less is within a measurement's spread.
+SLOWER = 0.95
 #: Names of a language model's or classifier's last layer, which loses most from low precision.
 HEAD_NAMES = ("lm_head", "head", "output", "classifier", "embed_out", "score", "fc_out")
 
@@ -40,6 +43,7 @@ class Report:
     recipe: str
     layers: dict[str, LayerBytes] = field(default_factory=dict)  #: the replaced ones by name
     skipped: list[tuple[str, str]] = field(default_factory=list)  #: (name, why)
+    slower: dict[str, float] = field(default_factory=dict)  #: layer -> speed over torch's fp32 on a CPU, where that was measured to be below 1
     new_parameters: bool = False  #: the recipe stores weights in low precision or adds steps: an optimizer made before is out of date
 
     @property
@@ -65,7 +69,8 @@ class Report:
         table.add_column("weight bytes", justify="right")
         table.add_column("kept per 1,024 tokens or output positions", justify="right")
         for name, layer in self.layers.items():
-            table.add_row(name, "replaced", f"{layer.weight_before:,} -> {layer.weight_after:,}", f"{layer.kept_before:,} -> {layer.kept_after:,}")
+            speed = f", {self.slower[name]:.2g}x fp32's speed" if name in self.slower else ""
+            table.add_row(name, f"replaced{speed}", f"{layer.weight_before:,} -> {layer.weight_after:,}", f"{layer.kept_before:,} -> {layer.kept_after:,}")
         for name, why in self.skipped:
             table.add_row(name, f"skipped: {why}")
         text = io.StringIO()
@@ -90,7 +95,7 @@ def convert(model: torch.nn.Module, recipe: str | recipes.Recipe = "int8",
             lm_head, head, output, classifier, embed_out, score or fc_out, or one whose weight is an embedding's).
 
     Returns:
-        A :class:`Report`.
+        A :class:`Report`. A UserWarning says where the recipe was measured to be slower than fp32 on this kind of CPU.
 
     Raises:
         TypeError: if model is not a Module. ValueError: unknown recipe, or ``model`` is itself such a layer.
@@ -126,7 +131,16 @@ def convert(model: torch.nn.Module, recipe: str | recipes.Recipe = "int8",
             new = done[id(child)][0]
             setattr(parent, child_name, new)
             after = sum(nbytes(p) for kind, p in new._parameters.items() if kind.startswith("weight"))
+            if isinstance(new, Linear) and new.weight.device.type == "cpu":
+                speed = speeds.measured(recipe.name, new.in_features, new.out_features)
+                if speed is not None and speed < SLOWER:
+                    report.slower[name] = speed
             report.layers[name] = LayerBytes(nbytes(child.weight), after, *new.kept_bytes(), again)
+    if report.slower:
+        worst = min(report.slower, key=report.slower.get)
+        warnings.warn(f"recipe {recipe.name} trains slower than torch's fp32 at {len(report.slower)} of the {len(report.layers)} layers on this kind of "
+                      f"CPU, by measurements of layers of like size: {report.slower[worst]:.2g}x at {worst}. It saves memory there, not time: "
+                      "convert with another recipe, or leave layers out with filter=.", stacklevel=2)
     return report
 
 

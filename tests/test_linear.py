@@ -2,11 +2,13 @@
 import copy
 import io
 import pickle
+import warnings
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+import gradmill
 from gradmill import QuantizedWeight, convert, nbytes, recipes
 from gradmill.formats import Format
 from gradmill.functional import linear
@@ -737,3 +739,23 @@ def test_convert_leaves_layers_alone_whose_weight_or_forward_is_not_their_own():
     tied["out"].weight = embedding.weight
     report = convert(tied, "int8_weights", filter=lambda name, module: True)
     assert not report.replaced and tied["out"].weight is embedding.weight
+
+
+# --- speeds -----------------------------------------------------------------------------------------------
+def test_convert_warns_where_a_recipe_was_measured_slower(monkeypatch):
+    from gradmill import _C, speeds
+    monkeypatch.setattr(speeds, "_table", lambda: {_C.isa(): {"fp4": {"64x64": 0.5, "1024x1024": 2.0}, "int8": {"64x64": 0.98}}})
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 8), torch.nn.Linear(64, 16384), torch.nn.Linear(64, 4))
+    with pytest.warns(UserWarning, match="fp4 trains slower .* 2 of the 4 layers .* 0.5x at 0"):
+        report = gradmill.convert(model, "fp4")
+    assert report.slower == {"0": 0.5, "1": 0.5} and "0.5x fp32" in str(report)  # 64 -> 4 is 16 times smaller than any measured
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not gradmill.convert(torch.nn.Sequential(torch.nn.Linear(64, 64)), "int8").slower  # within the spread
+
+
+def test_the_table_of_speeds_is_of_this_packages_recipes():
+    from gradmill import speeds
+    for isa, recipes in speeds._table().items():
+        assert isa in ("portable", "avx2", "avx512", "avx512_vnni") and set(recipes) <= set(gradmill.recipes.RECIPES)
+        assert all(0 < ratio < 100 for shapes in recipes.values() for ratio in shapes.values())

@@ -1,0 +1,34 @@
+"""Writes pyops/speeds.json, from which gradmill.convert warns, from committed results of the linear_training cases.
+
+    python bench/speeds.py bench/results/*.json
+"""
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import re
+import sys
+
+OUT = pathlib.Path(__file__).resolve().parent.parent / "pyops/speeds.json"
+
+
+def main(files):
+    table = {}
+    for file in files:
+        data = json.loads(pathlib.Path(file).read_text())
+        for result in data["results"]:
+            if result["case"].startswith("linear_training") and not data["settings"]["tiny"]:
+                shape = "x".join(re.search(r"(\d+)->(\d+)", result["title"]).groups())
+                times = {e["label"]: e["median_s"] for e in result["entries"] if "median_s" in e}
+                isa = table.setdefault(data["machine"]["isa"], {})
+                for label, time in times.items():
+                    if label.startswith("gradmill, recipe "):
+                        isa.setdefault(label.removeprefix("gradmill, recipe "), {})[shape] = round(times["torch fp32"] / time, 2)
+    temporary = OUT.with_suffix(".tmp")
+    temporary.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+    os.replace(temporary, OUT)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,355 @@
+"""Projection as an option of any rule: bases, residuals, moments, sides, checkpoints; and the papers' algorithms written out."""
+import copy
+import io
+import math
+
+import pytest
+import torch
+
+from gradmill import CheckpointError, QuantizedWeight
+from gradmill.optim import (SGD, AdamW, DCTAdamW, FiraAdamW, FrugalAdamW, GaLoreAdamW, Lion, Projection, QGaLoreAdamW, param_groups_for_projection,
+                            state_nbytes)
+from gradmill.optim.projection import dct, dct_vectors, random_indices, random_vectors
+
+NAMED = [GaLoreAdamW, QGaLoreAdamW, FiraAdamW, FrugalAdamW, DCTAdamW]
+
+
+def gradients(shape, count, rank=6):
+    """Gradients whose leading directions stand out, so that a subspace is well defined."""
+    rows, columns = shape[0], math.prod(shape[1:])
+    u, _ = torch.linalg.qr(torch.randn(rows, rank))
+    v, _ = torch.linalg.qr(torch.randn(columns, rank))
+    strength = 2.0 ** -torch.arange(rank).float()
+    return [(u * (strength * (1 + 0.1 * torch.randn(rank)))) @ v.t() + 1e-3 * torch.randn(rows, columns) for _ in range(count)]
+
+
+def run(optimizer, w, grads):
+    for g in grads:
+        w.grad = g.view(w.shape).clone()
+        optimizer.step()
+    return w.detach()
+
+
+# --- bases ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 8, 33, 100])
+def test_dct_is_the_matrix_product(n):
+    i, j = torch.arange(n, dtype=torch.float64)[:, None], torch.arange(n, dtype=torch.float64)[None]
+    matrix = math.sqrt(2 / n) * torch.cos(i * (2 * j + 1) * math.pi / (2 * n))
+    matrix[0] /= math.sqrt(2)
+    x = torch.randn(7, n)
+    assert (dct(x).double() - x.double() @ matrix).abs().max() <= 1e-6 * math.sqrt(n) * x.abs().max()
+    assert (dct_vectors(torch.arange(n), n).double() - matrix.t()).abs().max() < 1e-6
+
+
+def test_random_bases_depend_on_their_key_only():
+    a = random_vectors(8, 50, 3, 5, 7, "cpu")
+    assert torch.equal(a, random_vectors(8, 50, 3, 5, 7, "cpu")) and not torch.equal(a, random_vectors(8, 50, 3, 6, 7, "cpu"))
+    assert (a @ a.t() - torch.eye(8)).abs().max() < 1e-5
+    i = random_indices(8, 50, 3, 5, 7)
+    assert len(set(i.tolist())) == 8 and i.tolist() == sorted(i.tolist()) and 0 <= i.min() and i.max() < 50
+
+
+# --- the papers' algorithms, in float64 -------------------------------------------------------------------
+def adam(r, m, v, t, betas, eps):
+    m = betas[0] * m + (1 - betas[0]) * r
+    v = betas[1] * v + (1 - betas[1]) * r * r
+    return m / (1 - betas[0] ** t) / ((v / (1 - betas[1] ** t)).sqrt() + eps), m, v
+
+
+def by_hand(w, grads, left, basis_of, *, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, scale=0.25, every=200, residual=None, limiter=1.01,
+            residual_scale=1.0, decay_after=True, reset=False):
+    """basis_of(G, step) -> B (rank, side)."""
+    w, m, v, last, since = w.double(), 0.0, 0.0, 0.0, 0
+    for step, g in enumerate(grads, 1):
+        g = g.double()
+        if (step - 1) % every == 0:
+            b = basis_of(g, step).double()
+            if reset:
+                m, v, since = 0.0, 0.0, step - 1
+        r = b @ g if left else g @ b.t()
+        psi, m, v = adam(r, m, v, step - since, betas, eps)
+        outside = g - (b.t() @ r if left else r @ b)
+        update = scale * (b.t() @ psi if left else psi @ b)
+        if residual == "fira":
+            dim = 0 if left else 1
+            s = outside * (psi.norm(dim=dim, keepdim=True) / (r.norm(dim=dim, keepdim=True) + 1e-8))
+            if last > 0 and s.norm() > limiter * last:
+                s = s * (limiter * last / s.norm())
+            last = s.norm() if s.norm() > 0 else last
+            update = update + s
+        elif residual == "sign":
+            update = update + residual_scale * torch.where(outside.abs() < 2.0 ** -18 * g.abs().max(), 0.0, outside.sign())
+        elif residual == "sgd":
+            update = update + residual_scale * outside
+        decay = 1 - lr * weight_decay
+        w = (w - lr * update) * decay if decay_after else w * decay - lr * update
+    return w
+
+
+def leading(rank, left):
+    def basis_of(g, step):
+        u, _, vh = torch.linalg.svd(g, full_matrices=False)
+        return u[:, :rank].t() if left else vh[:rank]
+    return basis_of
+
+
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40), (30, 30)], ids=str)
+@pytest.mark.parametrize("kind, optimizer, options", [
+    ("galore", GaLoreAdamW, dict()), ("fira", FiraAdamW, dict(basis="svd", stagger=False)), ("frugal svd", FrugalAdamW, dict(basis="svd", bits=32)),
+    ("frugal sgd", FrugalAdamW, dict(basis="svd", bits=32, residual="sgd", residual_scale=0.3))])
+def test_exact_bases_are_the_papers_algorithms(kind, optimizer, options, shape):
+    left = shape[0] < shape[1]
+    w, grads = torch.randn(shape), gradients(shape, 7)
+    parameter = torch.nn.Parameter(w.clone())
+    got = run(optimizer([parameter], lr=1e-2, weight_decay=0.1, rank=6, refresh_every=3, **options), parameter, grads)
+    want = by_hand(w, grads, left, leading(6, left), lr=1e-2, weight_decay=0.1, every=3, scale=0.25 if kind in ("galore", "fira") else 1.0,
+                   residual={"galore": None, "fira": "fira", "frugal svd": "sign", "frugal sgd": "sgd"}[kind],
+                   residual_scale=0.3 if kind == "frugal sgd" else 1.0, decay_after=kind in ("galore", "fira"), reset="frugal" in kind)
+    # A sign flips where the residual is at the threshold or within fp32 of 0: few elements, each by 2 lr.
+    error = (got.double() - want).abs()
+    assert (error > 2e-4).float().mean() <= (0.02 if kind == "frugal svd" else 0.0), error.max()
+
+
+def test_frugal_on_coordinates_steps_those_with_adamw_and_the_others_by_their_signs():
+    w, grads = torch.randn(20, 12), gradients((20, 12), 5)
+    parameter = torch.nn.Parameter(w.clone())
+    optimizer = FrugalAdamW([parameter], lr=1e-2, rank=0.25, weight_decay=0.1, refresh_every=2, residual_scale=0.5, seed=3)
+    chosen = []
+
+    def basis_of(g, step):
+        chosen.append(random_indices(3, 12, 3, step, 3))  # purpose "basis" of tensor 0
+        return torch.nn.functional.one_hot(chosen[-1], 12)
+    want = by_hand(w, grads, False, basis_of, lr=1e-2, weight_decay=0.1, scale=1.0, every=2, residual="sign", residual_scale=0.5, decay_after=False,
+                   reset=True)
+    got = run(optimizer, parameter, grads)
+    assert (got.double() - want).abs().max() < 1e-5
+    assert len({tuple(c.tolist()) for c in chosen}) > 1
+
+
+@pytest.mark.parametrize("shape", [(20, 16), (16, 20)], ids=str)
+def test_dct_takes_the_columns_of_largest_l1_norm_at_every_step_and_moves_moments_by_index(shape):
+    left = shape[0] < shape[1]
+    w, grads, lr, rank = torch.randn(shape), gradients(shape, 6), 1e-2, 5
+    parameter = torch.nn.Parameter(w.clone())
+    optimizer = DCTAdamW([parameter], lr=lr, rank=rank, weight_decay=0.1)
+    n = min(shape)
+    matrix = dct_vectors(torch.arange(n), n).double().t()
+    want, m, v = w.double(), torch.zeros(max(shape), n, dtype=torch.float64), torch.zeros(max(shape), n, dtype=torch.float64)
+    for step, g in enumerate(grads, 1):
+        g = g.double().t() if left else g.double()
+        s = g @ matrix
+        kept = torch.zeros(n, dtype=torch.bool)
+        kept[s.abs().sum(0).topk(rank).indices] = True
+        m, v = m * kept, v * kept  # a column that was not chosen last time starts at zero
+        psi, m, v = adam(s * kept, m, v, step, (0.9, 0.999), 1e-8)
+        update = (psi * kept) @ matrix.t()
+        want = want * (1 - lr * 0.1) - lr * (update.t() if left else update)
+    assert (run(optimizer, parameter, grads).double() - want).abs().max() < 1e-4
+
+
+# --- every combination ------------------------------------------------------------------------------------
+@pytest.mark.parametrize("residual", [None, "fira", "sign", "sgd"])
+@pytest.mark.parametrize("basis, bits", [("svd", 32), ("subspace", 4), ("subspace", 8), ("subspace", 16), ("subspace", 32), ("dct", 4), ("random", 4),
+                                         ("coordinate", 4)])
+def test_any_basis_and_residual_trains_and_resumes_bit_equal(basis, bits, residual):
+    for i, (shape, kind) in enumerate((((20, 12), "fp32"), ((12, 3, 7), "bf16"), ((16, 64), "int8"))):
+        target = torch.randn(shape).flatten(1)
+
+        def made(values):
+            if kind == "int8":
+                return torch.nn.Parameter(QuantizedWeight.quantize(values, "int8"))
+            return torch.nn.Parameter(values.to(torch.bfloat16 if kind == "bf16" else torch.float32))
+
+        def value(w):
+            return (w.dequantize() if isinstance(w, QuantizedWeight) else w).detach().float().flatten(1)
+
+        moments = ("keep", "reset", "rotate")[i]
+        if basis == "random" and moments == "rotate":
+            moments = "keep"
+        projection = Projection(4, basis, bits, 8, refresh_every=3, residual=residual, residual_scale=0.1, scale=1.0, moments=moments, side=("auto", "left", "right")[i])
+        start = torch.randn(shape)
+        w = made(start)
+        optimizer = AdamW([w], lr=5e-2, betas=(0.8, 0.9), weight_decay=0.0, projection=projection, states=("fp32", "int8", "bf16")[i],
+                          min_quantized_numel=1, seed=5)
+        before = float((value(w) - target).norm())
+        saved = None
+        for step in range(40):
+            if step == 7:
+                buffer = io.BytesIO()
+                torch.save(optimizer.state_dict(), buffer)
+                saved = copy.deepcopy(w), buffer
+            w.grad = (value(w) - target).view(shape).to(torch.bfloat16 if kind == "bf16" else torch.float32)
+            optimizer.step()
+        assert float((value(w) - target).norm()) < 0.8 * before, (shape, kind)
+
+        again = saved[0]
+        resumed = AdamW([again], lr=5e-2, betas=(0.8, 0.9), weight_decay=0.0, projection=projection, states=("fp32", "int8", "bf16")[i],
+                        min_quantized_numel=1, seed=99)
+        saved[1].seek(0)
+        resumed.load_state_dict(torch.load(saved[1], weights_only=True))
+        for step in range(7, 40):
+            again.grad = (value(again) - target).view(shape).to(torch.bfloat16 if kind == "bf16" else torch.float32)
+            resumed.step()
+        assert torch.equal(value(again), value(w)), (shape, kind)
+
+
+@pytest.mark.parametrize("optimizer, options", [(Lion, {}), (SGD, dict(momentum=0.9)), (SGD, {}), (AdamW, dict(amsgrad=True))])
+def test_any_elementwise_rule_takes_a_projection(optimizer, options):
+    w, target = torch.nn.Parameter(torch.zeros(20, 12)), torch.randn(20, 2) @ torch.randn(2, 12)
+    made = optimizer([w], lr=1e-2, weight_decay=0.0, projection=Projection(4, bits=8, group_size=4, scale=1.0, refresh_every=5), **options)
+    for _ in range(300):
+        w.grad = (w - target).detach()
+        made.step()
+    assert (w - target).norm() < 0.1 * target.norm()
+
+
+# --- moments, intervals -----------------------------------------------------------------------------------
+def test_what_a_refresh_does_to_the_moments():
+    """Two orthogonal gradients: at the refresh the basis turns by 90 degrees."""
+    first, second = torch.zeros(6, 4), torch.zeros(6, 4)
+    first[:, 0], second[:, 1] = 1.0, 1.0
+    moments = {}
+    for mode in ("keep", "reset", "rotate"):
+        w = torch.nn.Parameter(torch.zeros(6, 4))
+        optimizer = AdamW([w], lr=1.0, weight_decay=0.0, projection=Projection(1, "svd", 32, refresh_every=2, scale=1.0, moments=mode))
+        run(optimizer, w, [first, first, second])
+        moments[mode] = optimizer.state[w]["exp_avg"].abs()
+    kept = 0.9 * (1 - 0.9 ** 2)
+    assert torch.allclose(moments["reset"], torch.full((6, 1), 0.1), atol=1e-6)            # as if it were the first step
+    assert torch.allclose(moments["rotate"], torch.full((6, 1), 0.1), atol=1e-6)           # nothing of the old basis is in the new one
+    signs = {round(float(x), 4) for x in moments["keep"].flatten()}
+    assert signs <= {round(kept + 0.1, 4), round(kept - 0.1, 4)}                           # old moments count in the new basis
+
+
+def test_rotation_keeps_what_the_bases_share():
+    """The same gradient, drawn by the seed: coordinates kept by both bases keep their moments, new ones start at zero."""
+    w, g = torch.nn.Parameter(torch.zeros(10, 8)), torch.randn(10, 8)
+    optimizer = AdamW([w], lr=1e-3, weight_decay=0.0, seed=1, projection=Projection(4, "coordinate", refresh_every=2, moments="rotate"))
+    run(optimizer, w, [g, g])
+    old, before = optimizer.state[w]["basis_indices"].tolist(), optimizer.state[w]["exp_avg"].clone()
+    run(optimizer, w, [g])
+    new, after = optimizer.state[w]["basis_indices"].tolist(), optimizer.state[w]["exp_avg"]
+    assert old != new and set(old) & set(new)
+    for place, column in enumerate(new):
+        want = 0.9 * (before[:, old.index(column)] if column in old else 0.0) + 0.1 * g[:, column]
+        assert torch.allclose(after[:, place], want, atol=1e-6)
+
+
+def test_refreshes_of_several_parameters_end_at_different_steps():
+    ws = [torch.nn.Parameter(torch.randn(12, 8)) for _ in range(4)]
+    optimizer = AdamW(ws, projection=Projection(2, refresh_every=20))
+    for w in ws:
+        w.grad = torch.randn(12, 8)
+    optimizer.step()
+    assert len({optimizer.state[w]["next_refresh"] for w in ws}) == 4
+    for _ in range(60):
+        optimizer.step()
+    assert len({optimizer.state[w]["next_refresh"] for w in ws}) == 4
+
+
+# --- groups, memory, refusals -----------------------------------------------------------------------------
+def model():
+    class Attention(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.o = torch.nn.Linear(16, 16), torch.nn.Linear(16, 16, bias=False)
+
+    m = torch.nn.Module()
+    m.embedding, m.attention, m.mlp, m.norm, m.lm_head = (torch.nn.Embedding(30, 16), Attention(), torch.nn.Linear(16, 48), torch.nn.LayerNorm(16),
+                                                          torch.nn.Linear(16, 30))
+    return m
+
+
+def test_groups_take_linear_layers_but_the_head():
+    m = model()
+    projected, rest = param_groups_for_projection(m, 4, basis="svd")
+    assert {id(p) for p in projected["params"]} == {id(m.attention.q.weight), id(m.attention.o.weight), id(m.mlp.weight)}
+    assert len(rest["params"]) + len(projected["params"]) == len(list(m.parameters())) and projected["projection"] == Projection(4, "svd")
+    optimizer = Lion([projected, rest], lr=1e-3)
+    for p in m.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    assert optimizer.state[m.mlp.weight]["exp_avg"].shape == (48, 4) and optimizer.state[m.embedding.weight]["exp_avg"].shape == (30, 16)
+    with pytest.raises(ValueError, match="rank 16"):
+        param_groups_for_projection(m, 16)
+
+
+@pytest.mark.parametrize("named", NAMED)
+def test_named_optimizers_save_memory_train_and_take_options_by_group(named):
+    w, plain = torch.nn.Parameter(torch.zeros(256, 128)), torch.nn.Parameter(torch.zeros(128))
+    target = torch.randn(256, 4) @ torch.randn(4, 128)
+    optimizer = named([{"params": [w], "rank": 32, "scale": 1.0}, {"params": [plain]}], lr=3e-2)
+    for _ in range(60):
+        w.grad, plain.grad = (w - target).detach(), (plain - 1).detach()
+        optimizer.step()
+    assert state_nbytes(optimizer) < 0.5 * 8 * (w.numel() + plain.numel())
+    assert (w - target).norm() < 0.9 * target.norm() and (plain - 1).abs().max() < 0.2
+
+
+@pytest.mark.parametrize("named", NAMED)
+@pytest.mark.parametrize("grad", [torch.zeros(12, 8), torch.ones(12, 8), torch.full((12, 8), 1e-30), torch.ones(12, 1) * torch.eye(8)[0]],
+                         ids=["zero", "rank 1", "tiny", "one column"])
+def test_degenerate_gradients_leave_finite_weights(named, grad):
+    w = torch.nn.Parameter(torch.randn(12, 8))
+    start = w.detach().clone()
+    run(named([w], lr=1e-2, rank=3, refresh_every=1), w, [grad] * 4)
+    assert torch.isfinite(w).all()
+    if not grad.any():
+        assert torch.equal(w, start)
+
+
+@pytest.mark.parametrize("named", NAMED)
+def test_a_nan_gradient_shows_and_the_next_refresh_recovers_the_basis(named):
+    w = torch.nn.Parameter(torch.randn(12, 8))
+    optimizer = named([w], lr=1e-2, rank=3)
+    w.grad = torch.randn(12, 8)
+    w.grad[2, 3] = math.nan
+    optimizer.step()
+    assert not torch.isfinite(w).all()
+
+
+def test_maximize_and_grad_scale_are_seen_by_the_residual():
+    start, grads = torch.randn(12, 8), gradients((12, 8), 3, 4)
+    results = []
+    for sign, maximize in ((1, False), (-1, True)):
+        for residual in ("fira", "sign", "sgd"):
+            w = torch.nn.Parameter(start.clone())
+            optimizer = AdamW([w], lr=1e-2, maximize=maximize, projection=Projection(3, "svd", 32, residual=residual))
+            results.append(run(optimizer, w, [sign * g for g in grads]))
+    for a, b in zip(results[:3], results[3:]):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [dict(rank=0), dict(rank=1.5), dict(basis="pca"), dict(bits=3), dict(group_size=3), dict(refresh_every=0), dict(residual="adam"),
+                                     dict(scale=0.0), dict(side="top"), dict(moments="drop"), dict(limiter=0.5), dict(basis="dct", adaptive=True),
+                                     dict(max_refresh_every=1)])
+def test_options_out_of_range_are_refused_by_name(options):
+    name = "adaptive" if "adaptive" in options else next(iter(options))
+    with pytest.raises(ValueError, match=name):
+        Projection(**{"rank": 4, **options})
+
+
+def test_a_projection_that_is_none_or_of_another_type_or_rule():
+    w = torch.nn.Parameter(torch.randn(12, 8))
+    with pytest.raises(TypeError, match="projection"):
+        AdamW([w], projection=4)
+    from gradmill.optim import Muon
+    with pytest.raises(ValueError, match="Muon.*projection"):
+        Muon([w], projection=Projection(4))
+
+
+@pytest.mark.parametrize("key, value", [("basis_codes", None), ("basis_indices", torch.zeros(2)), ("next_refresh", -1), ("exp_avg", torch.zeros(12, 8))])
+def test_damaged_projected_checkpoints_are_refused_and_change_nothing(key, value):
+    basis = "dct" if key == "basis_indices" else "subspace"
+    w = torch.nn.Parameter(torch.randn(12, 8))
+    optimizer = AdamW([w], projection=Projection(3, basis, group_size=4))
+    run(optimizer, w, [torch.randn(12, 8)] * 2)
+    good, damaged = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(optimizer.state_dict())
+    if value is None:
+        del damaged["state"][0][key]
+    else:
+        damaged["state"][0][key] = value
+    with pytest.raises(CheckpointError, match=key):
+        optimizer.load_state_dict(damaged)
+    assert all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+               for a, b in zip(optimizer.state_dict()["state"][0].values(), good["state"][0].values()))
