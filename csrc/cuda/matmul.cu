@@ -138,7 +138,7 @@ struct FewRows {
   int64_t k;
 };
 
-constexpr int piece_words(int bits) { return bits == 3 ? 3 : 4; }
+__host__ __device__ constexpr int piece_words(int bits) { return bits == 3 ? 3 : 4; }
 
 template <int M, int NROWS, int BITS>
 __global__ void __launch_bounds__(kFewThreads) few_rows_kernel(const __grid_constant__ FewRows a) {

@@ -93,7 +93,7 @@ def _both_ways(x, rows: Format, columns: Format, size: int, key, rounding=None, 
     if rows == columns and rows.code in BOTH_WAYS and not rows.shared and not size:
         codes, scales, turned, turned_scales = quantize_both(x, rows.code, rows.block, rounding, stream(0, "gradient"), stream(1, "gradient"))
         return Stored(codes, scales, None, rows, x.shape[1]), Stored(turned, turned_scales, None, columns, x.shape[0])
-    return _store(x, rows, False, rounding, stream(0, "gradient"), largest), _over_tokens(x, columns, size, key, rounding, largest)
+    return _store(x, rows, False, rounding, stream(0, "gradient"), largest), _over_tokens(x, columns, size, key, rounding, largest=largest)
 
 
 def _delayed(history, x):
