@@ -76,6 +76,16 @@ def quantize_int8_transposed(ctx):
 
 
 @case("quant")
+def quantize_int8_both_ways(ctx):
+    rows, columns = _shape(ctx)
+    x = ctx.rotate(lambda: ctx.randn(rows, columns))
+    return Bench(f"quantize to INT8 by rows and, transposed, by columns, {rows}x{columns}",
+                 Work(6.0 * rows * columns + 4.0 * (rows + columns), 8.0 * rows * columns, "copy"), [
+        ours(lambda: lambda i: ops.quantize_both(x(i), "int8")),
+        baseline("gradmill's two calls", lambda: lambda i: (ops.quantize(x(i), "int8"), ops.quantize(x(i), "int8", 0, True)))])
+
+
+@case("quant")
 def quantize_int8_stochastic(ctx):
     return _quantize(ctx, "quantize to INT8 with stochastic rounding", "int8", 0, torch_int8_stochastic,
                      key=torch.tensor([1, 2], dtype=torch.int64))

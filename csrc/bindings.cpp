@@ -113,6 +113,13 @@ void quantize(int device, uint64_t stream, uint64_t x, int x_code, int64_t strid
   GM_RUN(cpu().quant->quantize(a), cuda::quantize(a, launch))
 }
 
+void quantize_both(int device, uint64_t stream, uint64_t x, int x_code, int64_t stride, const MatrixTuple& out, const MatrixTuple& turned,
+                   const KeyTuple& key, const KeyTuple& turned_key) {
+  Key k = make_key(key), t = make_key(turned_key);
+  QuantizeBothArgs a{pointer(x), x_code, stride, matrix(out), matrix(turned), key ? &k : nullptr, key ? &t : nullptr};
+  GM_RUN(cpu().quant->quantize_both(a), cuda::quantize_both(a, launch))
+}
+
 void dequantize(int device, uint64_t stream, const MatrixTuple& in, uint64_t out, int out_code) {
   DequantizeArgs a{matrix(in), pointer(out), out_code};
   GM_RUN(cpu().quant->dequantize(a), cuda::dequantize(a, launch))
@@ -172,6 +179,26 @@ void matmul_packed(int device, uint64_t stream, const MatrixTuple& x, const Matr
   const Matrix left = matrix(x);
   PackedMatmulArgs args{left, matrix(w), transpose, pointer<const float>(bias), pointer(out), out_code};
   GM_RUN(cpu().matmul->packed(args), cuda::matmul_packed(args, launch))
+}
+
+// (codes, scales, code, block), block 0 for a whole row: which rows and columns there are is the expert's business
+using StoredTuple = std::tuple<uint64_t, uint64_t, int, int64_t>;
+Matrix stored(const StoredTuple& t) {
+  auto [codes, scales, code, block] = t;
+  return {pointer(codes), pointer<float>(scales), nullptr, code, 0, 0, block};
+}
+
+void matmul_grouped(int device, uint64_t stream, bool summed, int64_t experts, int64_t tokens, int64_t m, int64_t n, int64_t k, uint64_t offs,
+                    const StoredTuple& a, const StoredTuple& b, uint64_t bias, uint64_t out, int out_code) {
+  GroupedArgs args{summed, experts, tokens, m, n, k, pointer<const int32_t>(offs), stored(a), stored(b), pointer<const float>(bias), pointer(out), out_code};
+  GM_RUN(cpu().matmul->grouped(args), cuda::matmul_grouped(args, launch))
+}
+
+void quantize_grouped(int device, uint64_t stream, uint64_t x, int x_code, int64_t stride, int64_t tokens, int64_t cols, int64_t experts, uint64_t offs,
+                      const StoredTuple& out, const KeyTuple& key, bool given) {
+  Key k = make_key(key);
+  QuantizeGroupedArgs a{pointer(x), x_code, stride, tokens, cols, experts, pointer<const int32_t>(offs), stored(out), key ? &k : nullptr, given};
+  GM_RUN(cpu().quant->quantize_grouped(a), cuda::quantize_grouped(a, launch))
 }
 
 void project(int device, uint64_t stream, int64_t m, int64_t n, uint64_t grad, int grad_code, const MatrixTuple& basis, bool left, uint64_t out) {
@@ -242,6 +269,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_problem", [] { return std::string("this gradmill was built without CUDA"); });
 #endif
   m.def("quantize", &quantize);
+  m.def("quantize_both", &quantize_both);
   m.def("dequantize", &dequantize);
   m.def("quantize_patches", &quantize_patches);
   m.def("fold_patches", &fold_patches);
@@ -250,6 +278,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("fake_quantize_backward", &fake_quantize_backward);
   m.def("matmul_int8", &matmul_int8);
   m.def("matmul_packed", &matmul_packed);
+  m.def("matmul_grouped", &matmul_grouped);
+  m.def("quantize_grouped", &quantize_grouped);
   m.def("project", &project);
   m.def("project_back", &project_back);
   m.def("fused_step", &fused_step);

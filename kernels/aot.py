@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from gradmill.formats import CODES
-from gradmill.kernels import matmul, optim, projection, quant
+from gradmill.kernels import grouped, matmul, optim, projection, quant
 from gradmill.kernels._common import INTERPRETING, warps_for
 from gradmill.optim.rules import RULES
 
@@ -83,6 +83,7 @@ def variants():
     yield from _matmul_int8()
     yield from _matmul_fp8()
     yield from _matmul_packed()
+    yield from _grouped()
     yield from _projection()
 
 
@@ -190,6 +191,28 @@ def _matmul_packed():
                           {"CODE": CODES[code], "X": CODES[x], "OUT": CODES[x], "HAS_BIAS": False, "TRANSPOSE": transpose, "PER_ROW": per_row,
                            "FACTOR": per_row and not transpose, "stride_xk": 1, "stride_on": 1, **tiles.pop("constants")},
                           {} if x == "fp32" else {target: MATRIX[target]}, **tiles, only=target, everywhere=x == "bf16" and m != 4096 or transpose)
+
+
+def _grouped():
+    key = {n: "i32" for n in ("seed_low", "seed_high", "step", "stream")}
+    for code, x, whole, given, stochastic in (("int8", "bf16", True, False, False), ("e4m3", "bf16", False, False, True), ("e5m2", "fp32", True, True, False)):
+        yield Variant(f"quantize_grouped {x} to {code}{' stochastic' * stochastic}{' given scales' * given}", grouped.quantize_kernel,
+                      {**key, "x": "*i16" if x == "bf16" else f"*{x}", "offs": "*i32", "codes": "*i8" if code == "int8" else "*u8", "scales": "*fp32"},
+                      {"CODE": CODES[code], "WHOLE": whole, "GIVEN": given, "STOCHASTIC": stochastic, "NB": quant.ACROSS, "P2": 128, "E2": 16, "stride_row": 1},
+                      warps=warps_for(quant.ACROSS * 128), odd=("experts", "tokens"), everywhere=code == "int8", elementwise=True)
+    for code, form, blocked in (("int8", "ROWS", False), ("int8", "SUMMED", False), ("e4m3", "ROWS", False), ("e4m3", "SUMMED", True), ("e4m3", "EQUAL", False)):
+        for target in TARGETS:
+            int8 = code == "int8"
+            bm, bn, bk, _, warps, stages = matmul.choose(matmul.INT8_TILES, target, 4096) if int8 else matmul.fp8_tiles(target, 4096, blocked)
+            bn = grouped.grouped_width(bn, form == "SUMMED")
+            yield Variant(f"matmul_grouped {code} {form.lower()}{' blocked' * blocked}", grouped.matmul_kernel,
+                          {"a": "*i8" if int8 else "*u8", "b": "*i8" if int8 else "*u8", "a_scales": "*fp32", "b_scales": "*fp32", "bias": "*fp32", "out": "*i16",
+                           "offs": "*i32"},
+                          {"A": CODES[code], "B": CODES[code], "FORM": getattr(grouped, form).value, "INT8": int8, "OUT": CODES["bf16"], "HAS_BIAS": form == "ROWS",
+                           "EVEN_K": form != "SUMMED", "LONG": False, "EXACT": matmul.EXACT_K, "BLOCKED": blocked, "NATIVE": not int8 and target != "sm_80",
+                           "BM": bm, "BN": bn, "BK": bk, "E2": 16},
+                          {target: MATRIX[target]} if not int8 or target != "sm_100" else {}, warps=warps, stages=stages, exact=int8, odd=("experts", "tokens"),
+                          only=target, everywhere=form == "ROWS")
 
 
 def _projection():

@@ -95,14 +95,9 @@ def store_out(out, values, at, mask, OUT: tl.constexpr):
 
 # --- int8 -------------------------------------------------------------------------------------------------
 @triton.jit
-def int8_kernel(a, b, a_scales, b_scales, bias, out, m, n, k, OUT: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr,
-                LONG: tl.constexpr, EXACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr):
-    """out = (a b^T * a_scales) * b_scales + bias. LONG: k exceeds EXACT, partial sums are added in int64."""
-    tile_m, tile_n = grouped_tile(m, n, BM, BN, GROUP)
-    rm, rn, rk = tile_m * BM + tl.arange(0, BM), tile_n * BN + tl.arange(0, BN), tl.arange(0, BK)
-    # Rows beyond the end read row 0's neighbours again (no mask in the loop) and are not stored.
-    a_rows = a + (rm % m).to(tl.int64)[:, None] * k + rk[None, :]
-    b_rows = b + (rn % n).to(tl.int64)[:, None] * k + rk[None, :]
+def int8_sums(a_rows, b_rows, rk, k, EVEN_K: tl.constexpr, LONG: tl.constexpr, EXACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+              BK: tl.constexpr):
+    """A tile of a b^T from the pointers to its first BK columns: the exact sums, in fp32."""
     if LONG:
         total = tl.zeros((BM, BN), tl.int64)
         for start in range(0, k, EXACT):
@@ -112,7 +107,7 @@ def int8_kernel(a, b, a_scales, b_scales, bias, out, m, n, k, OUT: tl.constexpr,
                 acc = tl.dot(tl.load(a_rows + at, mask=mask, other=0), tl.trans(tl.load(b_rows + at, mask=mask, other=0)), acc,
                              out_dtype=tl.int32)
             total += acc.to(tl.int64)
-        sums = total.to(tl.float32)
+        return total.to(tl.float32)
     else:
         acc = tl.zeros((BM, BN), tl.int32)
         for at in range(0, k, BK):
@@ -122,7 +117,19 @@ def int8_kernel(a, b, a_scales, b_scales, bias, out, m, n, k, OUT: tl.constexpr,
                 mask = rk[None, :] < k - at
                 a_tile, b_tile = tl.load(a_rows + at, mask=mask, other=0), tl.load(b_rows + at, mask=mask, other=0)
             acc = tl.dot(a_tile, tl.trans(b_tile), acc, out_dtype=tl.int32)
-        sums = acc.to(tl.float32)
+        return acc.to(tl.float32)
+
+
+@triton.jit
+def int8_kernel(a, b, a_scales, b_scales, bias, out, m, n, k, OUT: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr,
+                LONG: tl.constexpr, EXACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr):
+    """out = (a b^T * a_scales) * b_scales + bias. LONG: k exceeds EXACT, partial sums are added in int64."""
+    tile_m, tile_n = grouped_tile(m, n, BM, BN, GROUP)
+    rm, rn, rk = tile_m * BM + tl.arange(0, BM), tile_n * BN + tl.arange(0, BN), tl.arange(0, BK)
+    # Rows beyond the end read row 0's neighbours again (no mask in the loop) and are not stored.
+    a_rows = a + (rm % m).to(tl.int64)[:, None] * k + rk[None, :]
+    b_rows = b + (rn % n).to(tl.int64)[:, None] * k + rk[None, :]
+    sums = int8_sums(a_rows, b_rows, rk, k, EVEN_K, LONG, EXACT, BM, BN, BK)
     values = sums * tl.load(a_scales + rm, mask=rm < m, other=0.0)[:, None] * tl.load(b_scales + rn, mask=rn < n, other=0.0)[None, :]
     if HAS_BIAS:
         values = values + load_bias(bias, rn, n)[None, :]
@@ -310,18 +317,10 @@ def fp8_tile(rows, mask, EVEN_K: tl.constexpr, CODE: tl.constexpr, NATIVE: tl.co
 
 
 @triton.jit
-def fp8_kernel(a, b, a_scales, b_scales, bias, out, m, n, k, a_block, b_block, A: tl.constexpr, B: tl.constexpr, OUT: tl.constexpr,
-               HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, BLOCKED: tl.constexpr, NATIVE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-               BK: tl.constexpr, GROUP: tl.constexpr):
-    """out = a b^T + bias, both FP8. Scales of whole rows are applied at the end, BLOCKED ones (a_block and b_block are
-    multiples of BK, or k) to each step's sum, which is fp32 from there on. Whole rows: fp32 after every step of BK too."""
-    tile_m, tile_n = grouped_tile(m, n, BM, BN, GROUP)
-    rm, rn, rk = tile_m * BM + tl.arange(0, BM), tile_n * BN + tl.arange(0, BN), tl.arange(0, BK)
-    row_a, row_b = (rm % m).to(tl.int64), (rn % n).to(tl.int64)  # rows beyond the end read others again and are not stored
-    a_rows = fp8_pointer(a, A, NATIVE) + row_a[:, None] * k + rk[None, :]
-    b_rows = fp8_pointer(b, B, NATIVE) + row_b[:, None] * k + rk[None, :]
+def fp8_sums(a_rows, b_rows, a_scales, b_scales, rk, k, a_block, b_block, A: tl.constexpr, B: tl.constexpr, EVEN_K: tl.constexpr,
+             BLOCKED: tl.constexpr, NATIVE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """A tile of a b^T from the pointers to its first BK columns and first scales, which are applied if BLOCKED."""
     acc = tl.zeros((BM, BN), tl.float32)
-    a_scales, b_scales = a_scales + row_a * tl.cdiv(k, a_block), b_scales + row_b * tl.cdiv(k, b_block)
     for at in range(0, k, BK):
         mask = rk[None, :] < k - at
         a_tile = fp8_tile(a_rows + at, mask, EVEN_K, A, NATIVE)
@@ -333,6 +332,22 @@ def fp8_kernel(a, b, a_scales, b_scales, bias, out, m, n, k, a_block, b_block, A
             acc = tl.dot(a_tile, b_tile, acc, max_num_imprecise_acc=BK)
         else:
             acc = tl.dot(a_tile, b_tile, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def fp8_kernel(a, b, a_scales, b_scales, bias, out, m, n, k, a_block, b_block, A: tl.constexpr, B: tl.constexpr, OUT: tl.constexpr,
+               HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, BLOCKED: tl.constexpr, NATIVE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+               BK: tl.constexpr, GROUP: tl.constexpr):
+    """out = a b^T + bias, both FP8. Scales of whole rows are applied at the end, BLOCKED ones (a_block and b_block are
+    multiples of BK, or k) to each step's sum, which is fp32 from there on. Whole rows: fp32 after every step of BK too."""
+    tile_m, tile_n = grouped_tile(m, n, BM, BN, GROUP)
+    rm, rn, rk = tile_m * BM + tl.arange(0, BM), tile_n * BN + tl.arange(0, BN), tl.arange(0, BK)
+    row_a, row_b = (rm % m).to(tl.int64), (rn % n).to(tl.int64)  # rows beyond the end read others again and are not stored
+    a_rows = fp8_pointer(a, A, NATIVE) + row_a[:, None] * k + rk[None, :]
+    b_rows = fp8_pointer(b, B, NATIVE) + row_b[:, None] * k + rk[None, :]
+    a_scales, b_scales = a_scales + row_a * tl.cdiv(k, a_block), b_scales + row_b * tl.cdiv(k, b_block)
+    acc = fp8_sums(a_rows, b_rows, a_scales, b_scales, rk, k, a_block, b_block, A, B, EVEN_K, BLOCKED, NATIVE, BM, BN, BK)
     if not BLOCKED:
         acc = acc * tl.load(a_scales)[:, None] * tl.load(b_scales)[None, :]
     if HAS_BIAS:

@@ -238,6 +238,11 @@ def quantize(x, code, block=0, transpose=False, key=None, stream=0, scales=None)
     return codes, scales, zeros
 
 
+def quantize_both(x, code, block=0, key=None, stream=0, turned_stream=0):
+    """See gradmill.ops.quant.quantize_both. The second launch finds x in L2 as far as that goes."""
+    return (*quantize(x, code, block, False, key, stream)[:2], *quantize(x, code, block, True, key, turned_stream)[:2])
+
+
 def dequantize(codes, scales, zeros, code, block, columns, dtype):
     """See gradmill.ops.quant.dequantize."""
     if code in UNALIGNED:

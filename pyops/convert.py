@@ -170,4 +170,6 @@ def _why_not(name, child_name, child, filter, embeddings, recipe) -> str:
         return f"its weight is {child.weight.dtype}; float32, bfloat16 or float16 can be converted"
     if child.weight.is_sparse:
         return "its weight is sparse"
+    if recipe.history and not isinstance(child, torch.nn.Linear):
+        return f"recipe {recipe.name}'s delayed scaling is for linear layers"
     return ""

@@ -147,6 +147,7 @@ FORMATS = {
     "int7_row": Format("int7"),
     "int8_tensor": Format("int8", 0, rows=0),
     "e4m3_row": Format("e4m3"),
+    "e4m3_row_pow2": Format("e4m3", scale="pow2"),
     "e4m3_tensor": Format("e4m3", 0, rows=0),
     "e5m2_tensor": Format("e5m2", 0, rows=0),
     "e4m3_1x128": Format("e4m3", 128),

@@ -5,15 +5,15 @@ import torch
 
 from gradmill import formats, recipes
 from gradmill.autograd.fake_quantize import FakeQuantize
-from gradmill.autograd.linear import QuantizedLinear
+from gradmill.autograd.linear import QuantizedGroupedLinear, QuantizedLinear
 from gradmill.autograd.window import Window
-from gradmill.ops import quant
+from gradmill.ops import grouped, quant
 from gradmill.ops.conv import check_geometry
 from gradmill.reference import quant as reference
 from gradmill.reference.optim import as_matrix
 from gradmill.weight import QuantizedWeight
 
-__all__ = ["conv2d", "fake_quantize", "fake_quantize_parameters", "linear"]
+__all__ = ["conv2d", "fake_quantize", "fake_quantize_parameters", "grouped_linear", "linear"]
 
 
 def _output_dtype(x: torch.Tensor) -> torch.dtype:
@@ -32,7 +32,7 @@ def _require_tensors(function: str, **tensors):
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, recipe: str | recipes.Recipe = "int8",
-           steps: torch.Tensor | None = None, zeros: torch.Tensor | None = None) -> torch.Tensor:
+           steps: torch.Tensor | None = None, zeros: torch.Tensor | None = None, amax_history: torch.Tensor | None = None) -> torch.Tensor:
     """torch.nn.functional.linear with its three matmuls in a recipe's formats.
 
     Args:
@@ -42,6 +42,9 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         recipe: a name or a :class:`gradmill.recipes.Recipe`.
         steps: (out, groups) float32, used instead of a packed weight's scales and trained; weight-only recipes. With zeros, of
             the same shape, the parameters of :func:`fake_quantize`: recipes that fake need them, others refuse them.
+        amax_history: (3, recipe.history) float32, zeros at first, for recipes with delayed scaling: the largest magnitudes of X, W and
+            dY in the steps before, the last step's first. The backward pass adds a step, in place; nan and inf count as 0 there, and
+            show in the output.
 
     Returns:
         (..., out) in autocast's dtype if autocast is on for the device, else in x's. Gradients have the dtype of
@@ -58,7 +61,12 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"gradmill linear: x has shape {tuple(x.shape)}; its last dimension must be {weight.shape[1]}, the weight's in")
     weight, steps = _prepare("linear", weight, bias, recipe, steps, zeros)
-    y = QuantizedLinear.apply(x.reshape(x.shape[:-1].numel(), x.shape[-1]), weight, bias, recipe, _output_dtype(x), steps)
+    if (amax_history is None) != (recipe.history == 0):
+        raise ValueError(f"gradmill linear: amax_history is {'missing' if amax_history is None else 'given'}; recipe {recipe.name} "
+                         f"{f'needs one of shape (3, {recipe.history})' if recipe.history else 'takes none'}")
+    if amax_history is not None and (amax_history.dtype != torch.float32 or amax_history.shape != (3, recipe.history)):
+        raise ValueError(f"gradmill linear: amax_history is {amax_history.dtype} of shape {tuple(amax_history.shape)}; it must be float32 of shape (3, {recipe.history})")
+    y = QuantizedLinear.apply(x.reshape(x.shape[:-1].numel(), x.shape[-1]), weight, bias, recipe, _output_dtype(x), steps, None, amax_history)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -108,6 +116,8 @@ def conv2d(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None 
         ValueError: for shapes and numbers that do not fit or an unknown recipe.
     """
     recipe = recipes.get(recipe)
+    if recipe.history:
+        raise ValueError(f"gradmill conv2d: recipe is {recipe.name}; delayed scaling is for linear layers")
     _require_tensors("conv2d", input=input, weight=weight, **({} if bias is None else {"bias": bias}))
     if weight.dim() != 4:
         raise ValueError(f"gradmill conv2d: weight has shape {tuple(weight.shape)}; it must be 4-D (out, in / groups, kh, kw)")
@@ -141,6 +151,69 @@ def _pair(name, value) -> tuple[int, int]:
     if len(pair) != 2 or not all(isinstance(v, int) for v in pair):
         raise ValueError(f"gradmill conv2d: {name} is {value!r}; it must be an integer or two")
     return pair
+
+
+def grouped_recipe(recipe: str | recipes.Recipe) -> recipes.Recipe:
+    """The recipe of that name, if a layer per expert can have it. ValueError else."""
+    recipe = recipes.get(recipe)
+    products = [m for m in (recipe.y, recipe.dx, recipe.dw) if m is not None]
+    why = ""
+    if recipe.history:
+        why = "delayed scaling is for a layer without experts"
+    elif recipe.weight is not None or recipe.fake is not None or "forward" in products:
+        why = "its weight is stored or seen in few bits, or its operands are kept"
+    elif any(m.hadamard for m in products):
+        why = "its operands go through a Hadamard transform"
+    else:
+        for f in (f for m in products for f in (m.left, m.right)):
+            if f is None or f.code not in grouped.OPERANDS or f.scale == "e4m3":
+                why = "every operand must be int8, int7, e4m3, e5m2 or a plain float with scales of its own"
+        if any((m.left.code in formats.FLOAT_DTYPES) != (m.right.code in formats.FLOAT_DTYPES) for m in products if not why):
+            why = "a product's operands must be both quantised or both plain floats"
+        tokens = [m.left for m in products] + [m.right for m in (recipe.dw,) if m is not None]
+        if not why and any(f.rows > 1 or f.rows == 0 and f.block for f in tokens):
+            why = "tokens can share a scale with all of their expert's or with none"
+    if why:
+        raise ValueError(f"recipe is {recipe.name}; grouped_linear and GroupedLinear cannot use it: {why}. They take int8, int8_switchback, int7, "
+                         "fp8_tensor, fp8_row, fp8_row_pow2, fp8_block, bf16 and recipes of one's own made of their formats")
+    return recipe
+
+
+def grouped_linear(input: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor, bias: torch.Tensor | None = None,
+                   recipe: str | recipes.Recipe = "int8") -> torch.Tensor:
+    """A linear layer per expert of a mixture (MoE), its three matmuls in a recipe's formats: row i of the result is
+    ``input[i] @ weight[e].T + bias[e]``, e being token i's expert.
+
+    Args:
+        input: (tokens, in) float32, bfloat16 or float16, the tokens sorted by expert.
+        weight: (experts, out, in).
+        offs: (experts) int32, where each expert's tokens end: cumulative counts, as torch's ``_grouped_mm`` takes them. An
+            expert may have none; tokens beyond the last end are nobody's: their rows of the result are 0.
+        bias: (experts, out) or None.
+        recipe: a name or a :class:`gradmill.recipes.Recipe` whose operands are quantised on the fly: int8, int8_switchback, int7,
+            fp8_tensor, fp8_row, fp8_row_pow2, fp8_block, bf16. Every expert has the scales that a layer of its own would have.
+
+    Returns:
+        (tokens, out) in autocast's dtype if autocast is on for the device, else in input's. Gradients have the dtype of what they are
+        gradients of; an expert without tokens gets zeros.
+
+    Raises:
+        TypeError: for dtypes. ValueError: for shapes that do not fit, a recipe that experts cannot have, and on CPU for offs that
+            decrease or go beyond the tokens.
+    """
+    recipe = grouped_recipe(recipe)
+    _require_tensors("grouped_linear", input=input, weight=weight, **({} if bias is None else {"bias": bias}))
+    if weight.dim() != 3 or not weight.shape[0]:
+        raise ValueError(f"gradmill grouped_linear: weight has shape {tuple(weight.shape)}; it must be (experts, out, in), one expert at the least")
+    if input.dim() != 2 or input.shape[1] != weight.shape[2]:
+        raise ValueError(f"gradmill grouped_linear: input has shape {tuple(input.shape)}; it must be (tokens, {weight.shape[2]})")
+    if bias is not None and bias.shape != weight.shape[:2]:
+        raise ValueError(f"gradmill grouped_linear: bias has shape {tuple(bias.shape)}; it must be {tuple(weight.shape[:2])}")
+    if not isinstance(offs, torch.Tensor) or offs.dtype != torch.int32:
+        raise TypeError(f"gradmill grouped_linear: offs is {offs.dtype if isinstance(offs, torch.Tensor) else type(offs).__name__}; it must be an int32 tensor")
+    if offs.shape != weight.shape[:1]:
+        raise ValueError(f"gradmill grouped_linear: offs has shape {tuple(offs.shape)}; it must be ({weight.shape[0]},), an end for each expert")
+    return QuantizedGroupedLinear.apply(input, weight, bias, offs, recipe, _output_dtype(input))
 
 
 def fake_quantize(weight: torch.Tensor, steps: torch.Tensor, zeros: torch.Tensor, bits: int, group: int = 128) -> torch.Tensor:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from gradmill.formats import FORMATS, Format
 
-__all__ = ["Matmul", "Recipe", "RECIPES", "get", "INT8", "INT8_SWITCHBACK", "INT7", "FP8_TENSOR", "FP8_ROW", "FP8_BLOCK", "INT4", "FP4", "MXFP4",
+__all__ = ["Matmul", "Recipe", "RECIPES", "get", "INT8", "INT8_SWITCHBACK", "weight_only", "INT7", "FP8_TENSOR", "FP8_DELAYED", "FP8_ROW", "FP8_ROW_POW2", "FP8_BLOCK", "INT4", "FP4", "MXFP4",
            "BF16", "W8", "W4", "W3", "W2", "QAT_W4", "QAT_W3", "QAT_W2", "INT8_WEIGHTS"]
 
 
@@ -39,6 +39,8 @@ class Recipe:
         weight: format the weight is stored in (a :class:`gradmill.QuantizedWeight`); None keeps the Parameter.
         frozen: a stored weight does not train (weight-only recipes; its step sizes may, see ``nn.Linear.train_steps_``).
         gradient_rounding: "nearest" or "stochastic" rounding of dY.
+        history: a tensor's scale comes from its largest magnitude in so many steps before (0: in this one), kept in the layer; what
+            exceeds it saturates. For products of whole-tensor formats.
         fake: (bits, group): the products see the weight as ``gradmill.functional.fake_quantize`` makes it, with trained steps
             and zero points; the weight itself stays a float Parameter.
     """
@@ -51,6 +53,7 @@ class Recipe:
     frozen: bool = False
     gradient_rounding: str = "nearest"
     fake: tuple[int, int] | None = None
+    history: int = 0
 
     def __post_init__(self):
         for field in ("y", "dx", "dw"):
@@ -64,6 +67,10 @@ class Recipe:
             raise ValueError(f"y is {self.y!r}; dx or dw 'forward' needs a Matmul whose operands can be kept")
         if self.gradient_rounding not in ("nearest", "stochastic"):
             raise ValueError(f"gradient_rounding is {self.gradient_rounding!r}; it must be 'nearest' or 'stochastic'")
+        if self.history < 0 or self.history and not all(
+                isinstance(m, Matmul) and not m.hadamard and all(f is not None and f.rows == f.block == 0 and f.scale == "fp32" for f in (m.left, m.right))
+                for m in (self.y, self.dx, self.dw)):
+            raise ValueError(f"history is {self.history!r}; it must be 0, or positive where all operands of y, dx and dw have one scale for the whole tensor")
         if self.fake is not None:
             bits, group = self.fake
             if not (2 <= bits <= 8 and group >= 0 and group % 2 == 0):
@@ -97,8 +104,13 @@ INT7 = Recipe("int7", "int7", "int7", "int7")
 INT8_SWITCHBACK = Recipe("int8_switchback", Matmul(_ROW8, _TENSOR8), Matmul(_ROW8, _TENSOR8))
 #: Micikevicius et al., "FP8 Formats for Deep Learning": e4m3 for X and W, e5m2 for dY, one dynamic scale per tensor.
 FP8_TENSOR = Recipe("fp8_tensor", Matmul(_E4M3, _E4M3), Matmul(_E5M2, _E4M3), Matmul(_E5M2, _E4M3))
+#: The same with delayed scaling: the scale of X, W and dY from the largest magnitude of 16 steps (Micikevicius et al.; the history
+#: is that of NVIDIA's Transformer Engine). Another length: ``dataclasses.replace(FP8_DELAYED, history=1024)``.
+FP8_DELAYED = Recipe("fp8_delayed", Matmul(_E4M3, _E4M3), Matmul(_E5M2, _E4M3), Matmul(_E5M2, _E4M3), history=16)
 #: e4m3 everywhere, a scale per row of either operand.
 FP8_ROW = Recipe("fp8_row", "e4m3", "e4m3", "e4m3")
+#: The same with scales rounded up to powers of two: dividing by them rounds nothing, at the price of half a bit of range on average.
+FP8_ROW_POW2 = Recipe("fp8_row_pow2", *(Matmul(FORMATS["e4m3_row_pow2"], FORMATS["e4m3_row_pow2"]) for _ in range(3)))
 #: DeepSeek-AI, "DeepSeek-V3 Technical Report", 3.3: X and dY in 1x128 blocks, W in 128x128, dW over groups of 128 tokens.
 FP8_BLOCK = Recipe("fp8_block", Matmul(_LINE, _SQUARE), Matmul(_LINE, _SQUARE), Matmul(_LINE, _LINE))
 #: Huang et al., "Stable-SPAM": W in groups of 256 with a zero point, X symmetric with each group's two largest entries
@@ -120,8 +132,28 @@ QAT_W4, QAT_W3, QAT_W2 = (Recipe(f"qat_w{bits}", fake=(bits, group)) for bits, g
 #: INT8 matmuls over a weight that is itself stored in INT8, groups of 256 with a zero point (Zhang et al., "Q-GaLore").
 INT8_WEIGHTS = Recipe("int8_weights", "int8", "int8", "int8", weight=FORMATS["int8"])
 
-RECIPES = {r.name: r for r in (INT8, INT8_SWITCHBACK, INT7, FP8_TENSOR, FP8_ROW, FP8_BLOCK, INT4, FP4, MXFP4, BF16, W8, W4, W3, W2, QAT_W4, QAT_W3, QAT_W2,
+RECIPES = {r.name: r for r in (INT8, INT8_SWITCHBACK, INT7, FP8_TENSOR, FP8_DELAYED, FP8_ROW, FP8_ROW_POW2, FP8_BLOCK, INT4, FP4, MXFP4, BF16, W8, W4, W3, W2, QAT_W4, QAT_W3, QAT_W2,
                                INT8_WEIGHTS)}
+
+
+def weight_only(bits: int, group: int = 128, symmetric: bool = False) -> Recipe:
+    """A weight-only recipe: the weight packed in ``bits`` bits and frozen, X and dX in the input's precision.
+
+    Args:
+        bits: 8, 4, 3 or 2.
+        group: neighbours along a row that share a scale; 0 for a whole row. It must fill whole bytes: a multiple of 2 for 4 bits, of
+            8 for 3, of 4 for 2.
+        symmetric: no zero points: a byte a group saved, and less precise where a group's values lie to one side.
+
+    Returns:
+        A :class:`Recipe`, to pass wherever a recipe's name is taken; ``weight_only(4)`` is w4 by another name.
+
+    Raises:
+        ValueError: for bits or group.
+    """
+    if bits not in (8, 4, 3, 2):
+        raise ValueError(f"bits is {bits!r}; it must be 8, 4, 3 or 2")
+    return Recipe(f"w{bits}_{group or 'row'}{'_symmetric' * symmetric}", weight=Format(f"{'' if symmetric else 'u'}int{bits}", group), frozen=True)
 
 
 def get(recipe: str | Recipe) -> Recipe:

@@ -18,9 +18,22 @@ from gradmill.reference.conv import output_size
 from gradmill.weight import nbytes
 
 from .conftest import BLOCKED, FLOATS, LEVELS, SPECIAL, assert_native_is_reference, assert_same_bits, fit, isa, threads, wild
-from .test_recipes import DETERMINISTIC, FROZEN, NAMES, QAT, close, expected
+from .test_recipes import DETERMINISTIC as DETERMINISTIC_LINEAR, FROZEN, NAMES as LINEAR, QAT, close, expected
 
+NAMES, DETERMINISTIC = ([n for n in names if not RECIPES[n].history] for names in (LINEAR, DETERMINISTIC_LINEAR))
 NONE = Recipe("none")
+
+
+def test_delayed_scaling_is_refused():
+    with pytest.raises(ValueError, match="recipe is fp8_delayed"):
+        Conv2d(3, 4, 3, recipe="fp8_delayed")
+    with pytest.raises(ValueError, match="recipe is fp8_delayed"):
+        functional.conv2d(torch.randn(1, 3, 5, 5), torch.randn(4, 3, 3, 3), recipe="fp8_delayed")
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Linear(4, 4))
+    report = gradmill.convert(model, "fp8_delayed")
+    assert report.skipped == [("0", "recipe fp8_delayed's delayed scaling is for linear layers")] and isinstance(model[1], gradmill.nn.Linear)
+
+
 #: n, in, height, width, out, kernel, options
 SHAPES = [
     (2, 5, 9, 7, 6, (3, 3), dict(padding=1)),

@@ -22,6 +22,7 @@ import gradmill
 from gradmill import ops
 from gradmill.formats import Format
 from gradmill.optim.rules import RULES
+from gradmill.reference import grouped as reference_grouped
 from gradmill.reference import matmul as reference_matmul
 from gradmill.reference import optim as reference_optim
 from gradmill.reference import projection as reference_projection
@@ -35,7 +36,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 BLOCKED = ("int8", "uint8", "int4", "uint4", "moment8", "square8", "e4m3", "e5m2", "e2m1", "int7", "uint2", "int2", "uint3", "int3", "int4_outlier")
 NOT_WRITTEN = ("uint3", "int3", "int4_outlier")  # quantised by the reference on CUDA
 KEY = torch.tensor([0x123456789ABCDEF, 7])
-FAMILIES = [sys.modules[f"gradmill.ops.{name}"] for name in ("quant", "matmul", "optim", "projection")]
+FAMILIES = [sys.modules[f"gradmill.ops.{name}"] for name in ("quant", "matmul", "grouped", "optim", "projection")]
 
 
 # --- places -----------------------------------------------------------------------------------------------
@@ -238,6 +239,20 @@ def test_quantize(place, code, rows, columns, block):
                 same(g, w, f"{name} of {code} {dtype} transpose={transpose} key={key is not None} strided={strided}")
 
 
+@pytest.mark.parametrize("code", ["int8", "int7", "e4m3", "e5m2"])
+@pytest.mark.parametrize("rows, columns, block", [*QUANT_SHAPES, (70, 133, 0), (1030, 9, 0)])
+def test_quantize_both(place, code, rows, columns, block):
+    for number, (dtype, key) in enumerate([(torch.float32, None), (torch.bfloat16, None), (torch.float16, KEY)]):
+        x = sample(rows, columns, number, dtype)
+        for turned in (False, True):
+            source = x.t() if turned else x
+            want = reference_quant.quantize_both(source, code, block, key, stream(3, "gradient"), stream(4, "gradient"))
+            with place.context():
+                got = ops.quantize_both(place.put(x).t() if turned else place.put(x), code, block, key, stream(3, "gradient"), stream(4, "gradient"))
+            for g, w, name in zip(got, want, ("codes", "scales", "turned codes", "turned scales")):
+                same(g, w, f"{name} of {code} {dtype} key={key is not None} turned={turned}")
+
+
 @pytest.mark.parametrize("code", ["int8", "int7", "e4m3", "e5m2", "e2m1", "int2"])
 @pytest.mark.parametrize("rows, columns, block", QUANT_SHAPES)
 def test_quantize_with_given_scales(place, code, rows, columns, block):
@@ -388,6 +403,54 @@ def test_matmul_scaled(place, a_code, a_block, b_code, b_block):
         with place.context():
             got = ops.matmul_scaled(*map(place.put, a), a_code, a_block, *map(place.put, b), *rest, torch.float32)
         close(got, want, want.abs().max() * 2.0 ** -15, f"transpose={transpose}")  # k * 2^-24 of the sum of magnitudes
+
+
+# --- grouped ----------------------------------------------------------------------------------------------
+GROUPS = [[5, 0, 130, 1], [0], [70], [0, 0, 33], [1] * 9]
+
+
+@pytest.mark.parametrize("code", ["int8", "int7", "e4m3", "e5m2"])
+@pytest.mark.parametrize("sizes", GROUPS, ids=str)
+def test_quantize_grouped(place, code, sizes):
+    offs = torch.tensor(sizes, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    for columns, block, dtype, key in ((37, 0, torch.float32, None), (70, 32, torch.bfloat16, KEY), (1, 0, torch.float16, KEY)):
+        x = sample(sum(sizes) + 2, columns, columns, dtype)
+        want = reference_grouped.quantize_grouped(x, offs, code, block, key, stream(3, "gradient"))
+        for given in (None, torch.rand_like(want[1])):
+            want = reference_grouped.quantize_grouped(x, offs, code, block, key, stream(3, "gradient"), given)
+            with place.context():
+                got = ops.quantize_grouped(place.put(x), place.put(offs), code, block, key, stream(3, "gradient"), place.put(given))
+            for g, w, name in zip(got, want, ("codes", "scales")):
+                same(g, w, f"{name} of {code} {columns} {block} given={given is not None}")
+
+
+@pytest.mark.parametrize("code, block", [("int8", 0), ("int7", 0), ("e4m3", 0), ("e4m3", 32), ("e5m2", 0), ("fp32", 0), ("bf16", 0)])
+@pytest.mark.parametrize("sizes", GROUPS, ids=str)
+def test_matmul_grouped(place, code, block, sizes):
+    offs, tokens, format = torch.tensor(sizes, dtype=torch.int32).cumsum(0, dtype=torch.int32), sum(sizes) + 2, Format(code, block)
+    exact = code in ("int8", "int7")
+
+    def operand(*shape, over=False):
+        x = torch.randn(shape)
+        if not format.blocked:
+            return x.to(format.code_dtype), None
+        if over:
+            return reference_grouped.quantize_grouped(x, offs, code, block)
+        codes, scales, _ = reference_quant.quantize(x.flatten(0, -2), code, block)
+        return codes.view(x.shape), scales.view(*shape[:-1], -1)
+
+    k, n, m = 70, 133, 66
+    bias = torch.randn(len(sizes), n)
+    for a, b, ends, with_bias in ((operand(tokens, k), operand(len(sizes), n, k), offs, bias), (operand(len(sizes), 19, k), operand(len(sizes), n, k), None, bias),
+                                  (operand(tokens, m, over=True), operand(tokens, n, over=True), offs, None)):
+        arguments = (*a, code, block, *b, code, block, ends, with_bias, torch.float32)
+        want = reference_grouped.matmul_grouped(*arguments)
+        with place.context():
+            got = ops.matmul_grouped(*(place.put(t) if isinstance(t, torch.Tensor) else t for t in arguments))
+        if exact:
+            same(got, want)
+        else:
+            close(got, want, (want.abs().max() + 1) * 2.0 ** -15 * torch.ones_like(want))
 
 
 # --- optim ------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import torch
 import gradmill
 from gradmill import BackendError, use_backend
 from gradmill.formats import FORMATS, Format
-from gradmill.ops import OPS, dequantize, fake_quantize, fake_quantize_backward, fused_step, hadamard, matmul_int8, matmul_packed, project, project_back, quantize, subspace_basis
+from gradmill.ops import OPS, dequantize, fake_quantize, fake_quantize_backward, fused_step, hadamard, matmul_int8, matmul_packed, project, project_back, quantize, quantize_grouped, subspace_basis
 from gradmill.optim.rules import RULES
 from gradmill.reference.optim import RULES as REFERENCE_RULES
 
@@ -49,6 +49,8 @@ def samples():
     yield "matmul_scaled", (*fp8[:2], None, "e4m3", 0, *fp4, "e2m1", 8, 12, False, torch.randn(7), torch.float32)
     yield "matmul_scaled", (torch.randn(5, 7).bfloat16(), None, None, "bf16", 0, *fp4[:2], None, "e2m1", 8, 12, True, None, torch.bfloat16)
     yield "quantize", (x, "int8", 0, True, key(1, 2), 3)
+    yield "quantize_both", (x, "int8")
+    yield "quantize_both", (x.bfloat16(), "e4m3", 4, key(1, 2), 3, 4)
     yield "hadamard", (x,)
     yield "hadamard", (x.bfloat16(), 8, True, key(1, 2), 3, torch.float32, True)
     steps, zeros = torch.rand(5, 3), 4 * torch.rand(5, 3)
@@ -65,6 +67,15 @@ def samples():
     for code in ("int8", "uint4", "bf16"):
         yield "quantize_patches", (image, *geometry, code, 4 if code == "uint4" else 0, code == "int8")
     yield "fold_patches", (torch.randn(2 * 3 * 3, 18), 2, 3, 6, 5, *geometry, torch.bfloat16)
+    offs, wide = torch.tensor([2, 2, 5], dtype=torch.int32), torch.randn(3, 7, 12)
+    yield "quantize_grouped", (x, offs, "int8")
+    yield "quantize_grouped", (x.bfloat16(), offs, "e4m3", 4, key(1, 2), 3, torch.ones(12, 4))
+    for code in ("int8", "e4m3"):
+        experts, over = [t.view(3, 7, -1) for t in quantize(wide.flatten(0, 1), code)[:2]], quantize_grouped(x, offs, code)
+        yield "matmul_grouped", (*quantize(x, code)[:2], code, 0, *experts, code, 0, offs, torch.randn(3, 7), torch.bfloat16)
+        yield "matmul_grouped", (*over, code, 0, *over, code, 0, offs, None, torch.float32)
+    yield "matmul_grouped", (wide, None, "fp32", 0, wide, None, "fp32", 0, None, None, torch.float16)
+    yield "matmul_grouped", (x, None, "fp32", 0, x, None, "fp32", 0, offs, None, torch.float32)
     yield "project", (torch.randn(9, 12), *packed, "uint4", 4, False)
     yield "project", (torch.randn(12, 9).half(), *packed, "uint4", 4, True)
     yield "project_back", back_arguments()

@@ -2,7 +2,7 @@
 import pytest
 import torch
 from gradmill.formats import Format
-from gradmill.ops import dequantize, quantize
+from gradmill.ops import dequantize, quantize, quantize_both
 from gradmill.reference import philox
 from gradmill.reference.philox import words
 from gradmill.reference.quant import sqrt
@@ -174,6 +174,46 @@ def test_quantize_and_back_are_bit_equal_for_any_shape_block_and_key(rows, colum
     k = key(seed, step) if stochastic else None
     packed = assert_native_is_reference(quantize, x, code, block, transpose, k, stream)
     assert_native_is_reference(dequantize, *packed, code, block, rows if transpose else columns, torch.float32)
+
+
+def check_both(x, code, block, k=None, streams=(0, 0), what=""):
+    """quantize_both is the two calls of quantize, in every backend."""
+    want = (*reference(quantize, x, code, block, False, k, streams[0])[:2], *reference(quantize, x, code, block, True, k, streams[1])[:2])
+    for variant in ("reference", *LEVELS):
+        with running(variant):
+            assert_same_bits(quantize_both(x, code, block, k, *streams), want, f"{variant} {code} {tuple(x.shape)} {block} {what}")
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("code", ["int8", "int7", "e4m3", "e5m2"])
+def test_quantize_both_ways_is_bit_equal_to_two_calls(code, dtype):
+    for shape in [*EMPTY, (1, 1), (3, 5), (64, 64), (65, 63), (1, 300), (300, 1), (130, 70), (129, 257)]:
+        x = inputs(code, *shape, dtype=dtype)
+        for block in (0, 1, 32, 100, 128):
+            check_both(x, code, block)
+            check_both(x, code, block, key(-5, 3), (7 << 8, 9 << 8))
+        for name, view in layouts(x):
+            check_both(view, code, 0, what=name)
+    x = inputs(code, 70, 130, dtype=dtype)
+    x[3], x[:, 4], x[5, 6], x[69, 129], x[8] = 0.0, -0.0, torch.nan, -torch.inf, 1e-45
+    x[9] = torch.tensor([FLT_MAX, 1.0] * 65)
+    for block in (0, 32):
+        check_both(x, code, block)
+        check_both(x, code, block, key(1, 2), (3, 4))
+
+
+@given(rows=st.integers(0, 150), columns=st.integers(0, 150), block=st.integers(0, 130), code=st.sampled_from(["int8", "int7", "e4m3", "e5m2"]),
+       seed=st.integers(0, 2 ** 63 - 1))
+def test_quantize_both_ways_any_shape(rows, columns, block, code, seed):
+    check_both(inputs(code, rows, columns, generator=torch.Generator().manual_seed(seed)), code, block)
+
+
+def test_quantize_both_ways_threads_do_not_matter():
+    x, results = wild(300, 260), []
+    for count in (1, 2):
+        with threads(count):
+            results.append(quantize_both(x, "int8"))
+    assert_same_bits(results[1], results[0])
 
 
 @pytest.mark.parametrize("code", BLOCKED)

@@ -1,5 +1,6 @@
 """Every recipe against its definition: products of what its formats' codes stand for."""
 import copy
+import dataclasses
 import pickle
 
 import pytest
@@ -10,7 +11,7 @@ import gradmill
 from gradmill import QuantizedWeight, functional, recipes
 from gradmill.formats import FORMATS, Format
 from gradmill.nn import Linear
-from gradmill.ops import dequantize, quantize_to
+from gradmill.ops import dequantize, quantize, quantize_to
 from gradmill.recipes import RECIPES, Matmul
 
 NAMES = list(RECIPES)
@@ -201,8 +202,112 @@ def test_saved_bytes_are_counted_exactly(name):
     seen = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t) or t, lambda t: t):
         layer(x)  # x needs no gradient: only what dW needs is kept
-    kept = sum(t.nbytes for t in seen if t.dtype != torch.int64 and t is not layer.weight and t.shape != layer.weight.shape)
+    kept = sum(t.nbytes for t in seen if t.dim() > 1 and t is not layer.weight and t.shape != layer.weight.shape)
     assert kept == recipe.saved_bytes(tokens, columns, 4)
+
+
+def test_delayed_scales_come_from_the_largest_of_the_steps_before():
+    recipe = dataclasses.replace(recipes.FP8_DELAYED, history=3)
+    layer, seen = Linear(40, 12, bias=False, recipe=recipe), ([], [], [])
+
+    def coded(x, code, past):
+        """x's values under the scale that the last three steps make."""
+        largest = max(past[-3:]) if past else x.abs().max().item()
+        scale = torch.full((x.shape[0], 1), largest) / torch.tensor({"e4m3": 448.0, "e5m2": 57344.0}[code])
+        codes, _, zeros = quantize(x.contiguous(), code, 0, scales=scale)
+        return dequantize(codes, scale, zeros, code, 0, x.shape[1], torch.float32).double()
+
+    for step in range(8):
+        x, dy = torch.randn(9, 40) * 2.0 ** (step % 3), torch.randn(9, 12) * 10.0 ** -(step % 4)
+        w = layer.weight.detach()
+        layer.zero_grad()
+        y, dx, dw = run(layer, x, dy)
+        close(y, coded(x, "e4m3", seen[0]) @ coded(w, "e4m3", seen[1]).t())
+        close(dx, coded(dy, "e5m2", seen[2]) @ coded(w, "e4m3", seen[1]))
+        close(dw, coded(dy, "e5m2", seen[2]).t() @ coded(x, "e4m3", seen[0]))
+        for past, t in zip(seen, (x, w, dy)):
+            past.append(t.abs().max().item())
+        assert layer.amax_history[:, 0].tolist() == [past[-1] for past in seen]
+    assert layer.amax_history.tolist() == [past[:-4:-1] for past in seen]
+    with torch.no_grad():
+        layer.eval()(x * 1e6)
+    assert layer.amax_history[0, 0] == seen[0][-1]  # only a backward pass adds a step
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_delayed_scales_saturate_but_show_what_is_no_number(bad):
+    layer, x = Linear(40, 12, bias=False, recipe="fp8_delayed"), torch.rand(9, 40)
+    run(layer, x, torch.ones(9, 12))
+    layer.weight.data.fill_(1 / 16)
+    layer.amax_history[1].fill_(0)
+    x[3] = 1e30
+    y = layer(x)
+    assert y.isfinite().all() and torch.allclose(y[3], torch.full((12,), 40 / 16 * layer.amax_history[0, 0].item()), rtol=1e-3)
+    x[4, 5] = bad
+    x.requires_grad_()
+    y = layer(x)
+    assert y[4].isnan().all() and y[[0, 1, 2, 3, 5]].isfinite().all()
+    y.nansum().backward()
+    assert layer.amax_history.isfinite().all() and layer.amax_history[0, 0] == 0
+    assert layer(torch.rand(9, 40)).isfinite().all()
+
+
+def test_delayed_scales_live_in_the_layer():
+    layer, x, dy = Linear(24, 10, recipe="fp8_delayed"), torch.randn(6, 24), torch.randn(6, 10)
+    run(layer, x, dy)
+    state = layer.state_dict()
+    assert state["amax_history"].shape == (3, 16) and list(state) == ["weight", "bias", "amax_history"]
+    fresh = Linear(24, 10, recipe="fp8_delayed")
+    fresh.load_state_dict(state)
+    assert torch.equal(fresh(3 * x), layer(3 * x)) and torch.equal(copy.deepcopy(layer)(3 * x), layer(3 * x))
+    recomputed = copy.deepcopy(layer)
+    leaf = x.clone().requires_grad_()
+    checkpoint(recomputed, leaf, use_reentrant=False).backward(dy)
+    run(layer, x, dy)
+    assert torch.equal(recomputed.amax_history, layer.amax_history) and torch.equal(recomputed.weight.grad, layer.weight.grad)
+    plain = layer.dequantize_()
+    assert list(plain.state_dict()) == ["weight", "bias"]
+    fresh.load_state_dict(plain.state_dict())  # strict: no history is none
+    assert not fresh.amax_history.any()
+    with pytest.raises(ValueError, match="amax_history is missing; recipe fp8_delayed needs one of shape"):
+        functional.linear(x, layer.weight, None, "fp8_delayed")
+    with pytest.raises(ValueError, match="takes none"):
+        functional.linear(x, layer.weight, None, "fp8_tensor", amax_history=torch.zeros(3, 16))
+    with pytest.raises(ValueError, match="must be float32 of shape"):
+        functional.linear(x, layer.weight, None, "fp8_delayed", amax_history=torch.zeros(3, 4))
+
+
+def test_power_of_two_scales():
+    layer, x = Linear(70, 9, recipe="fp8_row_pow2"), torch.randn(5, 70)
+    _, scales, _ = quantize_to(x, recipes.FP8_ROW_POW2.y.left)
+    assert torch.equal(scales.log2(), scales.log2().round()) and (x.abs().amax(1, keepdim=True) <= 448 * scales).all()
+    assert (x.abs().amax(1, keepdim=True) > 224 * scales).all() and layer(x).shape == (5, 9)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits, group", [(8, 32), (4, 32), (4, 64), (4, 128), (3, 64), (2, 32), (8, 0)])
+def test_weight_only_in_any_group(bits, group, symmetric):
+    recipe, plain, x = recipes.weight_only(bits, group, symmetric), torch.nn.Linear(130, 12), torch.randn(5, 130)
+    layer = Linear.from_linear(copy.deepcopy(plain), recipe)
+    assert layer.weight.format == Format(f"{'' if symmetric else 'u'}int{bits}", group) and not layer.weight.requires_grad
+    close(layer(x).detach(), x.double() @ values(plain.weight.detach(), layer.weight.format).t() + plain.bias.double())
+    fresh = Linear(130, 12, recipe=recipe)
+    fresh.load_state_dict(layer.state_dict())
+    assert torch.equal(fresh(x), layer(x)) and recipe.name in repr(layer)
+    model = torch.nn.Sequential(copy.deepcopy(plain), torch.nn.ReLU())
+    assert gradmill.convert(model, recipe).replaced == ["0"] and torch.equal(model[0](x), layer(x))
+    leaf = x.clone().requires_grad_()
+    layer.train_steps_()(leaf).sum().backward()
+    assert layer.steps.grad.isfinite().all() and leaf.grad.isfinite().all()
+
+
+def test_weight_only_defaults_and_refusals():
+    for bits in (8, 4, 3):
+        assert recipes.weight_only(bits).weight == RECIPES[f"w{bits}"].weight
+    assert recipes.weight_only(2, 64).weight == RECIPES["w2"].weight
+    for bits, group in ((5, 128), (4, 33), (3, 12), (4, -2)):
+        with pytest.raises(ValueError, match="bits is|block is"):
+            recipes.weight_only(bits, group)
 
 
 @pytest.mark.parametrize("name", FROZEN)
@@ -248,7 +353,7 @@ def test_shared_scales_are_shared_and_rounded():
 
 @pytest.mark.parametrize("arguments, message", [
     (dict(y="int9"), "y is 'int9'"), (dict(y="forward"), "y is 'forward'"), (dict(dx="forward"), "needs a Matmul"),
-    (dict(gradient_rounding="up"), "gradient_rounding is 'up'"), (dict(dw=3), "dw is 3")])
+    (dict(gradient_rounding="up"), "gradient_rounding is 'up'"), (dict(y="e4m3", dx="e4m3", dw="e4m3", history=4), "history is 4"), (dict(history=-1), "history is -1"), (dict(dw=3), "dw is 3")])
 def test_bad_recipes_are_refused_by_name(arguments, message):
     with pytest.raises(ValueError, match=message):
         recipes.Recipe("mine", **arguments)

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from gradmill.formats import Format
-from gradmill.kernels import _common, matmul, optim, projection, quant
+from gradmill.kernels import _common, grouped, matmul, optim, projection, quant
 from gradmill.optim.rules import RULES
+from gradmill.reference import grouped as ref_grouped
 from gradmill.reference import matmul as ref_matmul
 from gradmill.reference import optim as ref_optim
 from gradmill.reference import projection as ref_projection
@@ -75,6 +76,14 @@ def test_quantize(code):
         for stochastic in (False, True):
             x = torch.randn(shape).to(FLOATS[i % 3])
             check_quantize(x.abs() if code == "square8" else x, code, block, bool((i + stochastic) % 2), random_key() if stochastic else None)
+
+
+def test_quantize_both():
+    x, key = torch.randn(37, 20), random_key()
+    for code, block in (("int8", 0), ("e4m3", 32)):
+        for name, a, b in zip(("codes", "scales", "turned codes", "turned scales"), quant.quantize_both(x, code, block, key, 3, 4),
+                              ref_quant.quantize_both(x, code, block, key, 3, 4)):
+            assert_same(a, b, name, code)
 
 
 @pytest.mark.parametrize("code", ("e4m3", "e5m2", "e2m1", "int7", "int8", "int4", "int2", "int3"))
@@ -422,3 +431,63 @@ def test_cpu_tensors_are_refused_without_the_interpreter(monkeypatch):
     monkeypatch.setattr(_common, "INTERPRETING", False)
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
         quant.quantize(torch.randn(2, 2), "int8")
+
+
+# --- grouped ----------------------------------------------------------------------------------------------
+GROUPS = ([5, 0, 40, 1], [0], [33], [0, 0, 3], [1] * 5)
+
+
+def ends(sizes):
+    return torch.tensor(sizes, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("code", ("int8", "int7", "e4m3", "e5m2"))
+def test_quantize_grouped(code):
+    for i, sizes in enumerate(GROUPS):
+        for columns, block in ((37, 0), (3, 16)):
+            x, offs = torch.randn(sum(sizes) + 2, columns).to(FLOATS[i % 3]), ends(sizes)
+            x[-1, -1], x[0, 0] = random.choice((1.0, float("nan"))), random.choice((1.0, float("inf")))
+            x = x.t().contiguous().t() if i % 2 else x
+            for key in (None, random_key()):
+                want = ref_grouped.quantize_grouped(x, offs, code, block, key, 3)
+                for given in (None, torch.rand_like(want[1])):
+                    want = ref_grouped.quantize_grouped(x, offs, code, block, key, 3, given)
+                    for name, g, w in zip(("codes", "scales"), grouped.quantize_grouped(x, offs, code, block, key, 3, given), want):
+                        assert_same(g, w, name, code, sizes, columns, block, key, given is not None)
+
+
+@pytest.mark.parametrize("code, block", (("int8", 0), ("int7", 0), ("e4m3", 0), ("e5m2", 64), ("e4m3", 32), ("fp32", 0)))
+def test_matmul_grouped(code, block):
+    for sizes in GROUPS:
+        offs, tokens, format = ends(sizes), sum(sizes) + 2, Format(code, block)
+
+        def operand(*shape, over=False):
+            x = torch.randn(shape)
+            if not format.blocked:
+                return x, None
+            if over:
+                return ref_grouped.quantize_grouped(x, offs, code, block)
+            codes, scales, _ = ref_quant.quantize(x.flatten(0, -2), code, block)
+            return codes.view(x.shape), scales.view(*shape[:-1], -1)
+
+        bias = torch.randn(len(sizes), 35)
+        for a, b, where, with_bias in ((operand(tokens, 70), operand(len(sizes), 35, 70), offs, bias),
+                                       (operand(len(sizes), 19, 64), operand(len(sizes), 35, 64), None, bias),
+                                       (operand(tokens, 34, over=True), operand(tokens, 35, over=True), offs, None)):
+            arguments = (*a, code, block, *b, code, block, where, with_bias, torch.float32)
+            got, want = grouped.matmul_grouped(*arguments), ref_grouped.matmul_grouped(*arguments)
+            if code in ("int8", "int7"):
+                assert_same(got, want, code, sizes)
+            else:
+                assert got.shape == want.shape and (not got.numel() or (got - want).abs().max() <= 2.0 ** -15 * (want.abs().max() + 1)), (code, sizes)
+
+
+def test_offs_out_of_bounds_stay_within_the_tensors():
+    """Nobody checks their values on a GPU: results are then anything, reads and writes are not."""
+    codes, scales, _ = ref_quant.quantize(torch.randn(9, 16), "int8")
+    w, w_scales, _ = ref_quant.quantize(torch.randn(9, 16), "int8")
+    for bad in ([-4, 50, 3], [9, 0, 9], [2 ** 31 - 1, -2 ** 31, 5]):
+        offs = torch.tensor(bad, dtype=torch.int32)
+        grouped.matmul_grouped(codes, scales, "int8", 0, w.view(3, 3, 16), w_scales.view(3, 3, 1), "int8", 0, offs, None, torch.float32)
+        over = grouped.quantize_grouped(torch.randn(9, 16), offs, "e4m3", 4)
+        grouped.matmul_grouped(*over, "e4m3", 64, *over, "e4m3", 64, offs, None, torch.float32)

@@ -242,40 +242,69 @@ struct Extent {
 
 // epilogue(row, col, n, sums, spare): the finished sums of columns [col, col + n) of one row, to read or overwrite,
 // and as much memory again.
-template <class Lanes, class A, class B, class Epilogue>
-void gemm(const Extent& e, const A& a, const B& b, const Epilogue& epilogue) {
-  constexpr int PR = Lanes::rows;  // of a panel of a
-  if (e.m <= 0 || e.n <= 0) return;
-  // Tiles: as large as the caches hold, but four to a thread where there is enough work, and evenly cut.
-  int64_t rows = min_of(MC, round_up(e.m, PR)), cols = round_up(min_of(NC, e.n), e.unit);
-  if (rows * cols > MC * NC) rows = round_up(divide_up(MC * NC, cols), PR);
-  rows = min_of(rows, round_up(e.m, PR));
-  const int64_t wanted = omp_get_max_threads() > 1 ? 4 * omp_get_max_threads() : 1;
-  while (divide_up(e.m, rows) * divide_up(e.n, cols) < wanted) {
-    if (rows >= 4 * PR && rows * 2 > cols) rows = round_up(rows / 2, PR);
-    else if (cols >= 8 * NR && cols >= 2 * e.unit) cols = round_up(cols / 2, e.unit);
-    else break;
-  }
-  rows = round_up(divide_up(e.m, divide_up(e.m, rows)), PR);
-  const int64_t tiles_down = divide_up(e.m, rows), tiles_across = divide_up(e.n, cols);
-  const int64_t stride = round_up(cols, NR);
-  const bool parallel = static_cast<double>(e.m) * static_cast<double>(e.n) * static_cast<double>(e.k + 8) > 1e5;
+template <class A, class B, class Epilogue>
+struct Problem {
+  Extent e;
+  A a;
+  B b;
+  Epilogue epilogue;
+};
 
-#pragma omp parallel if (parallel)
-  {
+// `count` products, make(i) being a Problem: threads take the tiles of all of them, so that small ones do not wait for
+// each other.
+template <class Lanes, class Make>
+void gemm_all(int64_t count, const Make& make) {
+  constexpr int PR = Lanes::rows;  // of a panel of a
+  struct Plan {
+    int64_t first, rows, cols, across;  // the number of its first tile, a tile's shape, tiles side by side
+  };
+  Plan* const plans = static_cast<Plan*>(malloc(static_cast<size_t>(count) * sizeof(Plan)));
+  if (!plans) abort();
+  int64_t tiles = 0, most_rows = 0, most_columns = 0, depth = 0;
+  double work = 0.0;
+  for (int64_t i = 0; i < count; ++i) {
+    const Extent e = make(i).e;
+    plans[i] = {tiles, 0, 0, 0};
+    if (e.m <= 0 || e.n <= 0) continue;
+    // Tiles: as large as the caches hold, but four to a thread where there is enough work, and evenly cut.
+    int64_t rows = min_of(MC, round_up(e.m, PR)), cols = round_up(min_of(NC, e.n), e.unit);
+    if (rows * cols > MC * NC) rows = round_up(divide_up(MC * NC, cols), PR);
+    rows = min_of(rows, round_up(e.m, PR));
+    const int64_t wanted = omp_get_max_threads() > 1 ? divide_up(4 * omp_get_max_threads(), count) : 1;
+    while (divide_up(e.m, rows) * divide_up(e.n, cols) < wanted) {
+      if (rows >= 4 * PR && rows * 2 > cols) rows = round_up(rows / 2, PR);
+      else if (cols >= 8 * NR && cols >= 2 * e.unit) cols = round_up(cols / 2, e.unit);
+      else break;
+    }
+    rows = round_up(divide_up(e.m, divide_up(e.m, rows)), PR);
+    plans[i] = {tiles, rows, cols, divide_up(e.n, cols)};
+    tiles += divide_up(e.m, rows) * plans[i].across;
+    most_rows = rows > most_rows ? rows : most_rows, most_columns = cols > most_columns ? cols : most_columns;
+    depth = e.k > depth ? e.k : depth;
+    work += static_cast<double>(e.m) * static_cast<double>(e.n) * static_cast<double>(e.k + 8);
+  }
+  depth = min_of(KC, depth);
+  const int64_t stride = round_up(most_columns, NR);
+
+#pragma omp parallel if (work > 1e5)
+  if (tiles > 0) {
     typedef typename Lanes::Sum Sum;
     constexpr int64_t lanes_per_sum = sizeof(Sum) / sizeof(lane);
-    const int64_t depth = min_of(KC, e.k);
-    Scratch packed_a(rows * depth + W), packed_b(stride * depth + W), tile((rows + 1) * stride * lanes_per_sum);
+    Scratch packed_a(most_rows * depth + W), packed_b(stride * depth + W), tile((most_rows + 1) * stride * lanes_per_sum);
     Sum* const sums = reinterpret_cast<Sum*>(tile.data);
 #pragma omp for schedule(dynamic)
-    for (int64_t t = 0; t < tiles_down * tiles_across; ++t) {
-      const int64_t row = t / tiles_across * rows, m = min_of(rows, e.m - row);
-      const int64_t col = t % tiles_across * cols, n = min_of(cols, e.n - col);
-      for (int64_t k = 0; k < e.k; k += KC) {
-        const int64_t kc = min_of(KC, e.k - k);
-        a.template pack<PR>(row, m, k, kc, packed_a.data);
-        b.template pack<NR>(col, n, k, kc, packed_b.data);
+    for (int64_t number = 0; number < tiles; ++number) {
+      int64_t which = 0;
+      while (which + 1 < count && plans[which + 1].first <= number) ++which;
+      const auto p = make(which);
+      const Plan& plan = plans[which];
+      const int64_t t = number - plan.first;
+      const int64_t row = t / plan.across * plan.rows, m = min_of(plan.rows, p.e.m - row);
+      const int64_t col = t % plan.across * plan.cols, n = min_of(plan.cols, p.e.n - col);
+      for (int64_t k = 0; k < p.e.k; k += KC) {
+        const int64_t kc = min_of(KC, p.e.k - k);
+        p.a.template pack<PR>(row, m, k, kc, packed_a.data);
+        p.b.template pack<NR>(col, n, k, kc, packed_b.data);
         for (int64_t j = 0; j < n; j += NR)
           for (int64_t i = 0; i < m; i += PR) {
             const lane *pa = packed_a.data + i * kc, *pb = packed_b.data + j * kc;
@@ -285,10 +314,16 @@ void gemm(const Extent& e, const A& a, const B& b, const Epilogue& epilogue) {
             else multiply_panels<Lanes, PR>(kc, pa, pb, out, stride, k == 0);
           }
       }
-      if (e.k == 0) memset(sums, 0, static_cast<size_t>(rows * stride) * sizeof(Sum));
-      for (int64_t i = 0; i < m; ++i) epilogue(row + i, col, n, sums + i * stride, sums + rows * stride);
+      if (p.e.k == 0) memset(sums, 0, static_cast<size_t>(plan.rows * stride) * sizeof(Sum));
+      for (int64_t i = 0; i < m; ++i) p.epilogue(row + i, col, n, sums + i * stride, sums + most_rows * stride);
     }
   }
+  free(plans);
+}
+
+template <class Lanes, class A, class B, class Epilogue>
+void gemm(const Extent& e, const A& a, const B& b, const Epilogue& epilogue) {
+  gemm_all<Lanes>(1, [&](int64_t) { return Problem<A, B, Epilogue>{e, a, b, epilogue}; });
 }
 
 // --- few rows ---------------------------------------------------------------------------------------------

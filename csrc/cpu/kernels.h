@@ -32,6 +32,14 @@ struct QuantizeArgs {
   const Key* key;  // null: nearest
   bool given;      // out.scales holds the scales to use; a block with a nan or an inf still gets nan
 };
+// x (rows x cols) -> out (rows x cols) and turned (cols x rows), the same format, an 8-bit symmetric code. turned.scales: zeros.
+struct QuantizeBothArgs {
+  const void* x;
+  int x_code;
+  int64_t stride;
+  Matrix out, turned;
+  const Key *key, *turned_key;  // both null: nearest
+};
 struct DequantizeArgs {
   Matrix in;
   void* out;  // contiguous
@@ -85,6 +93,79 @@ struct PackedMatmulArgs {
   void* out;          // contiguous, dtype out_code
   int out_code;
 };
+
+// The products of every expert of a mixture, a_e b_e^T (+ bias_e). `offs`: where each expert's tokens end, cumulative.
+// summed = false: a (tokens x k) in the order of the experts, offs null where each has m; b (experts * n x k); out
+// (tokens x n). summed: out (experts x m x n), the tokens being what is summed over. Stored operands lie expert after
+// expert there, (m x its tokens) each, with blocks of their own; plain floats are (tokens x m) and (tokens x n).
+struct GroupedArgs {
+  bool summed;
+  int64_t experts, tokens, m, n, k;  // m or, summed, k counts for nothing where it is ragged
+  const int32_t* offs;
+  Matrix a, b;          // codes, scales, code, block (0: a whole row) count
+  const float* bias;    // (experts x n), may be null
+  void* out;
+  int out_code;
+};
+
+// One expert's part: m x n x k, its operands, `by_tokens` (k x m) and (k x n).
+struct Expert {
+  int64_t m, n, k;
+  Matrix a, b;
+  bool by_tokens;
+  const float* bias;
+  char* out;
+};
+
+// Expert e's tokens, whatever offs holds within bounds, and how many blocks of a row come before its own.
+struct Span {
+  int64_t begin, end, blocks;
+};
+GM_HD Span span_of(const int32_t* offs, int64_t tokens, int64_t e, int64_t block) {
+  Span s{0, 0, 0};
+  for (int64_t i = 0;; ++i) {
+    s.begin = s.end;
+    s.end = offs[i] < s.begin ? s.begin : offs[i] > tokens ? tokens : offs[i];
+    if (i == e) return s;
+    s.blocks += block == 0 ? 1 : (s.end - s.begin + block - 1) / block;
+  }
+}
+
+// Rows [first, first + rows) of a stored (any x cols) matrix; a block of 0 is a row.
+GM_HD Matrix rows_of(const Matrix& m, int64_t first, int64_t rows, int64_t cols) {
+  const int64_t block = m.block == 0 || m.block > cols ? cols : m.block, per_row = block > 0 ? (cols + block - 1) / block : 0;
+  return {static_cast<char*>(m.codes) + first * cols * (code_bits(m.code) / 8), m.scales + (is_blocked(m.code) ? first * per_row : 0), nullptr, m.code,
+          rows, cols, block};
+}
+
+// An expert's part of a matrix (rows x tokens) that lies expert after expert.
+GM_HD Matrix ragged_part(const Matrix& m, const Span& s, int64_t rows) {
+  const int64_t cols = s.end - s.begin;
+  return {static_cast<char*>(m.codes) + rows * s.begin, m.scales + rows * s.blocks, nullptr, m.code, rows, cols, m.block == 0 || m.block > cols ? cols : m.block};
+}
+
+GM_HD Expert expert_of(const GroupedArgs& g, int64_t e) {
+  const Span s = g.offs ? span_of(g.offs, g.tokens, e, g.a.block) : Span{e * g.m, (e + 1) * g.m, 0};
+  const int64_t tokens = s.end - s.begin;
+  char* const out = static_cast<char*>(g.out) + (g.summed ? e * g.m : s.begin) * g.n * (code_bits(g.out_code) / 8);
+  const float* const bias = g.bias ? g.bias + e * g.n : nullptr;
+  if (!g.summed) return {tokens, g.n, g.k, rows_of(g.a, s.begin, tokens, g.k), rows_of(g.b, e * g.n, g.n, g.k), false, bias, out};
+  if (!is_blocked(g.a.code)) return {g.m, g.n, tokens, rows_of(g.a, s.begin, tokens, g.m), rows_of(g.b, s.begin, tokens, g.n), true, bias, out};
+  return {g.m, g.n, tokens, ragged_part(g.a, s, g.m), ragged_part(g.b, span_of(g.offs, g.tokens, e, g.b.block), g.n), false, bias, out};
+}
+
+// x (tokens x cols) -> out: each expert's tokens transposed, (cols x its tokens), expert after expert. `key` is that of the
+// first expert, the others' streams have the next tensor ids.
+struct QuantizeGroupedArgs {
+  const void* x;
+  int x_code;
+  int64_t stride, tokens, cols, experts;
+  const int32_t* offs;
+  Matrix out;
+  const Key* key;
+  bool given;
+};
+GM_HD Key expert_key(const Key& key, int64_t e) { return {key.seed, key.step, key.stream + (static_cast<uint32_t>(e) << 8)}; }
 
 // Gradient projection. The basis B is (rank x d), its rows the basis vectors.
 //   side right: grad (m x d), out (m x rank) = grad B^T;   side left: grad (d x n), out (rank x n) = B grad
@@ -151,6 +232,8 @@ struct FoldArgs {
 
 struct QuantKernels {
   void (*quantize)(const QuantizeArgs&);
+  void (*quantize_both)(const QuantizeBothArgs&);
+  void (*quantize_grouped)(const QuantizeGroupedArgs&);
   void (*dequantize)(const DequantizeArgs&);
   void (*hadamard)(const HadamardArgs&);
   void (*fake_quantize)(const FakeArgs&);
@@ -159,6 +242,7 @@ struct QuantKernels {
 struct MatmulKernels {
   void (*int8)(const Int8MatmulArgs&);
   void (*packed)(const PackedMatmulArgs&);
+  void (*grouped)(const GroupedArgs&);
 };
 struct ConvKernels {
   void (*quantize_patches)(const PatchArgs&);

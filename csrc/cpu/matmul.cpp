@@ -190,48 +190,76 @@ bool seven_bit(const int8_t* codes, int64_t rows, int64_t k, int32_t* sums) {
   return all;
 }
 
-// The product in 16-bit partial sums; false, and nothing done, where a code does not fit.
-bool seven_bit_matmul(const Int8MatmulArgs& p) {
-  if (!seven_bit(p.a, 1, p.k, nullptr) || !seven_bit(p.b, 1, p.k, nullptr)) return false;
-  Scratch too_much(p.n);
-  int32_t* const extra = reinterpret_cast<int32_t*>(too_much.data);
-  if (!seven_bit(p.a, p.m, p.k, nullptr) || !seven_bit(p.b, p.n, p.k, extra)) return false;
-  const int64_t lanes = round_up(divide_up(p.k, kSevenBitPerLane), SevenBitLanes::step);
-  const Rows<SevenBitReader<kSevenBitOffset>> a{{p.a, p.k}};
-  const Rows<SevenBitReader<0>> b{{p.b, p.k}};
-  gemm<SevenBitLanes>({p.m, p.n, lanes}, a, b, ScaleSums<int32_t, true>{p, extra, false});
-  return true;
+// Whether the product can be had in 16-bit partial sums; if so, `extra` is what its sums will have too much.
+bool seven_bit_product(const Int8MatmulArgs& p, int32_t* extra) {
+  return p.m > kFewInt8Rows && p.k > 0 && p.k <= kInt32Products && seven_bit(p.a, 1, p.k, nullptr) && seven_bit(p.b, 1, p.k, nullptr) &&
+         seven_bit(p.a, p.m, p.k, nullptr) && seven_bit(p.b, p.n, p.k, extra);
 }
 #endif
 
+// Few rows: all there is to do, and true. More: what the gemm needs, `extra`.
 template <class Sum>
-void int8_matmul_as(const Int8MatmulArgs& p) {
+bool few_int8_rows(const Int8MatmulArgs& p, Sum* extra) {
   typedef Int8Lanes<Sum> Lanes;
   const int64_t lanes = divide_up(p.k, kPerLane);
   const Rows<Int8Reader<false>> b{{p.b, p.k, false}};
-  Scratch too_much(kOffset ? p.n * static_cast<int64_t>(sizeof(Sum) / sizeof(lane)) : 0);
-  Sum* const extra = reinterpret_cast<Sum*>(too_much.data);
   if (p.m <= kFewInt8Rows) {
     const Rows<Int8Reader<kOffset>> a{{p.a, p.k, kOffset}};
     dot_products<Lanes>({p.m + kOffset, p.n, lanes}, a, b, ScaleSums<Sum>{p, extra, kOffset});
-    return;
+    return true;
   }
   if (kOffset) {
     const Rows<Int8Reader<kOffset>> zeros{{nullptr, p.k, true}};
     dot_products<Lanes>({1, p.n, lanes}, zeros, b, ScaleSums<Sum>{p, extra, true});
   }
-  const Rows<Int8Reader<kOffset>> a{{p.a, p.k, false}};
-  gemm<Lanes>({p.m, p.n, lanes}, a, b, ScaleSums<Sum>{p, extra, false});
+  return false;
 }
 
-void int8_matmul(const Int8MatmulArgs& p) {
-  if (p.m == 0 || p.n == 0) return;
-#if GM_LEVEL == 1 || GM_LEVEL == 2
-  if (p.m > kFewInt8Rows && p.k > 0 && p.k <= kInt32Products && seven_bit_matmul(p)) return;
-#endif
-  if (p.k <= kInt32Products) int8_matmul_as<int32_t>(p);
-  else int8_matmul_as<int64_t>(p);
+enum Way : char { kDone, kSevenBits, kShort, kLong };  // how the gemm adds: nothing left to do, in 16, 32 or 64 bits
+
+template <class Sum>
+void int8_gemms(const Int8MatmulArgs* p, int64_t count, const Way* ways, Way way, Sum* extra, int64_t pitch) {
+  gemm_all<Int8Lanes<Sum>>(count, [=](int64_t i) {
+    const Extent e{ways[i] == way ? p[i].m : 0, p[i].n, divide_up(p[i].k, kPerLane)};
+    return Problem<Rows<Int8Reader<kOffset>>, Rows<Int8Reader<false>>, ScaleSums<Sum>>{
+        e, {{p[i].a, p[i].k, false}}, {{p[i].b, p[i].k, false}}, {p[i], extra + i * pitch, false}};
+  });
 }
+
+// `count` products of one n.
+void int8_matmuls(const Int8MatmulArgs* p, int64_t count) {
+  if (count == 0 || p->n == 0) return;
+  const int64_t n = p->n;
+  Scratch too_much(2 * count * n), all_ways(count);
+  int32_t* const extra = reinterpret_cast<int32_t*>(too_much.data);
+  int64_t* const long_extra = reinterpret_cast<int64_t*>(too_much.data);
+  Way* const ways = reinterpret_cast<Way*>(all_ways.data);
+  bool any[4] = {};
+  for (int64_t i = 0; i < count; ++i) {
+    Way& way = ways[i] = kDone;
+    if (p[i].m == 0) continue;
+#if GM_LEVEL == 1 || GM_LEVEL == 2
+    // extra of 32 bits in the place of long ones: no two products share theirs
+    if (seven_bit_product(p[i], extra + 2 * i * n)) way = kSevenBits;
+    else
+#endif
+    if (p[i].k <= kInt32Products) way = few_int8_rows(p[i], extra + 2 * i * n) ? kDone : kShort;
+    else way = few_int8_rows(p[i], long_extra + i * n) ? kDone : kLong;
+    any[way] = true;
+  }
+#if GM_LEVEL == 1 || GM_LEVEL == 2
+  if (any[kSevenBits])
+    gemm_all<SevenBitLanes>(count, [=](int64_t i) {
+      const Extent e{ways[i] == kSevenBits ? p[i].m : 0, n, round_up(divide_up(p[i].k, kSevenBitPerLane), SevenBitLanes::step)};
+      return Problem<Rows<SevenBitReader<kSevenBitOffset>>, Rows<SevenBitReader<0>>, ScaleSums<int32_t, true>>{
+          e, {{p[i].a, p[i].k}}, {{p[i].b, p[i].k}}, {p[i], extra + 2 * i * n, false}};
+    });
+#endif
+  if (any[kShort]) int8_gemms<int32_t>(p, count, ways, kShort, extra, 2 * n);
+  if (any[kLong]) int8_gemms<int64_t>(p, count, ways, kLong, long_extra, n);
+}
+
+void int8_matmul(const Int8MatmulArgs& p) { int8_matmuls(&p, 1); }
 
 // --- packed weight ----------------------------------------------------------------------------------------
 struct StoreFloats {
@@ -404,11 +432,10 @@ void gemv_fields(const PackedMatmulArgs& p, const float* x, const StoreFloats& e
 }
 #endif
 
-void packed_matmul(const PackedMatmulArgs& p) {
+// Few rows: all there is to do, and true.
+bool few_packed_rows(const PackedMatmulArgs& p) {
+  if (p.x.rows > kFewRows) return false;
   const int64_t n = p.transpose ? p.w.cols : p.w.rows, k = p.transpose ? p.w.rows : p.w.cols;
-  const Extent extent{p.x.rows, n, k};
-  const Rows<FloatReader> x{{p.x}}, rows{{p.w}};
-  const Columns<FloatReader> columns{{p.w}};
   const StoreFloats epilogue{p.out, p.out_code, n, p.bias};
 #if GM_LEVEL >= 1
   if (!p.transpose && p.x.rows > 0 && p.x.rows <= kGemvRows && k > 0 && !is_blocked(p.x.code)) {
@@ -416,28 +443,73 @@ void packed_matmul(const PackedMatmulArgs& p) {
     float* const floats = reinterpret_cast<float*>(scratch.data);
     decode_floats(p.x.code, p.x.codes, p.x.rows * k, floats);
     switch (p.w.code) {
-      case kInt4: return gemv_fields<4, true>(p, floats, epilogue);
-      case kUInt4: return gemv_fields<4, false>(p, floats, epilogue);
-      case kInt3: return gemv<BitsDecoder<3, true>>(p, floats, epilogue);
-      case kUInt3: return gemv<BitsDecoder<3, false>>(p, floats, epilogue);
-      case kInt2: return gemv_fields<2, true>(p, floats, epilogue);
-      case kUInt2: return gemv_fields<2, false>(p, floats, epilogue);
-      case kInt8: case kInt7: return gemv<ByteDecoder<true>>(p, floats, epilogue);
-      case kUInt8: return gemv<ByteDecoder<false>>(p, floats, epilogue);
-      case kE4M3: return gemv<Float8Decoder<3>>(p, floats, epilogue);
-      case kE5M2: return gemv<Float8Decoder<2>>(p, floats, epilogue);
-      case kE2M1: return gemv<Float4Decoder>(p, floats, epilogue);
+      case kInt4: gemv_fields<4, true>(p, floats, epilogue); return true;
+      case kUInt4: gemv_fields<4, false>(p, floats, epilogue); return true;
+      case kInt3: gemv<BitsDecoder<3, true>>(p, floats, epilogue); return true;
+      case kUInt3: gemv<BitsDecoder<3, false>>(p, floats, epilogue); return true;
+      case kInt2: gemv_fields<2, true>(p, floats, epilogue); return true;
+      case kUInt2: gemv_fields<2, false>(p, floats, epilogue); return true;
+      case kInt8: case kInt7: gemv<ByteDecoder<true>>(p, floats, epilogue); return true;
+      case kUInt8: gemv<ByteDecoder<false>>(p, floats, epilogue); return true;
+      case kE4M3: gemv<Float8Decoder<3>>(p, floats, epilogue); return true;
+      case kE5M2: gemv<Float8Decoder<2>>(p, floats, epilogue); return true;
+      case kE2M1: gemv<Float4Decoder>(p, floats, epilogue); return true;
     }
   }
 #endif
-  if (p.transpose && p.x.rows <= kFewRows) add_scaled_rows(extent, x, columns, epilogue);
-  else if (p.transpose) gemm<FloatLanes>(extent, x, columns, epilogue);
-  else if (p.x.rows <= kFewRows) dot_products<FloatLanes>(extent, x, rows, epilogue);
-  else gemm<FloatLanes>(extent, x, rows, epilogue);
+  const Rows<FloatReader> x{{p.x}};
+  if (p.transpose) add_scaled_rows({p.x.rows, n, k}, x, Columns<FloatReader>{{p.w}}, epilogue);
+  else dot_products<FloatLanes>({p.x.rows, n, k}, x, Rows<FloatReader>{{p.w}}, epilogue);
+  return true;
+}
+
+void packed_matmul(const PackedMatmulArgs& p) {
+  if (few_packed_rows(p)) return;
+  const int64_t n = p.transpose ? p.w.cols : p.w.rows, k = p.transpose ? p.w.rows : p.w.cols;
+  const Rows<FloatReader> x{{p.x}};
+  const StoreFloats epilogue{p.out, p.out_code, n, p.bias};
+  if (p.transpose) gemm<FloatLanes>({p.x.rows, n, k}, x, Columns<FloatReader>{{p.w}}, epilogue);
+  else gemm<FloatLanes>({p.x.rows, n, k}, x, Rows<FloatReader>{{p.w}}, epilogue);
+}
+
+// --- experts ----------------------------------------------------------------------------------------------
+bool exact(const Matrix& m) { return (m.code == kInt8 || m.code == kInt7) && m.block == 0; }
+
+void grouped_matmul(const GroupedArgs& g) {
+  if (g.experts == 0) return;
+  if (exact(g.a) && exact(g.b)) {
+    Int8MatmulArgs* const p = static_cast<Int8MatmulArgs*>(malloc(static_cast<size_t>(g.experts) * sizeof(Int8MatmulArgs)));
+    if (!p) abort();
+    for (int64_t e = 0; e < g.experts; ++e) {
+      const Expert x = expert_of(g, e);
+      p[e] = {x.m, x.n, x.k, static_cast<const int8_t*>(x.a.codes), static_cast<const int8_t*>(x.b.codes), x.a.scales, x.b.scales, x.bias, x.out, g.out_code};
+    }
+    int8_matmuls(p, g.experts);
+    free(p);
+    return;
+  }
+  Scratch flags(g.experts);
+  bool* const done = reinterpret_cast<bool*>(flags.data);
+  for (int64_t e = 0; e < g.experts; ++e) {
+    const Expert x = expert_of(g, e);
+    done[e] = x.m == 0 || x.n == 0 || (!x.by_tokens && few_packed_rows({x.a, x.b, false, x.bias, x.out, g.out_code}));
+  }
+  const auto extent = [=](const Expert& x, int64_t e) { return Extent{done[e] ? 0 : x.m, x.n, x.k}; };
+  const auto store = [=](const Expert& x) { return StoreFloats{x.out, g.out_code, x.n, x.bias}; };
+  if (g.summed && !is_blocked(g.a.code))
+    gemm_all<FloatLanes>(g.experts, [&](int64_t e) {
+      const Expert x = expert_of(g, e);
+      return Problem<Columns<FloatReader>, Columns<FloatReader>, StoreFloats>{extent(x, e), {{x.a}}, {{x.b}}, store(x)};
+    });
+  else
+    gemm_all<FloatLanes>(g.experts, [&](int64_t e) {
+      const Expert x = expert_of(g, e);
+      return Problem<Rows<FloatReader>, Rows<FloatReader>, StoreFloats>{extent(x, e), {{x.a}}, {{x.b}}, store(x)};
+    });
 }
 
 }  // namespace
 
-const MatmulKernels GM_TABLE(matmul) = {int8_matmul, packed_matmul};
+const MatmulKernels GM_TABLE(matmul) = {int8_matmul, packed_matmul, grouped_matmul};
 
 }  // namespace gradmill

@@ -4,7 +4,12 @@
 // Memory-bound: fp32 -> int8 moves 5 bytes per element (4 read, 1 written). A block is read into L1 once,
 // measured there and encoded from there. `transpose` reads 16 columns at a time, a cache line of fp32 from each row,
 // and turns them round in registers into row buffers, so each line of x is read once although the result runs the
-// other way.
+// other way. Both at once: two walks instead of three, the second beside the first one's lines as far as the cache goes.
+// 4096 x 1024 fp32 to int8 by rows and by columns, 2 cores with AVX2: 2.96 -> 2.13 ms (one core 5.47 -> 4.32), AVX-512
+// 2.55 -> 1.53; 42 MB moved either way, which a copy does in 0.83: what is saved are floats turned and row buffers.
+// Blocks of 128: 1.14x. Tried: random words in this order too (slower than two calls), no prefetches (5.3 instead of 4.3).
+#include <omp.h>
+
 #include "../common/hadamard.h"
 // FakeGroup<vf>: as a template argument __m256 loses its may_alias, which no value in a register needs.
 #pragma GCC diagnostic ignored "-Wignored-attributes"
@@ -81,6 +86,143 @@ void quantize(const QuantizeArgs& a) {
       for (int64_t r = 0; r < w; ++r) encode_tile(m, row0 + r, 0, m.cols, buffer + r * pitch, a.key, false, a.given);
     }
     free(buffer);
+  }
+}
+
+// --- both ways --------------------------------------------------------------------------------------------
+// Blocks of the result and of its transpose cut x into squares (x itself, where a block is a whole row). A square's rows
+// are encoded one by one from L1, its columns' maxima taken on the way; then 64 x 64 elements at a time are encoded
+// with their columns' scales: four rows make one 32-bit lane of codes, and lanes, not floats, are turned.
+constexpr int64_t kSide = 64;  // elements of a row of the turned result written together: a cache line
+
+struct Square {
+  int64_t row, rows, col, cols;
+};
+
+// The codes of n <= kSide rows and w <= kSide columns of x at (row, col), rounded to nearest.
+template <int CODE>
+void encode_turned(const QuantizeBothArgs& a, int64_t row, int64_t col, int64_t n, int64_t w, const float* __restrict scales) {
+  alignas(64) static const float nothing[kSide] = {};
+  alignas(64) float decoded[4][kSide];
+  alignas(64) lane codes[kSide / 4][kSide];
+  const int64_t bytes = code_bits(a.x_code) / 8;
+  // Rows of x and of the result lie pages apart, where the hardware does not guess them.
+  for (int64_t c = 0; c < w; ++c) __builtin_prefetch(tile_address(a.turned, col + c, row), 1);
+  for (int64_t i = 0; i < kSide; i += 4) {
+    const float* x[4];
+    for (int64_t k = 0; k < 4; ++k) {
+      const char* from = static_cast<const char*>(a.x) + ((row + i + k) * a.stride + col) * bytes;
+      if (i + k < n)
+        for (int64_t next = kSide * bytes; next < 2 * kSide * bytes; next += 64) __builtin_prefetch(from + next);
+      x[k] = decoded[k];
+      if (i + k >= n) x[k] = nothing;
+      else if (a.x_code == kF32) x[k] = reinterpret_cast<const float*>(from);
+      else decode_floats(a.x_code, from, w, decoded[k]);
+    }
+    const float *__restrict x0 = x[0], *__restrict x1 = x[1], *__restrict x2 = x[2], *__restrict x3 = x[3];
+    uint32_t* __restrict out = reinterpret_cast<uint32_t*>(codes[i / 4]);
+    for (int64_t c = 0; c < w; ++c) {
+      const Block b{scales[c], 0, 0.0f};
+      const uint32_t q = static_cast<uint32_t>(encode<CODE, false>(x0[c], b, 0) & 255) | static_cast<uint32_t>(encode<CODE, false>(x1[c], b, 0) & 255) << 8 |
+                         static_cast<uint32_t>(encode<CODE, false>(x2[c], b, 0) & 255) << 16 | static_cast<uint32_t>(encode<CODE, false>(x3[c], b, 0)) << 24;
+      out[c] = scales[c] > 0.0f ? q : 0;
+    }
+  }
+  for (int64_t c = 0; c < w; c += W)
+    for (int64_t l = 0; l < kSide / 4; l += W) {
+      vf square[W];
+      for (int i = 0; i < W; ++i) square[i] = load(codes[l + i] + c);
+      transpose(square);
+      for (int64_t i = 0; i < W && c + i < w; ++i) {
+        char* to = tile_address(a.turned, col + c + i, row) + l * 4;
+        if (n == kSide) store(to, square[i]);
+        else if (l * 4 < n) memcpy(to, &square[i], static_cast<size_t>(n - l * 4 < 4 * W ? n - l * 4 : 4 * W));
+      }
+    }
+}
+
+void encode_by_rows(const QuantizeBothArgs& a, int64_t row, int64_t col, int64_t n, float* buffer, uint32_t* __restrict largest) {
+  const char* from = static_cast<const char*>(a.x) + (row * a.stride + col) * code_bits(a.x_code) / 8;
+  const float* x = buffer;
+  if (a.x_code == kF32) x = reinterpret_cast<const float*>(from);
+  else decode_floats(a.x_code, from, n, buffer);
+  encode_tile(a.out, row, col, n, x, nullptr);
+  for (int64_t c = 0; c < n; ++c) {
+    const uint32_t magnitude = magnitude_bits(x[c]);
+    largest[c] = magnitude > largest[c] ? magnitude : largest[c];
+  }
+}
+
+// Scales of the turned blocks of columns [from, to) of a square.
+void measure_turned(const QuantizeBothArgs& a, const Square& s, int64_t from, int64_t to, const uint32_t* largest, float* scales) {
+  for (int64_t c = from; c < to; ++c) {
+    scales[c] = block_of(a.turned.code, largest[c], 0, 0).scale;
+    a.turned.scales[(s.col + c) * a.turned.blocks_per_row() + s.row / a.turned.block] = scales[c];
+  }
+}
+
+void encode_strip(const QuantizeBothArgs& a, const Square& s, int64_t row, const float* scales) {
+  const int64_t n = s.rows - row < kSide ? s.rows - row : kSide;
+  for (int64_t c = 0; c < s.cols; c += kSide) {
+    const int64_t w = s.cols - c < kSide ? s.cols - c : kSide;
+    if (a.turned.code == kInt8) encode_turned<kInt8>(a, s.row + row, s.col + c, n, w, scales + c);
+    else if (a.turned.code == kInt7) encode_turned<kInt7>(a, s.row + row, s.col + c, n, w, scales + c);
+    else if (a.turned.code == kE4M3) encode_turned<kE4M3>(a, s.row + row, s.col + c, n, w, scales + c);
+    else encode_turned<kE5M2>(a, s.row + row, s.col + c, n, w, scales + c);
+  }
+}
+
+void quantize_both(const QuantizeBothArgs& a) {
+  const Matrix& m = a.out;
+  if (m.rows == 0 || m.cols == 0) return;
+  if (a.key) {  // random words cost more than reading x
+    quantize({a.x, a.x_code, a.stride, a.out, false, a.key, false});
+    return quantize({a.x, a.x_code, a.stride, a.turned, true, a.turned_key, false});
+  }
+  const int64_t across = m.blocks_per_row(), squares = across * a.turned.blocks_per_row(), width = m.block;
+  uint32_t* const largest = static_cast<uint32_t*>(calloc(static_cast<size_t>(width), 4));  // of the one square
+  float* const scales = static_cast<float*>(malloc(static_cast<size_t>(width) * 4));
+#pragma omp parallel if (m.rows * m.cols > kSerial)
+  {
+    float *buffer = static_cast<float*>(malloc(static_cast<size_t>(width) * 4)), *own_scales = static_cast<float*>(malloc(static_cast<size_t>(width) * 4));
+    uint32_t* own = static_cast<uint32_t*>(calloc(static_cast<size_t>(width), 4));
+    if (squares == 1) {
+      const Square all{0, m.rows, 0, m.cols};
+#pragma omp for schedule(static)
+      for (int64_t r = 0; r < m.rows; ++r) encode_by_rows(a, r, 0, m.cols, buffer, own);
+#pragma omp critical(gradmill_quantize_both)
+      for (int64_t c = 0; c < m.cols; ++c) largest[c] = own[c] > largest[c] ? own[c] : largest[c];
+#pragma omp barrier
+#pragma omp single
+      measure_turned(a, all, 0, m.cols, largest, scales);
+#pragma omp for schedule(static)
+      for (int64_t r = 0; r < (m.rows + kSide - 1) / kSide; ++r) encode_strip(a, all, r * kSide, scales);
+    } else {
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < squares; ++i) {
+        const int64_t row = i / across * a.turned.block, col = i % across * m.block;
+        const Square s{row, m.rows - row < a.turned.block ? m.rows - row : a.turned.block, col, m.cols - col < m.block ? m.cols - col : m.block};
+        memset(own, 0, static_cast<size_t>(width) * 4);
+        for (int64_t r = 0; r < s.rows; ++r) encode_by_rows(a, s.row + r, s.col, s.cols, buffer, own);
+        measure_turned(a, s, 0, s.cols, own, own_scales);
+        for (int64_t r = 0; r < s.rows; r += kSide) encode_strip(a, s, r, own_scales);
+      }
+    }
+    free(buffer), free(own_scales), free(own);
+  }
+  free(largest), free(scales);
+}
+
+// Many experts: each a thread's own (a region within a region has one thread); few: one after the other, all threads on it.
+void quantize_grouped(const QuantizeGroupedArgs& a) {
+#pragma omp parallel for schedule(dynamic) if (a.experts >= 4 * omp_get_max_threads())
+  for (int64_t e = 0; e < a.experts; ++e) {
+    const Key key = a.key ? expert_key(*a.key, e) : Key{0, 0, 0};
+    const Span s = span_of(a.offs, a.tokens, e, a.out.block);
+    const void* x = static_cast<const char*>(a.x) + s.begin * a.stride * (code_bits(a.x_code) / 8);
+    const Matrix part = ragged_part(a.out, s, a.cols);
+    if (part.cols == 0 && a.out.block == 0) memset(part.scales, 0, static_cast<size_t>(a.cols) * 4);
+    quantize({x, a.x_code, a.stride, part, true, a.key ? &key : nullptr, a.given});
   }
 }
 
@@ -334,6 +476,6 @@ void fake_quantize_backward(const FakeArgs& a) {
 
 }  // namespace
 
-const QuantKernels GM_TABLE(quant) = {quantize, dequantize, hadamard, fake_quantize, fake_quantize_backward};
+const QuantKernels GM_TABLE(quant) = {quantize, quantize_both, quantize_grouped, dequantize, hadamard, fake_quantize, fake_quantize_backward};
 
 }  // namespace gradmill

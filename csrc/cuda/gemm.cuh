@@ -102,16 +102,20 @@ __device__ __forceinline__ void store_product(const Product& p, int64_t row, int
 
 constexpr int kProductTile = 64;
 
-__global__ void __launch_bounds__(kGemmThreads) product_kernel(const __grid_constant__ Product p) {
+__device__ __forceinline__ void product_tile(const Product& p, int64_t row0, int64_t col0) {
   using Tile = FmaTile<kProductTile, kProductTile, 32, 4, 4>;
   alignas(16) __shared__ float shared[Tile::kFloats];
+  float sums[4][4];
+  Tile::run(p.a, p.b, row0, col0, p.k, shared, sums);
+#pragma unroll
+  for (int r = 0; r < 4; ++r) store_product(p, row0 + Tile::row() + r, col0 + Tile::col(), sums[r]);
+}
+
+__global__ void __launch_bounds__(kGemmThreads) product_kernel(const __grid_constant__ Product p) {
   const int64_t across = divide_up(p.n, kProductTile), tiles = across * divide_up(p.m, kProductTile);
   for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-    const int64_t down = divide(tile, across), row0 = down * kProductTile, col0 = (tile - down * across) * kProductTile;
-    float sums[4][4];
-    Tile::run(p.a, p.b, row0, col0, p.k, shared, sums);
-#pragma unroll
-    for (int r = 0; r < 4; ++r) store_product(p, row0 + Tile::row() + r, col0 + Tile::col(), sums[r]);
+    const int64_t down = divide(tile, across);
+    product_tile(p, down * kProductTile, (tile - down * across) * kProductTile);
   }
 }
 

@@ -16,12 +16,15 @@ struct Launch {
 std::string problem();
 
 void quantize(const QuantizeArgs&, const Launch&);
+void quantize_both(const QuantizeBothArgs&, const Launch&);
 void dequantize(const DequantizeArgs&, const Launch&);
 void hadamard(const HadamardArgs&, const Launch&);
 void fake_quantize(const FakeArgs&, const Launch&);
 void fake_quantize_backward(const FakeArgs&, const Launch&);
 void matmul_int8(const Int8MatmulArgs&, const Launch&);
 void matmul_packed(const PackedMatmulArgs&, const Launch&);
+void matmul_grouped(const GroupedArgs&, const Launch&);
+void quantize_grouped(const QuantizeGroupedArgs&, const Launch&);
 void fused_step(const StepArgs&, const Launch&);
 void project(const ProjectArgs&, const Launch&);
 void project_back(const ProjectBackArgs&, const Launch&);

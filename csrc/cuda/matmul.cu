@@ -58,67 +58,72 @@ __device__ __forceinline__ void stage_int8(const int8_t* x, int64_t rows, int64_
   }
 }
 
-// WIDE: k > kInt32Products; int32 sums are added to int64 totals every so often.
+// One tile of a product. WIDE: k > kInt32Products; int32 sums are added to int64 totals every so often.
 template <bool WIDE>
-__global__ void __launch_bounds__(kGemmThreads) int8_kernel(const __grid_constant__ Int8MatmulArgs p) {
+__device__ __forceinline__ void int8_tile(const Int8MatmulArgs& p, int64_t row0, int64_t col0) {
   alignas(16) __shared__ uint32_t sa[kInt8Tile * kInt8Pitch / 4], sb[kInt8Tile * kInt8Pitch / 4];
   constexpr int pitch = kInt8Pitch / 4;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int warp_row = warp / 4 * 64, warp_col = warp % 4 * 32;  // 8 warps: 2 x 4, each 64 x 32 = 4 x 4 mma tiles
-  const int64_t across = divide_up(p.n, kInt8Tile), tiles = across * divide_up(p.m, kInt8Tile);
-  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-    const int64_t down = divide(tile, across), row0 = down * kInt8Tile, col0 = (tile - down * across) * kInt8Tile;
-    int sums[4][4][4] = {};
-    long long totals[WIDE ? 4 : 1][WIDE ? 4 : 1][WIDE ? 4 : 1] = {};
-    for (int64_t k0 = 0; k0 < p.k; k0 += kInt8Depth) {
-      if constexpr (WIDE) {
-        if (k0 % kInt32Products == 0) {
+  int sums[4][4][4] = {};
+  long long totals[WIDE ? 4 : 1][WIDE ? 4 : 1][WIDE ? 4 : 1] = {};
+  for (int64_t k0 = 0; k0 < p.k; k0 += kInt8Depth) {
+    if constexpr (WIDE) {
+      if (k0 % kInt32Products == 0) {
 #pragma unroll
-          for (int i = 0; i < 64; ++i) totals[i / 16][i / 4 % 4][i % 4] += sums[i / 16][i / 4 % 4][i % 4], sums[i / 16][i / 4 % 4][i % 4] = 0;
-        }
-      }
-      __syncthreads();  // the last tile has been used
-      stage_int8(p.a, p.m, p.k, row0, k0, sa);
-      stage_int8(p.b, p.n, p.k, col0, k0, sb);
-      __syncthreads();
-#pragma unroll
-      for (int step = 0; step < kInt8Depth / 32; ++step) {
-        uint32_t b[4][2];
-#pragma unroll
-        for (int j = 0; j < 4; ++j)
-#pragma unroll
-          for (int h = 0; h < 2; ++h) b[j][h] = sb[(warp_col + j * 8 + g) * pitch + step * 8 + h * 4 + t];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          uint32_t a[4];
-#pragma unroll
-          for (int h = 0; h < 4; ++h) a[h] = sa[(warp_row + i * 16 + h % 2 * 8 + g) * pitch + step * 8 + h / 2 * 4 + t];
-#pragma unroll
-          for (int j = 0; j < 4; ++j) mma_int8(sums[i][j], a, b[j]);
-        }
+        for (int i = 0; i < 64; ++i) totals[i / 16][i / 4 % 4][i % 4] += sums[i / 16][i / 4 % 4][i % 4], sums[i / 16][i / 4 % 4][i % 4] = 0;
       }
     }
+    __syncthreads();  // the last tile has been used
+    stage_int8(p.a, p.m, p.k, row0, k0, sa);
+    stage_int8(p.b, p.n, p.k, col0, k0, sb);
+    __syncthreads();
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
+    for (int step = 0; step < kInt8Depth / 32; ++step) {
+      uint32_t b[4][2];
 #pragma unroll
       for (int j = 0; j < 4; ++j)
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const int64_t row = row0 + warp_row + i * 16 + h * 8 + g, col = col0 + warp_col + j * 8 + 2 * t;
-          if (row >= p.m || col >= p.n) continue;
-          float v[kChunk] = {0.0f, 0.0f, 0.0f, 0.0f};
-          const int n = col + 1 < p.n ? 2 : 1;
+        for (int h = 0; h < 2; ++h) b[j][h] = sb[(warp_col + j * 8 + g) * pitch + step * 8 + h * 4 + t];
 #pragma unroll
-          for (int c = 0; c < 2; ++c) {
-            if (c >= n) continue;
-            float sum;
-            if constexpr (WIDE) sum = static_cast<float>(totals[i][j][2 * h + c] + sums[i][j][2 * h + c]);
-            else sum = static_cast<float>(sums[i][j][2 * h + c]);
-            v[c] = (sum * p.a_scales[row]) * p.b_scales[col + c];
-            if (p.bias) v[c] += p.bias[col + c];
-          }
-          store_floats(p.out_code, static_cast<char*>(p.out) + (row * p.n + col) * (code_bits(p.out_code) / 8), n, v, false, Key{0, 0, 0}, 0);
+      for (int i = 0; i < 4; ++i) {
+        uint32_t a[4];
+#pragma unroll
+        for (int h = 0; h < 4; ++h) a[h] = sa[(warp_row + i * 16 + h % 2 * 8 + g) * pitch + step * 8 + h / 2 * 4 + t];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) mma_int8(sums[i][j], a, b[j]);
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int64_t row = row0 + warp_row + i * 16 + h * 8 + g, col = col0 + warp_col + j * 8 + 2 * t;
+        if (row >= p.m || col >= p.n) continue;
+        float v[kChunk] = {0.0f, 0.0f, 0.0f, 0.0f};
+        const int n = col + 1 < p.n ? 2 : 1;
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          if (c >= n) continue;
+          float sum;
+          if constexpr (WIDE) sum = static_cast<float>(totals[i][j][2 * h + c] + sums[i][j][2 * h + c]);
+          else sum = static_cast<float>(sums[i][j][2 * h + c]);
+          v[c] = (sum * p.a_scales[row]) * p.b_scales[col + c];
+          if (p.bias) v[c] += p.bias[col + c];
         }
+        store_floats(p.out_code, static_cast<char*>(p.out) + (row * p.n + col) * (code_bits(p.out_code) / 8), n, v, false, Key{0, 0, 0}, 0);
+      }
+}
+
+template <bool WIDE>
+__global__ void __launch_bounds__(kGemmThreads) int8_kernel(const __grid_constant__ Int8MatmulArgs p) {
+  const int64_t across = divide_up(p.n, kInt8Tile), tiles = across * divide_up(p.m, kInt8Tile);
+  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    const int64_t down = divide(tile, across);
+    int8_tile<WIDE>(p, down * kInt8Tile, (tile - down * across) * kInt8Tile);
   }
 }
 
@@ -133,7 +138,7 @@ struct FewRows {
   int64_t k;
 };
 
-constexpr int piece_words(int bits) { return bits == 3 ? 3 : 4; }
+__host__ __device__ constexpr int piece_words(int bits) { return bits == 3 ? 3 : 4; }
 
 template <int M, int NROWS, int BITS>
 __global__ void __launch_bounds__(kFewThreads) few_rows_kernel(const __grid_constant__ FewRows a) {
@@ -297,7 +302,62 @@ __global__ void __launch_bounds__(kGemmThreads) tf32_kernel(const __grid_constan
   }
 }
 
+// --- experts ----------------------------------------------------------------------------------------------
+// Tiles are numbered expert by expert; offs is read on the device, so there may be fewer than were launched.
+int64_t grouped_tiles(const GroupedArgs& g, int64_t side) {
+  const int64_t down = g.summed || !g.offs ? g.experts * divide_up(g.m, side) : g.tokens / side + g.experts;
+  return down * divide_up(g.n, side);
+}
+
+// The expert that tile `number` belongs to (experts: none), its part of the work and the tile's corner.
+__device__ __forceinline__ int64_t grouped_tile(const GroupedArgs& g, int64_t number, int64_t side, Expert& x, int64_t& row0, int64_t& col0) {
+  const int64_t across = divide_up(g.n, side);
+  int64_t down = divide(number, across), e = 0;
+  col0 = (number - down * across) * side;
+  for (; e < g.experts; ++e) {
+    x = expert_of(g, e);
+    const int64_t own = divide_up(x.m, side);
+    if (down < own) break;
+    down -= own;
+  }
+  row0 = down * side;
+  return e;
+}
+
+template <bool WIDE>
+__global__ void __launch_bounds__(kGemmThreads) int8_grouped_kernel(const __grid_constant__ GroupedArgs g, int64_t tiles) {
+  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    Expert x;
+    int64_t row0, col0;
+    if (grouped_tile(g, tile, kInt8Tile, x, row0, col0) == g.experts) return;
+    int8_tile<WIDE>({x.m, x.n, x.k, static_cast<const int8_t*>(x.a.codes), static_cast<const int8_t*>(x.b.codes), x.a.scales, x.b.scales, x.bias, x.out,
+                     g.out_code}, row0, col0);
+  }
+}
+
+__global__ void __launch_bounds__(kGemmThreads) grouped_kernel(const __grid_constant__ GroupedArgs g, int64_t tiles) {
+  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    Expert x;
+    int64_t row0, col0;
+    if (grouped_tile(g, tile, kProductTile, x, row0, col0) == g.experts) return;
+    product_tile({{x.a, !x.by_tokens}, {x.b, !x.by_tokens}, x.m, x.n, x.k, x.bias, x.out, g.out_code}, row0, col0);
+  }
+}
+
+bool exact(const Matrix& m) { return (m.code == kInt8 || m.code == kInt7) && m.block == 0; }
+
 }  // namespace
+
+void matmul_grouped(const GroupedArgs& g, const Launch& where) {
+  if (exact(g.a) && exact(g.b)) {
+    const int64_t tiles = grouped_tiles(g, kInt8Tile);
+    if ((g.summed ? g.tokens : g.k) <= kInt32Products) launch("matmul_grouped", int8_grouped_kernel<false>, tiles, dim3(kGemmThreads), where, g, tiles);
+    else launch("matmul_grouped (long k)", int8_grouped_kernel<true>, tiles, dim3(kGemmThreads), where, g, tiles);
+  } else {
+    const int64_t tiles = grouped_tiles(g, kProductTile);
+    launch("matmul_grouped (fp32)", grouped_kernel, tiles, dim3(kGemmThreads), where, g, tiles);
+  }
+}
 
 void matmul_int8(const Int8MatmulArgs& p, const Launch& where) {
   const int64_t tiles = divide_up(p.m, kInt8Tile) * divide_up(p.n, kInt8Tile);

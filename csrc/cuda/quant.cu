@@ -62,60 +62,132 @@ __global__ void __launch_bounds__(kThreads) quantize_kernel(Input x, Matrix out,
   }
 }
 
-// out = x^T. Thread block (32, 8 or 32): 32 rows of out, one quantisation block long.
+// Part of out = x^T, by a thread block of (32, 8 or 32): 32 rows of out, one quantisation block long. measured: where the scales will be
+// lie the bits of the largest magnitudes.
 constexpr int kTileRows = 32, kTileCols = 64;
 
-__global__ void __launch_bounds__(1024) quantize_transposed_kernel(Input x, Matrix out, Key key, bool stochastic, bool given) {
+__device__ __forceinline__ void quantize_strip(const Input& x, const Matrix& out, const Key& key, bool stochastic, bool given, bool measured, int64_t strip,
+                                               int64_t index) {
   __shared__ float tile[kTileRows][kTileCols + 1];  // odd pitch: no bank conflicts, written by column or read by row
   __shared__ uint32_t absmax[32][kTileRows];
   __shared__ int32_t lo[32][kTileRows], hi[32][kTileRows];
-  const int64_t per_row = blocks_in_row(out), strips = divide_up(out.rows, kTileRows), work = strips * per_row;
   const int threads = 32 * blockDim.y, number = threadIdx.y * 32 + threadIdx.x;
-  for (int64_t item = blockIdx.x; item < work; item += gridDim.x) {
-    const int64_t strip = divide(item, per_row), row0 = strip * kTileRows, begin = (item - strip * per_row) * out.block;
-    const int64_t end = min_of(out.cols, begin + out.block);
-    const int rows = static_cast<int>(min_of(kTileRows, out.rows - row0));
-    // Statistics: lane = row of out, so that a warp reads a piece of one row of x.
-    Stats stats;
-    float v[kChunk];
-    if (static_cast<int>(threadIdx.x) < rows)
+  const int64_t row0 = strip * kTileRows, begin = index * out.block;
+  const int64_t end = min_of(out.cols, begin + out.block);
+  const int rows = static_cast<int>(min_of(kTileRows, out.rows - row0));
+  // Statistics: lane = row of out, so that a warp reads a piece of one row of x.
+  Stats stats;
+  float v[kChunk];
+  if (static_cast<int>(threadIdx.x) < rows) {
+    if (measured) {
+      if (threadIdx.y == 0) stats.absmax = float_bits(out.scales[(row0 + threadIdx.x) * blocks_in_row(out) + index]);
+    } else {
       for (int64_t col = begin + threadIdx.y; col < end; col += blockDim.y) {
         load_floats(x.code, x.at(col, row0 + threadIdx.x), 1, v);
         stats.add(v[0]);
       }
-    __syncthreads();  // the last item's statistics have been read
-    absmax[threadIdx.y][threadIdx.x] = stats.absmax;
-    lo[threadIdx.y][threadIdx.x] = stats.lo, hi[threadIdx.y][threadIdx.x] = stats.hi;
+    }
+  }
+  __syncthreads();  // the last item's statistics have been read
+  absmax[threadIdx.y][threadIdx.x] = stats.absmax;
+  lo[threadIdx.y][threadIdx.x] = stats.lo, hi[threadIdx.y][threadIdx.x] = stats.hi;
+  __syncthreads();
+  // Tiles: written to shared memory with lanes along x's rows, read with 8 lanes along a row of out, 4 rows a warp.
+  const int chunk_lane = number % 8;
+  for (int64_t col0 = begin; col0 < end; col0 += kTileCols) {
+    const int cols = static_cast<int>(min_of(kTileCols, end - col0));
     __syncthreads();
-    // Tiles: written to shared memory with lanes along x's rows, read with 8 lanes along a row of out, 4 rows a warp.
-    const int chunk_lane = number % 8;
-    for (int64_t col0 = begin; col0 < end; col0 += kTileCols) {
-      const int cols = static_cast<int>(min_of(kTileCols, end - col0));
-      __syncthreads();
-      if (static_cast<int>(threadIdx.x) < rows)
-        for (int c = threadIdx.y; c < cols; c += blockDim.y) {
-          load_floats(x.code, x.at(col0 + c, row0 + threadIdx.x), 1, v);
-          tile[threadIdx.x][c] = v[0];
-        }
-      __syncthreads();
-      for (int r = number / 8; r < rows; r += threads / 8) {
-        Stats all;
-        for (int y = 0; y < static_cast<int>(blockDim.y); ++y) {
-          Stats part;
-          part.absmax = absmax[y][r], part.lo = lo[y][r], part.hi = hi[y][r];
-          all.add(part);
-        }
-        Block b = all.block(out.code);
-        if (given) b = with_given_scale(out, row0 + r, begin, b);
-        if (col0 == begin && chunk_lane == 0) store_block(out, row0 + r, begin, b);
-        for (int c = chunk_lane * kChunk; c < cols; c += 8 * kChunk) {
-          const int n = chunk_length(c, cols);
-#pragma unroll
-          for (int i = 0; i < kChunk; ++i) v[i] = i < n ? tile[r][c + i] : 0.0f;
-          encode_chunk(out.code, reinterpret_cast<uint8_t*>(address(out, row0 + r, col0 + c)), n, b, v, stochastic ? kStochastic : kNearest, key,
-                       static_cast<uint64_t>((row0 + r) * out.cols + col0 + c), 0);
-        }
+    if (static_cast<int>(threadIdx.x) < rows)
+      for (int c = threadIdx.y; c < cols; c += blockDim.y) {
+        load_floats(x.code, x.at(col0 + c, row0 + threadIdx.x), 1, v);
+        tile[threadIdx.x][c] = v[0];
       }
+    __syncthreads();
+    for (int r = number / 8; r < rows; r += threads / 8) {
+      Stats all;
+      for (int y = 0; y < static_cast<int>(blockDim.y); ++y) {
+        Stats part;
+        part.absmax = absmax[y][r], part.lo = lo[y][r], part.hi = hi[y][r];
+        all.add(part);
+      }
+      Block b = all.block(out.code);
+      if (given) b = with_given_scale(out, row0 + r, begin, b);
+      if (col0 == begin && chunk_lane == 0) store_block(out, row0 + r, begin, b);
+      for (int c = chunk_lane * kChunk; c < cols; c += 8 * kChunk) {
+        const int n = chunk_length(c, cols);
+#pragma unroll
+        for (int i = 0; i < kChunk; ++i) v[i] = i < n ? tile[r][c + i] : 0.0f;
+        encode_chunk(out.code, reinterpret_cast<uint8_t*>(address(out, row0 + r, col0 + c)), n, b, v, stochastic ? kStochastic : kNearest, key,
+                     static_cast<uint64_t>((row0 + r) * out.cols + col0 + c), 0);
+      }
+    }
+  }
+}
+
+__global__ void __launch_bounds__(1024) quantize_transposed_kernel(Input x, Matrix out, Key key, bool stochastic, bool given, bool measured) {
+  const int64_t per_row = blocks_in_row(out), work = divide_up(out.rows, kTileRows) * per_row;
+  for (int64_t item = blockIdx.x; item < work; item += gridDim.x) {
+    const int64_t strip = divide(item, per_row);
+    quantize_strip(x, out, key, stochastic, given, measured, strip, item - strip * per_row);
+  }
+}
+
+// The same for the tokens of every expert; `room`: how many blocks a row has at most, those of all experts together.
+__global__ void __launch_bounds__(1024) quantize_grouped_kernel(const __grid_constant__ QuantizeGroupedArgs a, Key key, bool stochastic, int64_t room) {
+  const int64_t work = divide_up(a.cols, kTileRows) * room;
+  for (int64_t item = blockIdx.x; item < work; item += gridDim.x) {
+    const int64_t strip = divide(item, room), index = item - strip * room;
+    int64_t e = 0;
+    Span s{0, 0, 0};
+    int64_t blocks = 0;
+    for (; e < a.experts; ++e) {
+      s = span_of(a.offs, a.tokens, e, a.out.block);
+      blocks = a.out.block == 0 ? 1 : divide_up(s.end - s.begin, a.out.block);
+      if (index < s.blocks + blocks) break;
+    }
+    if (e == a.experts) continue;  // room that nobody needs
+    const Matrix part = ragged_part(a.out, s, a.cols);
+    if (part.cols == 0) {
+      const int64_t row = strip * kTileRows + threadIdx.x;
+      if (threadIdx.y == 0 && row < a.cols) part.scales[row] = 0.0f;
+      continue;
+    }
+    const Input x{static_cast<const char*>(a.x) + s.begin * a.stride * (code_bits(a.x_code) / 8), a.x_code, a.stride};
+    quantize_strip(x, part, expert_key(key, e), stochastic, a.given, false, strip, index - s.blocks);
+  }
+}
+
+// Whole rows of x to out, a warp each, and the bits of the largest magnitudes of x's columns to turned.scales, zeros before:
+// what is read again for the columns a thread block has just read.
+constexpr int kBothRows = 32;
+
+__global__ void __launch_bounds__(kThreads) quantize_rows_kernel(Input x, Matrix out, Matrix turned) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  for (int64_t row0 = static_cast<int64_t>(blockIdx.x) * kBothRows; row0 < out.rows; row0 += static_cast<int64_t>(gridDim.x) * kBothRows) {
+    const int64_t end = min_of(out.rows, row0 + kBothRows);
+    float v[kChunk];
+    for (int64_t row = row0 + warp; row < end; row += kThreads / 32) {
+      Stats stats;
+      for (int64_t col = lane * kChunk; col < out.cols; col += 32 * kChunk) {
+        const int n = chunk_length(col, out.cols);
+        load_floats(x.code, x.at(row, col), n, v);
+        stats.add(v, n);
+      }
+      const Block b = reduce_lanes<32>(stats).block(out.code);
+      for (int64_t col = lane * kChunk; col < out.cols; col += 32 * kChunk) {
+        const int n = chunk_length(col, out.cols);
+        load_floats(x.code, x.at(row, col), n, v);
+        encode_chunk(out.code, reinterpret_cast<uint8_t*>(address(out, row, col)), n, b, v, kNearest, Key{0, 0, 0}, 0, 0);
+      }
+      if (lane == 0) store_block(out, row, 0, b);
+    }
+    for (int64_t col = threadIdx.x; col < out.cols; col += kThreads) {
+      Stats stats;
+      for (int64_t row = row0; row < end; ++row) {
+        load_floats(x.code, x.at(row, col), 1, v);
+        stats.add(v[0]);
+      }
+      atomicMax(reinterpret_cast<uint32_t*>(turned.scales) + col, stats.absmax);
     }
   }
 }
@@ -369,7 +441,7 @@ void quantize(const QuantizeArgs& a, const Launch& where) {
   const int64_t length = min_of(out.block, out.cols), blocks = out.rows * blocks_in_row(out);
   if (a.transpose) {
     const int64_t work = divide_up(out.rows, kTileRows) * blocks_in_row(out);
-    launch("quantize (transposed)", quantize_transposed_kernel, work, dim3(32, length > 1024 ? 32 : 8), where, x, out, key, stochastic, a.given);
+    launch("quantize (transposed)", quantize_transposed_kernel, work, dim3(32, length > 1024 ? 32 : 8), where, x, out, key, stochastic, a.given, false);
   } else if (length <= 64) {
     launch("quantize", quantize_kernel<8>, divide_up(blocks, kThreads / 8), dim3(kThreads), where, x, out, key, stochastic, a.given);
   } else if (length <= 1024) {
@@ -377,6 +449,26 @@ void quantize(const QuantizeArgs& a, const Launch& where) {
   } else {
     launch("quantize", quantize_kernel<kThreads>, blocks, dim3(kThreads), where, x, out, key, stochastic, a.given);
   }
+}
+
+// Whole rows: x is read once from memory for both maxima and the rows' codes, once (from L2, as far as it goes) for the
+// columns' codes, where two calls read it three times. Shorter blocks are two calls: each finds its block in L1.
+void quantize_both(const QuantizeBothArgs& a, const Launch& where) {
+  if (a.key || a.out.block < a.out.cols || a.turned.block < a.turned.cols) {
+    quantize({a.x, a.x_code, a.stride, a.out, false, a.key, false}, where);
+    return quantize({a.x, a.x_code, a.stride, a.turned, true, a.turned_key, false}, where);
+  }
+  const Input x{static_cast<const char*>(a.x), a.x_code, a.stride};
+  launch("quantize (rows of both)", quantize_rows_kernel, divide_up(a.out.rows, kBothRows), dim3(kThreads), where, x, a.out, a.turned);
+  launch("quantize (columns of both)", quantize_transposed_kernel, divide_up(a.turned.rows, kTileRows), dim3(32, a.turned.cols > 1024 ? 32 : 8), where,
+         x, a.turned, Key{0, 0, 0}, false, false, true);
+}
+
+void quantize_grouped(const QuantizeGroupedArgs& a, const Launch& where) {
+  const int64_t room = a.out.block == 0 ? a.experts : a.tokens / a.out.block + a.experts;
+  const int64_t length = a.out.block == 0 ? divide_up(a.tokens, a.experts) : a.out.block;  // of a block, on average
+  launch("quantize_grouped", quantize_grouped_kernel, divide_up(a.cols, kTileRows) * room, dim3(32, length > 1024 ? 32 : 8), where, a,
+         a.key ? *a.key : Key{0, 0, 0}, a.key != nullptr, room);
 }
 
 void dequantize(const DequantizeArgs& a, const Launch& where) {

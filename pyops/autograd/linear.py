@@ -1,17 +1,20 @@
-"""The forward and backward of quantised linear layers and convolutions."""
+"""The forward and backward of quantised linear layers, convolutions and experts."""
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+from dataclasses import dataclass, replace
 
 import torch
 
 from gradmill.autograd.window import Patches, Window
-from gradmill.formats import Format
+from gradmill.formats import FORMATS, Format, float_code
 from gradmill.ops._registry import forced_backend, native_module, use_backend
+from gradmill.ops.grouped import matmul_grouped, quantize_grouped
 from gradmill.ops.matmul import matmul_int8, matmul_packed, matmul_scaled
-from gradmill.ops.quant import dequantize, hadamard, quantize_to
+from gradmill.ops.quant import BOTH_WAYS, dequantize, hadamard, quantize, quantize_both, quantize_to
 from gradmill.recipes import Matmul, Recipe
 from gradmill.reference.philox import stream
+from gradmill.reference.quant import power_of_two_up, shared_scales
 from gradmill.weight import QuantizedWeight
 
 _EXACT = ("int8", "int7")
@@ -47,9 +50,13 @@ class Stored:
         return Stored(self.codes[first:last], None if self.scales is None else self.scales[first:last], zeros, self.format, self.columns)
 
 
-def _store(x, format: Format, transpose=False, key=None, stream=0) -> Stored:
-    """x (a matrix or Patches), or its transpose, as an operand."""
+def _store(x, format: Format, transpose=False, key=None, stream=0, largest=None) -> Stored:
+    """x (a matrix or Patches), or its transpose, as an operand. largest: the magnitude that one scale for all of x comes from,
+    instead of x's own."""
     columns = x.shape[0 if transpose else 1]
+    if largest is not None:
+        scale = shared_scales(largest.view(1, 1), replace(format, rows=1)).expand(x.shape[1 if transpose else 0], 1)
+        return Stored(*quantize(x, format.code, 0, transpose, key, stream, scale), format, columns)
     if isinstance(x, Patches) and not format.shared and key is None:
         codes, scales, zeros = x.quantize(format, transpose)
         return Stored(codes, *((scales, zeros) if format.blocked else (None, None)), format, columns)
@@ -73,12 +80,31 @@ def _torch_is_faster():
     return not torch.compiler.is_compiling() and forced_backend() is None and native_module().cpu_has_bf16()
 
 
-def _over_tokens(x, format: Format, size: int, key, rounding=None, group: int = 0) -> Stored:
+def _over_tokens(x, format: Format, size: int, key, rounding=None, group: int = 0, largest=None) -> Stored:
     """x^T as an operand of dW, through the random Hadamard transform of that size (the same for both operands) where the recipe has one."""
     if not size:
-        return _store(x, format, True, rounding, stream(3 * group + 1, "gradient"))
+        return _store(x, format, True, rounding, stream(3 * group + 1, "gradient"), largest)
     x = x.matrix() if isinstance(x, Patches) else x
     return _store(hadamard(x, size, True, key, stream(3 * group + 2, "hadamard"), x.dtype), format, False, rounding, stream(3 * group + 1, "gradient"))
+
+
+def _both_ways(x, rows: Format, columns: Format, size: int, key, rounding=None, largest=None) -> tuple[Stored, Stored]:
+    """x as an operand by rows, and of dW: see _over_tokens. One walk through x where both formats are the same."""
+    if rows == columns and rows.code in BOTH_WAYS and not rows.shared and not size:
+        codes, scales, turned, turned_scales = quantize_both(x, rows.code, rows.block, rounding, stream(0, "gradient"), stream(1, "gradient"))
+        return Stored(codes, scales, None, rows, x.shape[1]), Stored(turned, turned_scales, None, columns, x.shape[0])
+    return _store(x, rows, False, rounding, stream(0, "gradient"), largest), _over_tokens(x, columns, size, key, rounding, largest=largest)
+
+
+def _delayed(history, x):
+    """x's largest magnitude, and what its scale comes from: the largest of the steps in ``history``, x's own before there is one."""
+    now, before = torch.linalg.vector_norm(x, torch.inf).to(torch.float32) if x.numel() else history.new_zeros(()), history.max()
+    return now, torch.where(before > 0, before, now)
+
+
+def _draw_key():
+    """[seed, step] for this step's random bits, from torch's generator."""
+    return torch.stack((torch.randint(-2 ** 63, 2 ** 63 - 1, (), dtype=torch.int64, device="cpu"), torch.zeros((), dtype=torch.int64, device="cpu")))
 
 
 class QuantizedLinear(torch.autograd.Function):
@@ -98,20 +124,29 @@ class QuantizedLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, recipe: Recipe, dtype, steps, window: Window | None = None):
+    def forward(ctx, x, weight, bias, recipe: Recipe, dtype, steps, window: Window | None = None, history=None):
         y_recipe, dw_recipe, groups = recipe.y, recipe.dw, 1 if window is None else window.groups
         needs_dw = ctx.needs_input_grad[1] or ctx.needs_input_grad[5]
         keeps_operand = window is None or window.saved_bytes(recipe, x.shape, x.element_size())[1]
         kept_x, kept_w = [], []
+        key = _draw_key() if recipe.gradient_rounding == "stochastic" or isinstance(dw_recipe, Matmul) and dw_recipe.hadamard else None
+        x_over_tokens = magnitudes = largest_x = largest_w = None
+        if history is not None:
+            (now_x, largest_x), (now_w, largest_w) = _delayed(history[0], x), _delayed(history[1], _values(weight))
+            magnitudes = torch.stack((now_x, now_w, largest_w))
         if isinstance(y_recipe, Matmul):
-            kept_w = [_store(w, y_recipe.right) for w in _matrices(weight, groups)]
+            kept_w = [_store(w, y_recipe.right, largest=largest_w) for w in _matrices(weight, groups)]
             whole = not _by_row(y_recipe.left) or needs_dw and dw_recipe == "forward" and keeps_operand
             parts = []
             for group, w in enumerate(kept_w):
                 part_bias = None if bias is None else bias.chunk(groups)[group]
                 pieces = []
                 for rows in [x] if window is None else window.patches(x, group).split(0, whole):
-                    kept_x.append(_store(rows, y_recipe.left))
+                    if window is None and needs_dw and isinstance(dw_recipe, Matmul):
+                        left, x_over_tokens = _both_ways(x, y_recipe.left, dw_recipe.right, dw_recipe.hadamard, key, None, largest_x)
+                    else:
+                        left = _store(rows, y_recipe.left, largest=largest_x)
+                    kept_x.append(left)
                     pieces.append(_multiply(kept_x[-1], w, part_bias, dtype))
                     if not whole:
                         kept_x.clear()
@@ -124,11 +159,6 @@ class QuantizedLinear(torch.autograd.Function):
             y = matmul_packed(x, *_packed(weight, steps), False, bias, dtype)
         else:
             y = torch.nn.functional.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
-        random = recipe.gradient_rounding == "stochastic" or isinstance(dw_recipe, Matmul) and dw_recipe.hadamard
-        key = None
-        if random:
-            key = torch.stack((torch.randint(-2 ** 63, 2 ** 63 - 1, (), dtype=torch.int64, device="cpu"),
-                               torch.zeros((), dtype=torch.int64, device="cpu")))
         saved_x = ()
         if needs_dw and not keeps_operand:
             format = window.kept_format(recipe, x.shape)
@@ -136,6 +166,8 @@ class QuantizedLinear(torch.autograd.Function):
             saved_x = (image,) if format is None else _store(image.reshape(len(x), x.shape[1:].numel()), format).tensors
         elif needs_dw and dw_recipe == "forward":
             saved_x = [t for operand in kept_x for t in operand.tensors]
+        elif x_over_tokens is not None:
+            saved_x = x_over_tokens.tensors
         elif needs_dw and dw_recipe is not None:
             saved_x = [t for group in range(groups) for t in _over_tokens(x if window is None else window.patches(x, group), dw_recipe.right,
                                                                           dw_recipe.hadamard, key, group=group).tensors]
@@ -145,7 +177,8 @@ class QuantizedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[5]:
             saved_w = [t for operand in kept_w for t in operand.tensors] if recipe.dx == "forward" else (weight,)
         ctx.lengths = len(saved_w), len(saved_x)
-        ctx.save_for_backward(key, steps, *saved_w, *saved_x)
+        ctx.save_for_backward(key, steps, magnitudes, *saved_w, *saved_x)
+        ctx.history = history  # not among the saved: other backward passes write into it before this one
         ctx.backend = None if torch.compiler.is_compiling() else forced_backend()  # backward may run in another thread, outside the user's `with use_backend`
         ctx.recipe, ctx.x_dtype, ctx.x_shape, ctx.weight_dtype, ctx.shape = recipe, x.dtype, x.shape, weight.dtype, weight.shape
         ctx.window, ctx.keeps_operand, ctx.last = window, keeps_operand, window is not None and x.is_contiguous(memory_format=torch.channels_last)
@@ -162,7 +195,7 @@ class QuantizedLinear(torch.autograd.Function):
 
     @staticmethod
     def _backward(ctx, dy):
-        key, steps, *saved = ctx.saved_tensors
+        key, steps, magnitudes, *saved = ctx.saved_tensors
         saved_w, saved_x = saved[:ctx.lengths[0]], saved[ctx.lengths[0]:]
         recipe, window, dx, dw, db, dsteps = ctx.recipe, ctx.window, None, None, None, None
         rounding = key if recipe.gradient_rounding == "stochastic" else None
@@ -171,9 +204,18 @@ class QuantizedLinear(torch.autograd.Function):
             dys = [dy]
         elif recipe.dx is not None and ctx.needs_input_grad[0] or recipe.dw is not None and needs_dw:
             dys = [window.rows(dy, group) for group in range(window.groups)]
+        by_rows = over_tokens = largest = largest_w = None  # dY as dX and as dW want it
+        if magnitudes is not None:
+            now, largest = _delayed(ctx.history[2], dy)
+            largest_w = magnitudes[2]
+            # Here, not in forward, which may run twice (checkpointing) or without training.
+            noted = torch.cat((magnitudes[:2], now[None]))
+            ctx.history.copy_(torch.cat((torch.where(noted.isfinite(), noted, 0)[:, None], ctx.history[:, :-1]), 1))
+        if window is None and ctx.needs_input_grad[0] and needs_dw and isinstance(recipe.dx, Matmul) and isinstance(recipe.dw, Matmul):
+            by_rows, over_tokens = _both_ways(dy, recipe.dx.left, recipe.dw.left, recipe.dw.hadamard, key, rounding, largest)
         if ctx.needs_input_grad[0]:
             if recipe.dx is not None:
-                dx = _dx(ctx, dys, saved_w, rounding)
+                dx = _dx(ctx, dys, saved_w, rounding, by_rows, largest, largest_w)
             elif window is not None:
                 dx = torch.nn.grad.conv2d_input(ctx.x_shape, _stepped(saved_w[0], steps).to(dy.dtype), dy, *window[1:]).to(ctx.x_dtype)
             elif isinstance(saved_w[0], QuantizedWeight):
@@ -182,7 +224,7 @@ class QuantizedLinear(torch.autograd.Function):
                 dx = (dy @ saved_w[0].to(dy.dtype)).to(ctx.x_dtype)
         if needs_dw:
             if recipe.dw is not None:
-                dw = _dw(ctx, dys, saved_x, key, rounding).view(ctx.shape)
+                dw = _dw(ctx, dys, saved_x, key, rounding, over_tokens, largest).view(ctx.shape)
             elif window is not None:
                 dw = torch.nn.grad.conv2d_weight(saved_x[0].to(dy.dtype), ctx.shape, dy, *window[1:]).to(ctx.weight_dtype)
             else:
@@ -191,21 +233,21 @@ class QuantizedLinear(torch.autograd.Function):
             dsteps = _step_gradient(dw, saved_w[0])
         if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
             db = dy.sum(0 if window is None else (0, 2, 3), dtype=torch.float32).to(ctx.bias_dtype)
-        return dx, dw if ctx.needs_input_grad[1] else None, db, None, None, dsteps, None
+        return dx, dw if ctx.needs_input_grad[1] else None, db, None, None, dsteps, None, None
 
 
-def _dx(ctx, dys, saved_w, rounding):
-    """dX = dY W in the recipe's formats."""
+def _dx(ctx, dys, saved_w, rounding, by_rows=None, largest=None, largest_w=None):
+    """dX = dY W in the recipe's formats. by_rows: dY as the operand, if there already."""
     recipe, window = ctx.recipe, ctx.window
     if recipe.dx == "forward":
         format, columns = recipe.y.right, ctx.shape[1:].numel()
         weights = [Stored(*saved_w[i:i + 3], format, columns) for i in range(0, len(saved_w), 3)]
     else:
-        weights = [_store(w, recipe.dx.right, transpose=True) for w in _matrices(saved_w[0], len(dys))]
+        weights = [_store(w, recipe.dx.right, transpose=True, largest=largest_w) for w in _matrices(saved_w[0], len(dys))]
     if window is not None:
         dx = torch.empty(ctx.x_shape, dtype=ctx.x_dtype, device=dys[0].device, memory_format=torch.channels_last if ctx.last else torch.contiguous_format)
     for group, (dy, w) in enumerate(zip(dys, weights)):
-        left = dy if recipe.dx == "forward" else _store(dy, recipe.dx.left, False, rounding, stream(3 * group, "gradient"))
+        left = dy if recipe.dx == "forward" else by_rows or _store(dy, recipe.dx.left, False, rounding, stream(3 * group, "gradient"), largest)
 
         def product(first, last, dtype):
             if recipe.dx == "forward":
@@ -222,7 +264,7 @@ def _dx(ctx, dys, saved_w, rounding):
     return dx
 
 
-def _dw(ctx, dys, saved_x, key, rounding):
+def _dw(ctx, dys, saved_x, key, rounding, over_tokens=None, largest=None):
     """dW = dY^T X in the recipe's formats: (out, in) or, of a convolution, ``weight.flatten(1)``'s."""
     recipe, window, parts = ctx.recipe, ctx.window, []
     forward, columns = recipe.dw == "forward", ctx.shape[1:].numel()
@@ -243,7 +285,7 @@ def _dw(ctx, dys, saved_x, key, rounding):
             parts.append(total.to(ctx.weight_dtype))
         else:
             format, size = recipe.dw.right, recipe.dw.hadamard
-            left = _over_tokens(dy, recipe.dw.left, size, key, rounding, group)
+            left = over_tokens or _over_tokens(dy, recipe.dw.left, size, key, rounding, group, largest)
             operands = [Stored(*kept, format, left.columns)] if ctx.keeps_operand else (
                 _over_tokens(piece, format, size, key, group=group) for piece in window.patches(image, group).split(1, not _by_row(format)))
             parts.append(_joined([_multiply(left, operand, None, ctx.weight_dtype) for operand in operands], 1))
@@ -279,3 +321,98 @@ def _step_gradient(dw, weight: QuantizedWeight):
     block = format.block or columns
     product = torch.nn.functional.pad(units.mul_(dw.reshape(units.shape)), (0, -columns % block))
     return product.view(dw.shape[0], -1, block).sum(-1)
+
+
+# --- a linear layer per expert ----------------------------------------------------------------------------
+def _of_experts(stored: list[Stored]) -> Stored:
+    """A matrix per expert as one operand."""
+    first = stored[0]
+    if first.scales is None:
+        return replace(first, codes=torch.stack([s.codes for s in stored]))
+    codes = torch.stack([s.codes.view(torch.uint8) for s in stored]).view(first.codes.dtype)  # under autocast torch does not stack float8
+    return replace(first, codes=codes, scales=torch.stack([s.scales for s in stored]), zeros=None)
+
+
+def _store_experts(weight, format: Format, transpose=False) -> Stored:
+    """weight (experts, out, in), or each expert's transpose, as an operand: scales are each expert's own."""
+    if format.blocked and not format.shared and not transpose:
+        one = _store(weight.flatten(0, 1), format)
+        return replace(one, codes=one.codes.view(weight.shape), scales=one.scales.view(*weight.shape[:2], one.scales.shape[1]))
+    return _of_experts([_store(w, format, transpose) for w in weight])
+
+
+def _expert_scales(x, offs, format: Format):
+    """The scale of every expert, (experts, 1), for formats that have one for all of a matrix; and each token's expert (the number of
+    experts for tokens of nobody)."""
+    expert = torch.searchsorted(offs, torch.arange(x.shape[0], dtype=torch.int32, device=x.device), right=True)
+    largest = torch.linalg.vector_norm(x, torch.inf, dim=1).to(torch.float32) if x.shape[1] else x.new_zeros(x.shape[0], dtype=torch.float32)
+    amax = largest.new_zeros(offs.shape[0] + 1).scatter_reduce(0, expert, largest, "amax")
+    return shared_scales(amax[:, None], replace(format, rows=1)), expert
+
+
+def _store_tokens(x, format: Format, offs, key=None) -> Stored:
+    """x (tokens, columns) as an operand by rows; a scale shared by a matrix is shared by an expert's tokens."""
+    if format.blocked and format.rows == 0:
+        scales, expert = _expert_scales(x, offs, format)
+        codes, scales, _ = quantize(x, format.code, format.block, False, key, stream(0, "gradient"), scales[expert])
+        return Stored(codes, scales, None, format, x.shape[1])
+    return _store(x, format, False, key, stream(0, "gradient"))
+
+
+def _over_expert_tokens(x, format: Format, offs, key=None) -> Stored:
+    """x (tokens, columns) as an operand of dW: quantised, each expert's tokens transposed; plain floats stay as they are."""
+    if not format.blocked:
+        return Stored(x.to(format.code_dtype).contiguous(), None, None, format, x.shape[1])
+    scales = None
+    if format.rows == 0:
+        scales = _expert_scales(x, offs, format)[0][:-1].expand(-1, x.shape[1]).reshape(x.shape[1], -1).contiguous()
+    elif format.shared:
+        scales = power_of_two_up(quantize_grouped(x, offs, format.code, format.block)[1])
+    codes, scales = quantize_grouped(x, offs, format.code, format.block, key, stream(1, "gradient"), scales)
+    return Stored(codes, scales, None, format, x.shape[1])
+
+
+def _multiply_grouped(a: Stored, b: Stored, bias, offs, dtype):
+    return matmul_grouped(a.codes, a.scales, a.format.code, a.format.block, b.codes, b.scales, b.format.code, b.format.block, offs, bias, dtype)
+
+
+class QuantizedGroupedLinear(torch.autograd.Function):
+    """QuantizedLinear with a weight per expert: Y[tokens of e] = X[tokens of e] W[e]^T + b[e].
+
+    X (tokens, in) sorted by expert, W (experts, out, in), b (experts, out) or None, offs int32 (experts): where each expert's
+    tokens end. Every expert has the scales that a layer of its own would have.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, offs, recipe: Recipe, dtype):
+        plain = Matmul(FORMATS[float_code(dtype)], FORMATS[float_code(dtype)])
+        recipe = replace(recipe, y=recipe.y or plain, dx=recipe.dx or plain, dw=recipe.dw or plain)
+        y = _multiply_grouped(_store_tokens(x, recipe.y.left, offs), _store_experts(weight, recipe.y.right), bias, offs, dtype)
+        key = _draw_key() if recipe.gradient_rounding == "stochastic" else None
+        saved_x = _over_expert_tokens(x, recipe.dw.right, offs).tensors[:2] if ctx.needs_input_grad[1] else (None, None)
+        ctx.save_for_backward(key, offs, weight if ctx.needs_input_grad[0] else None, *saved_x)
+        ctx.backend = None if torch.compiler.is_compiling() else forced_backend()
+        ctx.recipe, ctx.x_dtype, ctx.weight_dtype, ctx.columns = recipe, x.dtype, weight.dtype, x.shape[1]
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        with use_backend(ctx.backend) if ctx.backend is not None else contextlib.nullcontext():
+            return QuantizedGroupedLinear._backward(ctx, dy)
+
+    @staticmethod
+    def _backward(ctx, dy):
+        key, offs, weight, *saved_x = ctx.saved_tensors
+        recipe, dx, dw, db = ctx.recipe, None, None, None
+        if ctx.needs_input_grad[0]:
+            right = _store_experts(weight, recipe.dx.right, transpose=True)
+            dx = _multiply_grouped(_store_tokens(dy, recipe.dx.left, offs, key), right, None, offs, ctx.x_dtype)
+        if ctx.needs_input_grad[1]:
+            left = _over_expert_tokens(dy, recipe.dw.left, offs, key)
+            dw = _multiply_grouped(left, Stored(*saved_x, None, recipe.dw.right, ctx.columns), None, offs, ctx.weight_dtype)
+        if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
+            expert = torch.searchsorted(offs, torch.arange(dy.shape[0], dtype=torch.int32, device=dy.device), right=True)
+            db = dy.new_zeros((offs.shape[0] + 1, dy.shape[1]), dtype=torch.float32).index_add_(0, expert, dy.to(torch.float32))[:-1].to(ctx.bias_dtype)
+        return dx, dw, db, None, None, None

@@ -1,5 +1,6 @@
 """Drop-in modules."""
 from gradmill.nn.conv import Conv2d
+from gradmill.nn.grouped import GroupedLinear
 from gradmill.nn.linear import Linear
 
-__all__ = ["Conv2d", "Linear"]
+__all__ = ["Conv2d", "GroupedLinear", "Linear"]

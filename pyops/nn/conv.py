@@ -37,6 +37,11 @@ class Conv2d(RecipeLayer, torch.nn.Conv2d):
         training mode and any attributes set on it are kept."""
         return cls._from(conv, recipe)
 
+    def _adopt(self, recipe: recipes.Recipe):
+        if recipe.history:
+            raise ValueError(f"recipe is {recipe.name}; its delayed scaling is for linear layers")
+        super()._adopt(recipe)
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         padding = self.padding
         if self.padding_mode != "zeros":

@@ -17,7 +17,8 @@ class Linear(RecipeLayer, torch.nn.Linear):
     ``state_dict`` keeps torch.nn.Linear's names; loading a float ``weight`` into a quantised layer packs it. Under a recipe that
     fakes (qat_w4, qat_w3, qat_w2) the layer has two more Parameters, ``weight_steps`` and ``weight_zeros`` (out, groups) fp32;
     loading a checkpoint without them takes them anew from its weight. After writing into the weight otherwise, call
-    :meth:`reset_steps_`.
+    :meth:`reset_steps_`. Under one with delayed scaling it has the buffer ``amax_history`` (3, history) fp32: the largest magnitudes of X, W
+    and dY in the steps before, in the state_dict; zeros, which is no history, where a checkpoint has none.
     """
 
     _plain = torch.nn.Linear
@@ -33,8 +34,24 @@ class Linear(RecipeLayer, torch.nn.Linear):
         training mode and any attributes set on it are kept."""
         return cls._from(linear, recipe)
 
+    def _adopt(self, recipe: recipes.Recipe):
+        super()._adopt(recipe)
+        if recipe.history:
+            self.register_buffer("amax_history", torch.zeros((3, recipe.history), device=self.weight.device))
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        if self.recipe.history and prefix + "weight" in state_dict and prefix + "amax_history" in missing_keys:
+            missing_keys.remove(prefix + "amax_history")
+            self.amax_history.zero_()
+
+    def dequantize_(self) -> torch.nn.Linear:
+        new = super().dequantize_()
+        new._buffers = {k: v for k, v in self._buffers.items() if k != "amax_history"}
+        return new
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return functional.linear(x, self.weight, self.bias, self.recipe, **self._steps)
+        return functional.linear(x, self.weight, self.bias, self.recipe, **self._steps, amax_history=self._buffers.get("amax_history"))
 
     def kept_bytes(self) -> tuple[int, int]:
         """Bytes of 1,024 tokens' input kept for backward: by torch.nn.Linear, by this layer."""

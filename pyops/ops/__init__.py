@@ -1,11 +1,12 @@
 """gradmill's ops: schema, fake kernel, checks and choice of backend per family. Tensors in, tensors out, no autograd."""
 from gradmill.ops._registry import OPS, BackendError, use_backend
 from gradmill.ops.conv import fold_patches, quantize_patches
+from gradmill.ops.grouped import matmul_grouped, quantize_grouped
 from gradmill.ops.matmul import matmul_int8, matmul_packed, matmul_scaled
 from gradmill.ops.optim import fused_step
 from gradmill.ops.projection import project, project_back, subspace_basis
-from gradmill.ops.quant import dequantize, fake_quantize, fake_quantize_backward, hadamard, quantize, quantize_to
+from gradmill.ops.quant import dequantize, fake_quantize, fake_quantize_backward, hadamard, quantize, quantize_both, quantize_to
 
-__all__ = ["OPS", "BackendError", "use_backend", "quantize", "quantize_to", "dequantize", "hadamard", "fake_quantize", "fake_quantize_backward",
-           "quantize_patches", "fold_patches", "matmul_int8", "matmul_packed", "matmul_scaled", "fused_step",
+__all__ = ["OPS", "BackendError", "use_backend", "quantize", "quantize_both", "quantize_to", "dequantize", "hadamard", "fake_quantize", "fake_quantize_backward",
+           "quantize_patches", "fold_patches", "matmul_int8", "matmul_packed", "matmul_scaled", "matmul_grouped", "quantize_grouped", "fused_step",
            "project", "project_back", "subspace_basis"]

@@ -98,13 +98,14 @@ class Op:
         name: the op is ``torch.ops.gradmill.<name>``.
         schema: arguments and returns in torch.library's language.
         check: called with the arguments; raises TypeError or ValueError naming the argument.
+        values: called after check, but not for the fake kernel: may read what tensors hold.
         fake: called with the arguments; returns empty outputs of the right shape, dtype and device.
         backends: {backend: function} with the op's arguments; a string "module:function" is imported when first used.
         order: {"cpu": (backend, ...), "cuda": (backend, ...)}: the first live one runs.
     """
 
-    def __init__(self, name, schema, check, fake, backends, order):
-        self.name, self.check, self.backends, self.order = name, check, backends, order
+    def __init__(self, name, schema, check, fake, backends, order, values=None):
+        self.name, self.check, self.values, self.backends, self.order = name, check, values, backends, order
         library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         self._chosen: dict[str, object] = {}
         for device in ("cpu", "cuda"):
@@ -124,6 +125,8 @@ class Op:
     def _runner(self, device):
         def run(*args, **kwargs):
             self.check(*args, **kwargs)
+            if self.values is not None:
+                self.values(*args, **kwargs)
             return self.function(device)(*args, **kwargs)
         return run
 

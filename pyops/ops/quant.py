@@ -133,6 +133,53 @@ def block_absmax(x, format: Format, transpose=False):
     return absmax.t() if transpose else absmax
 
 
+# --- both ways --------------------------------------------------------------------------------------------
+#: Codes that quantize_both takes: symmetric, a byte each.
+BOTH_WAYS = ("int8", "int7", "e4m3", "e5m2")
+
+
+def _check_both(x, code, block=0, key=None, stream=0, turned_stream=0):
+    if code not in BOTH_WAYS:
+        reject("quantize_both", "code", code, f"one of {', '.join(BOTH_WAYS)}")
+    check_format("quantize_both", code, block)
+    require_matrix("quantize_both", "x", x, FLOATS)
+    require_key("quantize_both", key)
+
+
+def _fake_both(x, code, block=0, key=None, stream=0, turned_stream=0):
+    return (*empty_quantized(x, code, block)[:2], *empty_quantized(x, code, block, True)[:2])
+
+
+def _native_both(x, code, block=0, key=None, stream=0, turned_stream=0):
+    x, transposed = row_major(x, False)
+    out = _fake_both(x, code, block)
+    out[3].zero_()
+    if transposed:  # x is the transpose of what was given
+        stream, turned_stream = turned_stream, stream
+    if not x.numel():
+        for t in out:
+            t.zero_()
+    else:
+        rows, columns, format = *x.shape, cached(code, block)
+        native_module().quantize_both(*where(x), x.data_ptr(), CODES[float_code(x.dtype)], x.stride(0),
+                                      matrix_tuple(out[0], out[1], None, format, rows, columns), matrix_tuple(out[2], out[3], None, format, columns, rows),
+                                      key_tuple(key, stream), key_tuple(key, turned_stream))
+    return (*out[2:], *out[:2]) if transposed else out
+
+
+quantize_both = Op(
+    "quantize_both", "(Tensor x, str code, int block=0, Tensor? key=None, int stream=0, int turned_stream=0) -> (Tensor, Tensor, Tensor, Tensor)",
+    _check_both, _fake_both,
+    backends={"native": _native_both, "triton": "gradmill.kernels.quant:quantize_both", "reference": reference.quantize_both},
+    order={"cpu": ("native", "triton", "reference"), "cuda": ("native", "triton", "reference")})
+quantize_both.__doc__ = """quantize_both(x, code, block=0, key=None, stream=0, turned_stream=0) -> (codes, scales, turned_codes, turned_scales)
+
+x (rows, columns) fp32, bf16 or fp16 and its transpose in the format ``Format(code, block)``, an 8-bit symmetric code, with one
+walk through x: what a linear layer needs of X (Y and dW) and of dY (dX and dW). The same bits as
+``quantize(x, code, block, False, key, stream)`` and ``quantize(x, code, block, True, key, turned_stream)``. Raises TypeError
+for dtypes, ValueError for shapes, code and block."""
+
+
 # --- dequantize -------------------------------------------------------------------------------------------
 def _check_dequantize(codes, scales, zeros, code, block, columns, dtype):
     check_packed("dequantize", "", codes, scales, zeros, code, block, columns)

@@ -70,6 +70,12 @@ def block_parameters(x, code):
     return scale, torch.zeros_like(scale)
 
 
+def power_of_two_up(scale):
+    """The next power of two, of fp32 numbers that are not negative; nan stays."""
+    up = ((scale.contiguous().view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
+    return torch.where(torch.isnan(scale), scale, up)
+
+
 def shared_scales(x, format, stochastic=False):
     """Scales (rows, blocks) fp32 of a format whose scales depend on more than their own block, from the blocks' largest
     magnitudes x (rows, blocks). Plain torch, the same in every backend.
@@ -86,8 +92,7 @@ def shared_scales(x, format, stochastic=False):
     scale = divide(absmax, top)
     scale = torch.where(torch.isfinite(scale), scale, torch.nan)
     if format.scale == "pow2":  # the next power of two up: nothing saturates
-        up = ((scale.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
-        scale = torch.where(torch.isnan(scale), scale, up)
+        scale = power_of_two_up(scale)
     elif format.scale == "e4m3":
         tensor = divide(absmax.amax() if absmax.numel() else absmax.new_zeros(()), 448.0 * top)
         share = divide(scale, tensor).clamp(max=448.0)
@@ -251,6 +256,11 @@ def quantize(x, code, block=0, transpose=False, key=None, stream=0, scales=None,
     if format.has_zero_point:
         zeros = zero.to(torch.uint8)
     return codes, scale, zeros
+
+
+def quantize_both(x, code, block=0, key=None, stream=0, turned_stream=0):
+    """See gradmill.ops.quant.quantize_both."""
+    return (*quantize(x, code, block, False, key, stream)[:2], *quantize(x, code, block, True, key, turned_stream)[:2])
 
 
 def dequantize(codes, scales, zeros, code, block, columns, dtype):
