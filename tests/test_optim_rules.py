@@ -64,6 +64,10 @@ def test_the_trajectory_is_torchs(name, options, monkeypatch):
     assert_follows_torch(ours, theirs, params, other, update=size_of_updates(name), coupled=bool(options.get("weight_decay")))
 
 
+#: Five steps a y + (b A + c A^2) y whose terms are rounded to bf16: 5 * 2^-9 * (3.45 + 4.78 + 2.03). Seen: .01 to .06.
+BF16_NOISE = 0.1
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, None], ids=str)
 def test_muon_is_torchs_to_the_noise_of_its_bf16(dtype):
     params, other, ours, theirs = pair("Muon", {}, ns_dtype=dtype)
@@ -72,7 +76,7 @@ def test_muon_is_torchs_to_the_noise_of_its_bf16(dtype):
     before = [p.detach().clone() for p in params]
     ours.step(), theirs.step()
     for p, q, b in zip(params, other, before):
-        assert (p - q).norm() <= 0.05 * (q - b).norm()
+        assert (p - q).norm() <= 2 * BF16_NOISE * (q - b).norm()
 
 
 #: Error cases in which gradmill does something else: what.
@@ -499,7 +503,7 @@ def test_newton_schulz_moves_singular_values_near_one(shape):
         values = torch.linalg.svdvals(got)
         assert values.max() < 1.3 and (values.min() > 0.5 or min(shape) > 1)
     torch.testing.assert_close(optim.newton_schulz(x * 1e6, dtype=torch.float32), got, rtol=0, atol=1e-4)
-    assert (optim.newton_schulz(x, dtype=torch.bfloat16) - got).norm() <= 0.05 * got.norm()
+    assert (optim.newton_schulz(x, dtype=torch.bfloat16) - got).norm() <= BF16_NOISE * got.norm()
     assert not optim.newton_schulz(torch.zeros(shape)).any()
 
 

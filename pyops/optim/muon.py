@@ -93,7 +93,7 @@ class Muon(_MatrixOptimizer):
 
     Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks"; Liu et al., "Muon is Scalable for LLM
     Training". Arguments, names and defaults are torch.optim.Muon's (Jordan's own: lr .02, weight_decay 0). Its bf16 leaves
-    about 1 % of noise in an update, so results differ by that much from torch's, and between dtypes of the iteration.
+    a few percent of noise in an update, so results differ by that much from torch's, and between dtypes of the iteration.
     For matrices only; embeddings, heads, norms and biases want AdamW.
 
     Args:
