@@ -271,7 +271,8 @@ FORMULAS = [
     (optim.CLASSP, classp, dict(lr=0.01)), (optim.CLASSP, classp, dict(lr=0.01, threshold=0.01, power=2.0)),
     (optim.CLASSP, classp, dict(lr=0.01, threshold=0.01, power=0.5)), (optim.CLASSP, classp, dict(lr=0.01, threshold=0.0, power=3.3)),
     (optim.AdaGradNorm, adagrad_norm, dict(lr=0.1)),
-    (optim.AuON, auon, dict(lr=0.01, weight_decay=0.1)), (optim.HybridAuON, auon, dict(lr=0.01, ns_steps=1, ns_dtype=torch.float32)), (optim.HybridAuON, auon, dict(lr=0.01, ns_steps=5, ns_dtype=torch.float32)),
+    (optim.AuON, auon, dict(lr=0.01, weight_decay=0.1)), (optim.HybridAuON, auon, dict(lr=0.01, ns_steps=1, ns_dtype=torch.float32)),
+    (optim.HybridAuON, auon, dict(lr=0.01, ns_steps=5, ns_dtype=torch.float32)),
 ]
 
 
@@ -711,7 +712,8 @@ def test_any_layout_shape_dtype_and_missing_gradient(cls):
         b = [torch.nn.Parameter(v.to(dtype).clone()) for v in values]
         frozen = torch.nn.Parameter(torch.ones(3, 3))
         lr = torch.tensor(0.01)
-        ours = [cls([*ps, extra], lr=lr, states="int8", min_quantized_numel=1, seed=3) for ps, extra in ((a, frozen), (b, torch.nn.Parameter(torch.ones(3, 3))))]
+        other = torch.nn.Parameter(torch.ones(3, 3))
+        ours = [cls([*ps, extra], lr=lr, states="int8", min_quantized_numel=1, seed=3) for ps, extra in ((a, frozen), (b, other))]
         for _ in range(3):
             for p, q in zip(a, b):
                 p.grad = torch.randn(p.shape).to(dtype)
