@@ -115,3 +115,41 @@ def lion_int8_states(ctx):
         ours(make), baseline("torch foreach ops, fp32 states", lambda: _stepper(TorchLion(_parameters(ctx), **SETTINGS))),
         _peer(ctx, "lion_pytorch", "lion-pytorch", lambda m: m.Lion),
         _peer(ctx, "bitsandbytes", "bitsandbytes Lion8bit", lambda m: m.optim.Lion8bit)], operations=8.0)
+
+
+# --- the other rules --------------------------------------------------------------------------------------
+# Bytes per parameter with fp32 and 8-bit states: weight in and out, gradient in, every state in and out.
+def _rule(name, states, torch_name=None, **options):
+    """A case for a rule with ``states`` states: fp32 and 8-bit ones, beside torch's optimizer of the rule, or its AdamW."""
+    settings = {"lr": 1e-3, **options}
+
+    def build(ctx):
+        def make(**more):
+            return lambda: _stepper(getattr(gradmill.optim, name)(_parameters(ctx), **settings, **more))
+
+        def theirs():
+            params = _parameters(ctx)
+            return _stepper(getattr(torch.optim, torch_name)(params, fused=True, **settings) if torch_name else torch.optim.AdamW(params, fused=True))
+        return _bench(ctx, name, 12 + 8 * states, [
+            ours(make()), rival("gradmill, 8-bit states", make(states="int8")), baseline(f"torch {torch_name or 'AdamW'}(fused=True)", theirs)])
+    build.__name__ = name.lower()
+    return case("optim")(build)
+
+
+for _arguments in (("SGD", 1, "SGD"), ("Adagrad", 1, "Adagrad"), ("Adam", 2, "Adam"), ("AdaBelief", 2), ("DiffGrad", 3), ("Grams", 2), ("Sophia", 2),
+                   ("CLASSP", 1)):
+    _rule(*_arguments, **({"momentum": 0.9} if _arguments[0] == "SGD" else {"weight_decay": 0.01} if _arguments[0] == "Adam" else {}))
+
+
+@case("optim", goal=("torch", 1.0))
+def muon(ctx):
+    """Fifteen products of squares, two thirds of them symmetric: 32 GFLOP, of which blocks save a quarter. torch computes in bf16
+    everywhere; so does gradmill where the CPU has instructions for it, and in fp32 where it has not."""
+    n = ctx.pick(1024, 64)
+
+    def make(cls):
+        p = torch.nn.Parameter(ctx.randn(n, n))
+        p.grad = ctx.randn(n, n)
+        return _stepper(cls([p]))
+    return Bench(f"Muon, one {n} x {n}", Work(20 * n * n, 5 * 6 * n ** 3, "update"), [
+        ours(lambda: make(gradmill.optim.Muon)), baseline("torch Muon", lambda: make(torch.optim.Muon))])

@@ -81,7 +81,7 @@ def samples():
     yield "project_back", back_arguments()
     yield "project_back", back_arguments("uint8", True)
     yield "project_back", (*back_arguments("uint8", True), torch.randn(10, 12), torch.randn(12))
-    for param, state, rule in (("fp32", "fp32", "adamw"), ("bf16", "int8", "adamw_amsgrad"), ("uint8", "int8", "lion"), ("int8", "bf16", "adamw")):
+    for param, state, rule in (("fp32", "fp32", "adamw"), ("bf16", "int8", "adamw_amsgrad"), ("uint8", "int8", "lion"), ("int8", "bf16", "adamw"), ("bf16", "fp32", "sgd"), ("fp32", "int8", "diffgrad")):
         yield "fused_step", tuple(step_arguments(param, state, rule).values())
     yield "subspace_basis", (torch.randn(9, 12), None, 3, 2, False, key(1, 1), 0)
     yield "subspace_basis", (torch.randn(9, 12), torch.randn(3, 9), 3, 1, True, key(1, 1), 0)

@@ -36,6 +36,8 @@ def pair(name, options, seed=1, **ours):
         shapes = [(33, 20), (20, 33), (1, 7), (7, 1), (16, 16), (0, 3)]
         params, other = ([torch.nn.Parameter(torch.randn(s, generator=torch.Generator().manual_seed(i))) for i, s in enumerate(shapes)] for _ in range(2))
     clone = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    if name == "Muon":
+        ours.setdefault("ns_dtype", torch.float32)
     return params, other, getattr(optim, name)(params, **options, **ours), getattr(torch.optim, name)(other, **clone)
 
 
@@ -62,14 +64,19 @@ def test_the_trajectory_is_torchs(name, options, monkeypatch):
     assert_follows_torch(ours, theirs, params, other, update=size_of_updates(name), coupled=bool(options.get("weight_decay")))
 
 
-def test_muon_is_torchs_to_the_noise_of_its_bf16():
-    params, other, ours, theirs = pair("Muon", {})
+#: Five steps a y + (b A + c A^2) y whose terms are rounded to bf16: 5 * 2^-9 * (3.45 + 4.78 + 2.03). Seen: .01 to .06.
+BF16_NOISE = 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, None], ids=str)
+def test_muon_is_torchs_to_the_noise_of_its_bf16(dtype):
+    params, other, ours, theirs = pair("Muon", {}, ns_dtype=dtype)
     for p, q in zip(params, other):
         q.grad = p.grad = torch.randn(p.shape)
     before = [p.detach().clone() for p in params]
     ours.step(), theirs.step()
     for p, q, b in zip(params, other, before):
-        assert (p - q).norm() <= 0.03 * (q - b).norm()
+        assert (p - q).norm() <= 2 * BF16_NOISE * (q - b).norm()
 
 
 #: Error cases in which gradmill does something else: what.
@@ -134,8 +141,9 @@ def test_groups_and_schedulers_as_in_torch(name, lr, monkeypatch):
     params, other, _, _ = pair(name, {})
     sides = []
     for cls, ps in ((getattr(optim, name), params), (getattr(torch.optim, name), other)):
+        precise = {"ns_dtype": torch.float32} if cls is optim.Muon else {}
         optimizer = cls([{"params": ps[:1], "lr": 0.03}, {"params": ps[1:], "weight_decay": 0.2}],
-                        **{**MODEL[name], "lr": lr.clone() if isinstance(lr, torch.Tensor) else lr})
+                        **{**MODEL[name], **precise, "lr": lr.clone() if isinstance(lr, torch.Tensor) else lr})
         sides.append((optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)))
     (ours, a), (theirs, b) = sides
 
@@ -244,7 +252,7 @@ def adagrad_norm(p, g, s, t, lr=1e-2, b0=1e-2):
     return p - lr * g / sqrt(s["b2"])
 
 
-def auon(p, g, s, t, lr=0.24, momentum=0.95, weight_decay=0.0, gamma=1.5, eps=1e-8, ns_steps=0):
+def auon(p, g, s, t, lr=0.24, momentum=0.95, weight_decay=0.0, gamma=1.5, eps=1e-8, ns_steps=0, ns_dtype=None):
     s["m"] = momentum * s.get("m", 0) + (1 - momentum) * g
     u = (1 - momentum) * g + momentum * s["m"]
     if ns_steps:
@@ -263,7 +271,8 @@ FORMULAS = [
     (optim.CLASSP, classp, dict(lr=0.01)), (optim.CLASSP, classp, dict(lr=0.01, threshold=0.01, power=2.0)),
     (optim.CLASSP, classp, dict(lr=0.01, threshold=0.01, power=0.5)), (optim.CLASSP, classp, dict(lr=0.01, threshold=0.0, power=3.3)),
     (optim.AdaGradNorm, adagrad_norm, dict(lr=0.1)),
-    (optim.AuON, auon, dict(lr=0.01, weight_decay=0.1)), (optim.HybridAuON, auon, dict(lr=0.01, ns_steps=1)), (optim.HybridAuON, auon, dict(lr=0.01, ns_steps=5)),
+    (optim.AuON, auon, dict(lr=0.01, weight_decay=0.1)), (optim.HybridAuON, auon, dict(lr=0.01, ns_steps=1, ns_dtype=torch.float32)),
+    (optim.HybridAuON, auon, dict(lr=0.01, ns_steps=5, ns_dtype=torch.float32)),
 ]
 
 
@@ -485,7 +494,7 @@ def test_auons_r_is_one_on_real_shapes():
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (7, 3), (1, 9), (600, 600), (530, 700), (0, 3), (4, 0)])
 def test_newton_schulz_moves_singular_values_near_one(shape):
     x = torch.randn(shape)
-    got = optim.newton_schulz(x)
+    got = optim.newton_schulz(x, dtype=torch.float32)
     assert got.shape == x.shape and got.dtype == x.dtype
     if not x.numel():
         return
@@ -494,7 +503,8 @@ def test_newton_schulz_moves_singular_values_near_one(shape):
     if min(shape) < 100:
         values = torch.linalg.svdvals(got)
         assert values.max() < 1.3 and (values.min() > 0.5 or min(shape) > 1)
-    torch.testing.assert_close(optim.newton_schulz(x * 1e6), got, rtol=0, atol=1e-4)
+    torch.testing.assert_close(optim.newton_schulz(x * 1e6, dtype=torch.float32), got, rtol=0, atol=1e-4)
+    assert (optim.newton_schulz(x, dtype=torch.bfloat16) - got).norm() <= BF16_NOISE * got.norm()
     assert not optim.newton_schulz(torch.zeros(shape)).any()
 
 
@@ -702,7 +712,8 @@ def test_any_layout_shape_dtype_and_missing_gradient(cls):
         b = [torch.nn.Parameter(v.to(dtype).clone()) for v in values]
         frozen = torch.nn.Parameter(torch.ones(3, 3))
         lr = torch.tensor(0.01)
-        ours = [cls([*ps, extra], lr=lr, states="int8", min_quantized_numel=1, seed=3) for ps, extra in ((a, frozen), (b, torch.nn.Parameter(torch.ones(3, 3))))]
+        other = torch.nn.Parameter(torch.ones(3, 3))
+        ours = [cls([*ps, extra], lr=lr, states="int8", min_quantized_numel=1, seed=3) for ps, extra in ((a, frozen), (b, other))]
         for _ in range(3):
             for p, q in zip(a, b):
                 p.grad = torch.randn(p.shape).to(dtype)
@@ -731,3 +742,28 @@ def test_maximising_the_negative_is_minimising(cls, states):
         a.step(), b.step()
     assert_same_bits(q.detach(), p.detach())
     assert (p != values).any()
+
+
+@pytest.mark.parametrize("name, options", [("SGD", dict(lr=1.0, momentum=0.9)), ("Adagrad", dict(lr=0.5)), ("Adam", dict(lr=0.02)), ("AdaBelief", dict(lr=0.02)),
+                                           ("DiffGrad", dict(lr=0.02)), ("Grams", dict(lr=0.02)), ("Sophia", dict(lr=0.02)), ("Lion", dict(lr=0.01, betas=(0.9, 0.9))),
+                                           ("CLASSP", dict(lr=0.3, threshold=1e-8)), ("Muon", dict(lr=0.1, weight_decay=0.0)), ("AuON", dict(lr=1.0)),
+                                           ("HybridAuON", dict(lr=0.1)), ("STEPAdam", dict(lr=0.02)), ("SWATS", dict(lr=0.02))])
+@pytest.mark.parametrize("states", ["bf16", "int8"])
+def test_low_precision_states_train_as_well_as_fp32(name, options, states):
+    """Linear regression: the loss ends within a tenth of the fp32 optimizer's drop, which is most of the loss. (Lion's own beta2
+    of .99 is too slow for an 8-bit momentum rounded to nearest, as its docstring says.)"""
+    x, target, losses = torch.randn(256, 64), torch.randn(64, 64), {}
+    start = ((x @ target) ** 2).mean().item()
+    for kind in ("fp32", states):
+        w = torch.nn.Parameter(torch.zeros(64, 64))
+        optimizer = getattr(optim, name)([w], states=kind, min_quantized_numel=1, seed=0, **options)
+        for step in range(150):
+            if name == "Sophia" and step % 10 == 0:
+                optimizer.update_hessian(estimates=[2 / 64 * x.square().mean(0)[:, None].expand(64, 64) * (1 + 0.5 * torch.randn(64, 64))])
+            loss = ((x @ (w - target)) ** 2).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        losses[kind] = loss.item()
+    assert losses["fp32"] < 0.5 * start
+    assert losses[states] < losses["fp32"] + 0.1 * (start - losses["fp32"])

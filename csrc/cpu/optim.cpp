@@ -16,25 +16,47 @@
 namespace gradmill {
 namespace {
 
+// Written in vectors: left to gcc, a rule with a branch on a scalar (CLASSP's power) stays scalar, ten times slower.
 template <class R>
-void apply_rule(float* __restrict p, const float* __restrict g, float* __restrict s0, float* __restrict s1,
-                float* __restrict s2, int64_t n, const float* __restrict scalars) {
+void apply_rule(float* p, const float* g, float* s0, float* s1, float* s2, int64_t n, const float* scalars) {
   float h[kMaxScalars];
   for (int i = 0; i < kMaxScalars; ++i) h[i] = scalars[i];  // known not to alias: stays in registers
-  for (int64_t i = 0; i < n; ++i) {
-    float w = p[i], m0 = 0.0f, m1 = 0.0f, m2 = 0.0f;
-    if constexpr (R::states > 0) m0 = s0[i];
-    if constexpr (R::states > 1) m1 = s1[i];
-    if constexpr (R::states > 2) m2 = s2[i];
-    R::apply(w, g[i] * h[0], m0, m1, m2, h);
-    p[i] = w;
-    if constexpr (R::states > 0) s0[i] = m0;
-    if constexpr (R::states > 1) s1[i] = m1;
-    if constexpr (R::states > 2) s2[i] = m2;
+  float* const states[kMaxStates] = {s0, s1, s2};
+  auto apply = [&](float* weight, const float* grad, float* const* state, int64_t i) __attribute__((always_inline)) {
+    vf w = load(weight + i), s[kMaxStates] = {};
+#pragma GCC unroll 3
+    for (int k = 0; k < R::states; ++k) s[k] = load(state[k] + i);
+    R::apply(w, load(grad + i) * h[0], s[0], s[1], s[2], h);
+    store(weight + i, w);
+#pragma GCC unroll 3
+    for (int k = 0; k < R::states; ++k) store(state[k] + i, s[k]);
+  };
+  const int64_t whole = n / W * W, rest = n - whole;
+  for (int64_t i = 0; i < whole; i += W) apply(p, g, states, i);
+  if (rest) {  // a tail shorter than a vector works on zero-padded copies
+    const size_t bytes = static_cast<size_t>(rest) * 4;
+    float weight[W] = {}, grad[W] = {}, copies[kMaxStates][W] = {};
+    float* const state[kMaxStates] = {copies[0], copies[1], copies[2]};
+    memcpy(weight, p + whole, bytes);
+    memcpy(grad, g + whole, bytes);
+    for (int k = 0; k < R::states; ++k) memcpy(copies[k], states[k] + whole, bytes);
+    apply(weight, grad, state, 0);
+    memcpy(p + whole, weight, bytes);
+    for (int k = 0; k < R::states; ++k) memcpy(states[k] + whole, copies[k], bytes);
   }
 }
 
-// The same for states in their 8-bit codes (the first moment8, the others square8), by far the commonest. One pass over
+// Bit s: state s is a second moment, whose 8-bit code is square8; moment8 for the others.
+template <class R>
+constexpr int kSquares = 6;
+template <>
+constexpr int kSquares<Adagrad> = 1;
+template <>
+constexpr int kSquares<Classp> = 1;
+template <>
+constexpr int kSquares<DiffGrad> = 2;
+
+// The same for states in their 8-bit codes (kSquares), by far the commonest. One pass over
 // a block decodes, applies the rule and measures the new blocks, a second encodes them from L1; codes are widened and
 // narrowed in registers, and the root that the rule took of a second moment is kept, because its code stores the root.
 // Written in vectors: in a loop of mixed widths gcc falls back to 16-byte vectors, and separate widening passes cost
@@ -45,6 +67,7 @@ void apply_rule_8bit(float* p, const float* g, const Matrix* states, int64_t row
                      const Key& dither, const float* scalars) {
   float h[kMaxScalars];
   for (int i = 0; i < kMaxScalars; ++i) h[i] = scalars[i];
+  constexpr auto square = [](int s) { return (kSquares<R> >> s & 1) != 0; };
   const int64_t block = states[0].block, padded = (block + W - 1) / W * W;
   for (int64_t at = 0; at < n; at += block) {
     const int64_t part = n - at < block ? n - at : block, index = row * states[0].blocks_per_row() + (col + at) / block;
@@ -61,8 +84,8 @@ void apply_rule_8bit(float* p, const float* g, const Matrix* states, int64_t row
 #pragma GCC unroll 3
       for (int s = 0; s < R::states; ++s) {
         const vu q = widened(from[s]);
-        const vf y = (vf)(((s == 0 ? q & 127u : q) << (s == 0 ? 19 : 18)) + 0x3f800000u) - 1.0f;
-        if (s == 0) {
+        const vf y = (vf)(((square(s) ? q : q & 127u) << (square(s) ? 18 : 19)) + 0x3f800000u) - 1.0f;
+        if (!square(s)) {
           state[s] = (vf)((vu)y | (q & 128u) << 24) * scales[s];
         } else {
           const vf r = y * scales[s];
@@ -75,7 +98,7 @@ void apply_rule_8bit(float* p, const float* g, const Matrix* states, int64_t row
       for (int s = 0; s < R::states; ++s) {
         const vu magnitude = (vu)state[s] & 0x7fffffffu;
         absmax[s] = magnitude > absmax[s] ? magnitude : absmax[s];
-        store(scratch + s * padded + i, s == 0 ? state[s] : root(state[s]));
+        store(scratch + s * padded + i, square(s) ? root(state[s]) : state[s]);
       }
     };
     const int64_t whole = part / W * W, rest = part - whole;
@@ -97,21 +120,21 @@ void apply_rule_8bit(float* p, const float* g, const Matrix* states, int64_t row
     for (int s = 0; s < R::states; ++s) {
       uint32_t largest = 0;
       for (int i = 0; i < W; ++i) largest = absmax[s][i] > largest ? absmax[s][i] : largest;
-      const Block b = block_of(s == 0 ? kMoment8 : kSquare8, largest, 0, 0);
+      const Block b = block_of(square(s) ? kSquare8 : kMoment8, largest, 0, 0);
       states[s].scales[index] = b.scale;
       if (!(b.scale > 0.0f)) {
         memset(codes[s], 0, static_cast<size_t>(part));
         continue;
       }
       vu word{};
-      if (s > 0) {
+      if (square(s)) {
         const uint32_t offset = philox_word(dither, static_cast<uint64_t>(row * states[s].cols + col + at));
         for (int i = 0; i < W; ++i) word[i] = offset + static_cast<uint32_t>(i) * kDitherStep;
       }
       const float* x = scratch + s * padded;
       auto encoded = [&](const float* from) __attribute__((always_inline)) {  // encode<kMoment8>, encode_root
         const vf value = load(from);
-        if (s == 0) {
+        if (!square(s)) {
           const vf y = (vf)((vu)value & 0x7fffffffu) * b.inverse + 1.0f;
           const vu k = ((vu)y - (0x3f800000u - 0x40000u)) >> 19;
           return (k > 127u ? k * 0 + 127u : k) | ((vu)value >> 24 & 0x80u);
@@ -137,10 +160,10 @@ using Apply8Fn = void (*)(float*, const float*, const Matrix*, int64_t, int64_t,
 struct RuleEntry {
   ApplyFn apply;
   Apply8Fn apply_8bit;
-  int states;
+  int states, squares;
 };
 const RuleEntry kRules[] = {
-#define GM_ENTRY(name, R) {apply_rule<R>, apply_rule_8bit<R>, R::states},
+#define GM_ENTRY(name, R) {apply_rule<R>, apply_rule_8bit<R>, R::states, kSquares<R>},
     GM_RULES(GM_ENTRY)
 #undef GM_ENTRY
 };
@@ -191,7 +214,7 @@ void step_units(const StepTensor& t, const StepArgs& a, const float* h, Shape sh
   const bool p_plain = view.param.code == kF32, p_blocked = is_blocked(view.param.code);
   bool eight_bit = rule.states > 0;
   for (int s = 0; s < rule.states; ++s)
-    eight_bit &= view.states[s].code == (s == 0 ? kMoment8 : kSquare8) && view.states[s].block == view.states[0].block;
+    eight_bit &= view.states[s].code == (rule.squares >> s & 1 ? kSquare8 : kMoment8) && view.states[s].block == view.states[0].block;
   for (int64_t u = begin; u < end; ++u) {
     int64_t row = u / shape.per_row, col = u % shape.per_row * shape.unit;
     int64_t n = shape.cols - col < shape.unit ? shape.cols - col : shape.unit;

@@ -111,7 +111,7 @@ class CLASSP(FusedOptimizer):
 
     Args:
         params, lr, threshold, eps, power: .2, .5, 1e-5 and 1 by default, the paper's. Powers other than 1 and 2 are computed
-            by polynomials, within 2^-18 of themselves.
+            by polynomials, within 2^-18 of themselves for gradients (and sums) between 2^-7 and 2^7.
         maximize, foreach, fused, capturable, differentiable, states, min_quantized_numel, seed: see
             :class:`gradmill.optim.FusedOptimizer`.
 

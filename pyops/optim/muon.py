@@ -9,8 +9,8 @@ from gradmill.optim._base import FusedOptimizer, Item
 from gradmill.optim.adamw import check_eps, check_lr_and_decay
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan's: the largest slope at 0 of quintics that stay near 1
-BLOCK = 256    # rows of a block of a symmetric product: smaller ones save more and run slower (1024 rows on one Zen 4 core: 0.79
-               # of the time without blocks, 0.87 with 512, 0.94 with 128; 2048 rows: 0.73, 0.80, 0.77)
+BLOCK = 256    # rows of a block of a symmetric product: smaller ones save more and run slower (1024 rows of fp32 on one Zen 4 core:
+               # 0.79 of the time without blocks, 0.87 with 512, 0.94 with 128; 2048 rows: 0.73, 0.80, 0.77)
 
 
 def symmetric_product(x: torch.Tensor) -> torch.Tensor:
@@ -26,15 +26,22 @@ def symmetric_product(x: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def newton_schulz(x: torch.Tensor, steps: int = 5, coefficients=COEFFICIENTS, eps: float = 1e-7) -> torch.Tensor:
+def matmul_dtype(device: torch.device) -> torch.dtype:
+    """bf16 on a GPU and on a CPU with bf16 instructions; elsewhere torch's bf16 matmul is some 100 times slower than fp32's."""
+    has = (getattr(torch.cpu, f"_is_{name}_supported", lambda: False)() for name in ("avx512_bf16", "amx_tile"))
+    return torch.bfloat16 if device.type != "cpu" or any(has) else torch.float32
+
+
+def newton_schulz(x: torch.Tensor, steps: int = 5, coefficients=COEFFICIENTS, eps: float = 1e-7, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Nearly the orthogonal factor of ``x`` (rows, columns): its singular values are moved to about 0.7 to 1.2.
 
     Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks"; torch.optim.Muon. x over its Frobenius
-    norm (at least ``eps``), then ``steps`` times a x + (b A + c A^2) x with A = x x^T. Computed in fp32 on CPU, where bf16
-    matmuls are slower, in bf16 on a GPU, as torch does; the result has x's dtype.
+    norm (at least ``eps``), then ``steps`` times a x + (b A + c A^2) x with A = x x^T. Computed in ``dtype``, by default in bf16
+    where that is fast (on GPUs and CPUs with bf16 instructions), as torch does everywhere, else in fp32; the result has x's
+    dtype. The products A and A^2 are symmetric: on CPU each half is computed once.
     """
     a, b, c = coefficients
-    y = x.to(torch.bfloat16 if x.is_cuda else torch.float32)
+    y = x.to(dtype or matmul_dtype(x.device))
     if x.shape[0] > x.shape[1]:
         y = y.t()
     y = y / y.norm().clamp(min=eps)
@@ -85,14 +92,15 @@ class Muon(_MatrixOptimizer):
     """torch.optim.Muon with low-precision states and weights: momentum, orthogonalised by a Newton-Schulz iteration.
 
     Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks"; Liu et al., "Muon is Scalable for LLM
-    Training". Arguments, names and defaults are torch.optim.Muon's (Jordan's own: lr .02, weight_decay 0). The iteration runs
-    in fp32 on CPU, so that results differ from torch's bf16 ones by about 1 % of an update; see :func:`newton_schulz`.
+    Training". Arguments, names and defaults are torch.optim.Muon's (Jordan's own: lr .02, weight_decay 0). Its bf16 leaves
+    a few percent of noise in an update, so results differ by that much from torch's, and between dtypes of the iteration.
     For matrices only; embeddings, heads, norms and biases want AdamW.
 
     Args:
         params, lr, weight_decay, momentum, nesterov, ns_coefficients, eps, ns_steps: as in torch.optim.Muon. lr may be a
             tensor. Parameters are 2-D.
         adjust_lr_fn: "original" (None): lr sqrt(max(1, rows/columns)); "match_rms_adamw": .2 lr sqrt(max(rows, columns)).
+        ns_dtype: of the iteration: None, torch.float32 or torch.bfloat16; see :func:`newton_schulz`.
         maximize, foreach, fused, capturable, differentiable, states, min_quantized_numel, seed: see
             :class:`gradmill.optim.FusedOptimizer`.
 
@@ -102,9 +110,9 @@ class Muon(_MatrixOptimizer):
     """
 
     def __init__(self, params, lr=1e-3, weight_decay=0.1, momentum=0.95, nesterov=True, ns_coefficients=COEFFICIENTS, eps=1e-7, ns_steps=5,
-                 adjust_lr_fn=None, **options):
+                 adjust_lr_fn=None, *, ns_dtype=None, **options):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov, ns_coefficients=ns_coefficients,
-                                      eps=eps, ns_steps=ns_steps, adjust_lr_fn=adjust_lr_fn), **options)
+                                      eps=eps, ns_steps=ns_steps, adjust_lr_fn=adjust_lr_fn, ns_dtype=ns_dtype), **options)
 
     def check_group(self, group):
         super().check_group(group)
@@ -118,7 +126,7 @@ class Muon(_MatrixOptimizer):
     def direction(self, update, group):
         rows, columns = update.shape
         scale = 0.2 * sqrt(max(rows, columns)) if group["adjust_lr_fn"] == "match_rms_adamw" else sqrt(max(1, rows / columns))
-        return newton_schulz(update, group["ns_steps"], group["ns_coefficients"], group["eps"]), scale
+        return newton_schulz(update, group["ns_steps"], group["ns_coefficients"], group["eps"], group["ns_dtype"]), scale
 
     # torch's state has no step
     def _adopt(self, saved, p, group, index):
@@ -157,9 +165,10 @@ class HybridAuON(AuON):
     five; one by default).
     """
 
-    def __init__(self, params, lr=0.24, momentum=0.95, weight_decay=0.0, gamma=1.5, eps=1e-8, ns_steps=1, **options):
+    def __init__(self, params, lr=0.24, momentum=0.95, weight_decay=0.0, gamma=1.5, eps=1e-8, ns_steps=1, *, ns_dtype=None,
+                 **options):
         FusedOptimizer.__init__(self, params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, gamma=gamma, eps=eps, ns_steps=ns_steps,
-                                                   nesterov=True), **options)
+                                                   ns_dtype=ns_dtype, nesterov=True), **options)
 
     def direction(self, update, group):
-        return super().direction(newton_schulz(update, group["ns_steps"]), group)
+        return super().direction(newton_schulz(update, group["ns_steps"], dtype=group["ns_dtype"]), group)
