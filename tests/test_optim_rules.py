@@ -173,8 +173,14 @@ def test_a_torch_checkpoint_goes_on_here_and_ours_there(name, states, monkeypatc
             p.copy_(q)
     ours.load_state_dict(copy.deepcopy(theirs.state_dict()))
     assert ours.param_groups[0]["states"] == states
-    lr, loose = MODEL[name]["lr"], {"fp32": 0.0, "bf16": 2.0 ** -7, "int8": 2.0 ** -4}[states]
-    assert_close = lambda: [torch.testing.assert_close(p.detach(), q.detach(), rtol=1e-5, atol=lr * (2 ** -12 + 5 * loose)) for p, q in zip(params, other)]
+    lr, loose = MODEL[name]["lr"], {"fp32": 0.0, "bf16": 2.0 ** -7, "int8": 0.4}[states]
+
+    def assert_close():
+        """A moment in 8 bits is a few percent off, but the ratio of two that are tiny beside their block may be anything: so the
+        mean error is bounded as well."""
+        for p, q in zip(params, other):
+            torch.testing.assert_close(p.detach(), q.detach(), rtol=1e-5, atol=lr * (2 ** -12 + 5 * loose))
+            assert states != "int8" or not p.numel() or (p - q).abs().mean() < 0.1 * lr
     for p, q in zip(params, other):
         p.grad = q.grad = torch.randn(p.shape)
     ours.step(), theirs.step()
