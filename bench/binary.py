@@ -1,0 +1,46 @@
+"""binary: products of packed signs and bit planes, with and without packing."""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from gradmill import ops
+
+from .runner import Bench, Work, baseline, case, ours
+
+
+def _work(n, packing=False):
+    # Bits in, fp32 out; a vpshufb and a vpaddb make 128 products where int8's two instructions make 32.
+    return Work((8.0 if packing else 0.25) * n * n + 4.0 * n * n, 2.0 * n ** 3 / 8, "int8")
+
+
+def _signs(ctx, goal_packing):
+    n = ctx.pick(2048, 128)
+    x, w = (ctx.once(lambda: ctx.randn(n, n)) for _ in range(2))
+    a, b = (ctx.once(lambda t=t: ops.pack_signs(t())) for t in (x, w))
+
+    def run(i):
+        (p, s), (q, t) = (ops.pack_signs(x()), ops.pack_signs(w())) if goal_packing else (a(), b())
+        return ops.matmul_binary(p, q, n, s, t, None, torch.float32)
+    return Bench(f"binary matmul {n} cubed{', packing both operands' if goal_packing else ', operands packed'}", _work(n, goal_packing),
+                 [ours(lambda: run), baseline("torch fp32 matmul", lambda: lambda i: F.linear(x(), w()))])
+
+
+@case("binary", goal=("torch", 6.5))
+def signs(ctx):
+    return _signs(ctx, False)
+
+
+@case("binary", goal=("torch", 4.0))
+def signs_packing(ctx):
+    return _signs(ctx, True)
+
+
+@case("binary")
+def planes(ctx):
+    n = ctx.pick(2048, 128)
+    x, w = (ctx.once(lambda: ctx.randn(n, n)) for _ in range(2))
+    a, b = ctx.once(lambda: ops.pack_planes(x(), 4)), ctx.once(lambda: ops.pack_signs(w()))
+    return Bench(f"4-bit planes x signs {n} cubed, operands packed", _work(n), [
+        ours(lambda: lambda i: ops.matmul_planes(a()[0], b()[0], n, *a()[1:], b()[1], torch.float32)),
+        baseline("torch fp32 matmul", lambda: lambda i: F.linear(x(), w()))])
