@@ -44,3 +44,18 @@ def planes(ctx):
     return Bench(f"4-bit planes x signs {n} cubed, operands packed", _work(n), [
         ours(lambda: lambda i: ops.matmul_planes(a()[0], b()[0], n, *a()[1:], b()[1], torch.float32)),
         baseline("torch fp32 matmul", lambda: lambda i: F.linear(x(), w()))])
+
+
+@case("binary", goal=("torch", 2.0))
+def tenants(ctx):
+    """Eight fine-tunes of one layer, a batch row each: against eight dense layers (BitDelta)."""
+    n, count = ctx.pick(4096, 256), 8
+    x, base, index = ctx.once(lambda: ctx.randn(count, n)), ctx.once(lambda: ctx.randn(n, n)), torch.arange(count)
+    bits = ctx.once(lambda: torch.stack([ops.pack_signs(ctx.randn(n, n))[0] for _ in range(count)]))
+    alphas = torch.full((count,), 1e-3, device=ctx.device)
+    dense = ctx.once(lambda: [ctx.randn(n, n) for _ in range(count)])
+
+    def run(i):
+        return ops.matmul_tenants(x(), F.linear(x(), base()), bits(), alphas, index, n)
+    return Bench(f"{count} tenants at batch {count}, {n}x{n}: one dense product and signs", Work(4.0 * n * n + count * n * n / 8, 4.0 * count * n * n, "read"), [
+        ours(lambda: run), baseline("torch fp32, a dense layer each", lambda: lambda i: [F.linear(x()[t:t + 1], dense()[t]) for t in range(count)])])

@@ -218,6 +218,13 @@ void matmul_binary(int device, uint64_t stream, int64_t m, int64_t n, int64_t k,
   GM_RUN(cpu().binary->matmul(args), cuda::matmul_binary(args, launch))
 }
 
+void matmul_tenants(int device, uint64_t stream, int64_t m, int64_t n, int64_t k, const std::vector<int64_t>& order, const std::vector<int64_t>& tenants,
+                    uint64_t x, int x_code, uint64_t bits, uint64_t alphas, uint64_t base, uint64_t out, int out_code) {
+  TenantsArgs args{m, n, k, order.data(), tenants.data(), pointer(x), x_code, pointer<const uint8_t>(bits), pointer<const float>(alphas),
+                   pointer(base), pointer(out), out_code};
+  GM_RUN(cpu().binary->tenants(args), cuda::matmul_tenants(args, launch))
+}
+
 void project(int device, uint64_t stream, int64_t m, int64_t n, uint64_t grad, int grad_code, const MatrixTuple& basis, bool left, uint64_t out) {
   ProjectArgs args{m, n, pointer(grad), grad_code, matrix(basis), left, pointer<float>(out)};
   GM_RUN(cpu().projection->project(args), cuda::project(args, launch))
@@ -299,6 +306,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("quantize_grouped", &quantize_grouped);
   m.def("pack_bits", &pack_bits);
   m.def("matmul_binary", &matmul_binary);
+  m.def("matmul_tenants", &matmul_tenants);
   m.def("project", &project);
   m.def("project_back", &project_back);
   m.def("fused_step", &fused_step);

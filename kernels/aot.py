@@ -245,6 +245,11 @@ def _binary():
                           {"PLANES": planes, "OUT": CODES[out], "HAS_BIAS": bias, **tiles.pop("constants")},
                           {target: MATRIX[target]} if target != "sm_100" else {}, **tiles, only=target, everywhere=m == 4096)
 
+    for x in ("fp32", "bf16"):
+        yield Variant(f"matmul_tenants {x}", binary.tenants_kernel, {"x": f"*{'i16' if x == 'bf16' else x}", "base": f"*{'i16' if x == 'bf16' else x}", "bits": "*u8",
+                                                                      "alphas": "*fp32", "tenants": "*i64", "out": f"*{x}"},
+                      {"OUT": CODES[x], "BN": 64, "BK": 16}, everywhere=x == "fp32")
+
 
 def resources(compiled, target: str) -> str:
     """Registers, shared memory and spills, as far as this target's tools say."""

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from gradmill.formats import CODES, float_code
-from gradmill.kernels._common import KEY_ARGUMENTS, LAUNCH, as_bits, element_words, from_bf16_bits, key_words, ready, round_even, round_stochastic, seed_of
+from gradmill.kernels._common import INTERPRETING, KEY_ARGUMENTS, LAUNCH, as_bits, element_words, from_bf16_bits, key_words, ready, round_even, round_stochastic, seed_of
 from gradmill.kernels.matmul import architecture, choose, grouped_tile, load_bias, store_out
 from gradmill.kernels.quant import fold
 
@@ -181,3 +181,33 @@ def matmul_binary(a, b, columns, a_scales, b_scales, bias, dtype):
 def matmul_planes(a, b, columns, scales, offsets, b_scales, dtype):
     """See gradmill.ops.binary.matmul_planes."""
     return _multiply(a, b, columns, a.shape[0], scales, offsets, b_scales, None, dtype)
+
+
+# --- a delta of signs for each row ------------------------------------------------------------------------
+@triton.jit
+def tenants_kernel(x, base, bits, alphas, tenants, out, n, columns, bytes, OUT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """One row of x and BN rows of its tenant's signs, BK bytes of each at a time."""
+    row = tl.program_id(0).to(tl.int64)
+    rn, k = tl.program_id(1) * BN + tl.arange(0, BN), tl.arange(0, 8 * BK)
+    tenant = tl.load(tenants + row)
+    acc = tl.zeros((BN,), tl.float32)
+    if tenant >= 0:
+        for at in range(0, bytes, BK):
+            q, _ = unpacked(bits + tenant * n * bytes, rn, at, n, bytes, columns, BK)
+            v = load_values(x, row * columns + at * 8 + k, at * 8 + k < columns)
+            acc += tl.sum(tl.where(q != 0, -v[None, :], v[None, :]), 1)
+        acc *= tl.load(alphas + tenant)
+    values = load_values(base, row * n + rn, rn < n) + acc
+    store_out(out, values, row * n + rn, rn < n, OUT)
+
+
+def matmul_tenants(x, base, bits, alphas, tenants, columns):
+    """See gradmill.ops.binary.matmul_tenants."""
+    out = torch.empty_like(base, memory_format=torch.contiguous_format)
+    if out.numel():
+        bn, bk = (32, 8) if INTERPRETING else (64, 16)
+        with ready(x):
+            tenants_kernel[(x.shape[0], triton.cdiv(out.shape[1], bn))](
+                as_bits(x.contiguous()), as_bits(base.contiguous()), bits, alphas, tenants.to(x.device), out, out.shape[1], columns, bits.shape[2],
+                OUT=CODES[float_code(out.dtype)], BN=bn, BK=bk, num_warps=4, **LAUNCH)
+    return out

@@ -3,6 +3,8 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
+from gradmill import ops
+from gradmill.formats import Format
 from gradmill.ops import matmul_binary, matmul_planes, pack_planes, pack_signs
 
 from .conftest import FLOATS, LEVELS, SPECIAL, assert_native_is_reference, assert_same_bits, key, layouts, misaligned, reference, running, threads, wild
@@ -155,12 +157,74 @@ def test_a_nan_reaches_its_row_and_column_only():
                 assert bad[3].all() and bad[:, 7].all() and bad.sum() == 20 + 12 - 1, variant
 
 
+# --- float x signs ----------------------------------------------------------------------------------------
+def within(got, want, bound, what):
+    excess = (got.double() - want).abs() - bound
+    assert got.shape == want.shape and not (excess > 0).any() and torch.equal(got.isnan(), want.isnan()), f"{what}: {excess.max()} beyond the bound"
+
+
+@pytest.mark.parametrize("m, rows, columns", [(1, 1, 1), (1, 33, 70), (3, 40, 515), (7, 9, 16), (20, 33, 130), (70, 65, 33), (2, 3, 0), (0, 3, 8)])
+def test_sign_is_a_format(m, rows, columns):
+    w = torch.randn(rows, columns)
+    bits, scales = pack_signs(w, mean=True)
+    if rows > 3:
+        scales[1] = torch.nan
+    none = torch.empty(0, dtype=torch.uint8)
+    want = torch.where(w < 0, -scales, scales)
+    assert_same_bits(assert_native_is_reference(ops.dequantize, bits, scales, none, "sign", 0, columns, torch.float32), want)
+    for dtype in FLOATS:
+        for transpose in (False, True):
+            x, bias = torch.randn(m, rows if transpose else columns).to(dtype), torch.randn(columns if transpose else rows)
+            exact = x.double() @ (want if transpose else want.t()).double() + bias
+            size = x.double().abs() @ (want if transpose else want.t()).double().abs() + bias.abs()
+            bound = (size * (x.shape[1] + 8) * 2.0 ** -24 + exact.abs() * torch.finfo(dtype).eps).nan_to_num(torch.inf)
+            for variant in ("reference", *LEVELS):
+                with running(variant):
+                    got = ops.matmul_packed(x, bits, scales, none, "sign", 0, columns, transpose, bias, dtype)
+                within(got, exact, bound, f"{variant} {dtype} {transpose}")
+
+
+def test_quantize_leaves_signs_to_pack_signs():
+    with pytest.raises(ValueError, match="pack_signs makes signs"):
+        ops.quantize(torch.randn(2, 8), "sign")
+    with pytest.raises(ValueError, match="must be 0 for sign"):
+        Format("sign", 8)
+    assert Format("sign").nbytes(3, 9) == 3 * (2 + 4)
+
+
+@pytest.mark.parametrize("m, rows, columns", [(1, 1, 1), (8, 33, 70), (9, 70, 515), (70, 33, 64), (3, 40, 16), (0, 3, 8), (3, 4, 0)])
+def test_a_tenant_for_each_row(m, rows, columns):
+    bits, alphas = torch.stack([bit_rows(rows, columns) for _ in range(3)]), torch.tensor([0.5, -2.0, 3e-3])
+    for tenants in (torch.zeros(m, dtype=torch.int64), torch.randint(-1, 3, (m,)), torch.full((m,), -1), torch.arange(m) % 3):
+        for dtype in FLOATS:
+            x, base = torch.randn(m, columns).to(dtype), torch.randn(m, rows).to(dtype)
+            with running("reference"):
+                want = ops.matmul_tenants(x, base.double().float(), bits, alphas, tenants, columns).double()
+            size = base.double().abs() + 2 * x.double().abs().sum(1, keepdim=True)
+            for variant in ("reference", *LEVELS):
+                with running(variant):
+                    got = ops.matmul_tenants(x, base, bits, alphas, tenants, columns)
+                within(got, want, size * (columns + 8) * 2.0 ** -23 + want.abs() * torch.finfo(dtype).eps, f"{variant} {dtype}")
+                assert_same_bits(got[tenants < 0], base[tenants < 0], "the base's rows")
+
+
+def test_tenants_and_threads_do_not_change_a_row():
+    x, bits, alphas = torch.randn(11, 300), torch.stack([bit_rows(70, 300) for _ in range(4)]), torch.rand(4)
+    tenants = torch.tensor([0, 1, 1, 3, 3, 3, 3, 3, 2, 0, 3])
+    for level in LEVELS:
+        with running(level):
+            want = ops.matmul_tenants(x, torch.zeros(11, 70), bits, alphas, tenants, 300)
+            with threads(2):
+                assert_same_bits(ops.matmul_tenants(x, torch.zeros(11, 70), bits, alphas, tenants, 300), want)
+
+
 # --- torch.library ----------------------------------------------------------------------------------------
 def test_opcheck():
     x = torch.randn(9, 20)
     (a, sa), (p, scales, offsets) = pack_signs(x), pack_planes(x, 3)
     for op, args in ((pack_signs, (x, True, True)), (pack_planes, (x, 4, True, key(1, 2), 3)), (matmul_binary, (a, a, 20, sa, sa, x[:, 0].contiguous(), torch.bfloat16)),
-                     (matmul_planes, (p, a, 20, scales, offsets, sa, torch.float32))):
+                     (matmul_planes, (p, a, 20, scales, offsets, sa, torch.float32)),
+                     (ops.matmul_tenants, (x, torch.randn(9, 9), torch.stack([a, a]), torch.ones(2), torch.arange(9) % 2, 20))):
         torch.library.opcheck(op._overload, args)
 
 
@@ -174,6 +238,8 @@ def test_opcheck():
     (lambda: matmul_binary(bit_rows(2, 9), bit_rows(2, 9), -1, *[torch.ones(2, 1)] * 2, None, torch.float32), ValueError, "columns is -1|a is"),
     (lambda: matmul_binary(bit_rows(2, 9), bit_rows(2, 9), 9, *[torch.ones(2)] * 2, None, torch.float32), ValueError, "scales"),
     (lambda: matmul_binary(bit_rows(2, 9), bit_rows(2, 9), 9, *[torch.ones(2, 1)] * 2, None, torch.float64), TypeError, "dtype"),
+    (lambda: ops.matmul_tenants(torch.randn(2, 9), torch.randn(2, 4), bit_rows(4, 9)[None], torch.ones(1), torch.tensor([0, 1]), 9), ValueError, r"tenants is \[0, 1\]"),
+    (lambda: ops.matmul_tenants(torch.randn(2, 9), torch.randn(2, 4), bit_rows(4, 9)[None], torch.ones(2), torch.tensor([0, 0]), 9), ValueError, "alphas"),
     (lambda: matmul_planes(bit_rows(2, 9), bit_rows(2, 9), 9, *[torch.ones(2, 1)] * 3, torch.float32), ValueError, "matmul_planes: a is"),
 ])
 def test_errors_name_the_argument(call, error, words):

@@ -629,6 +629,26 @@ def test_matmul_binary(place, m, n, k):
         same(both, reference_binary.matmul_planes(planes, b, k, a_scales, a_scales, b_scales, dtype), f"planes {dtype}")
 
 
+@pytest.mark.parametrize("m, rows, columns", [(1, 1, 1), (9, 21, 70), (3, 8, 64)])
+def test_signs_times_floats(place, m, rows, columns):
+    bits, alphas, tenants = torch.randint(0, 256, (2, rows, -(-columns // 8)), dtype=torch.uint8), torch.tensor([0.5, -2.0]), torch.randint(-1, 2, (m,))
+    none, scales = torch.empty(0, dtype=torch.uint8), torch.rand(rows, 1)
+    for dtype in FLOATS:
+        x, base = torch.randn(m, columns).to(dtype), torch.randn(m, rows).to(dtype)
+        with place.context():
+            got = ops.matmul_tenants(*map(place.put, (x, base, bits, alphas)), tenants, columns)
+            packed = ops.matmul_packed(*map(place.put, (x, bits[0], scales, none)), "sign", 0, columns, False, None, dtype)
+            back = ops.matmul_packed(*map(place.put, (base, bits[0], scales, none)), "sign", 0, columns, True, None, dtype)
+            values = ops.dequantize(*map(place.put, (bits[0], scales, none)), "sign", 0, columns, torch.float32)
+        w = reference_quant.dequantize(bits[0], scales, none, "sign", 0, columns, torch.float32)
+        same(values, w)
+        size = x.double().abs().sum(1, keepdim=True)
+        close(got, reference_binary.matmul_tenants(x, base.double(), bits, alphas, tenants, columns), (2 * size + base.abs()) * 2.0 ** -7 if dtype != torch.float32 else (2 * size + base.abs()) * (columns + 8) * 2.0 ** -23)
+        for out, a, b in ((packed, x, w.t()), (back, base, w)):
+            exact, size = a.double() @ b.double(), a.double().abs() @ b.double().abs()
+            close(out, exact, size * (a.shape[1] + 8) * 2.0 ** -22 + exact.abs() * torch.finfo(dtype).eps)
+
+
 # --- a GPU's own ------------------------------------------------------------------------------------------
 @pytest.mark.gpu
 def test_second_stream_and_graph():

@@ -429,7 +429,7 @@ def test_project_back_of_real_numbers():
 
 
 # --- binary -----------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("rows, columns", [(1, 1), (3, 17), (9, 203), (0, 5), (5, 0)])
+@pytest.mark.parametrize("rows, columns", [(1, 1), (3, 17), (9, 70), (0, 5), (5, 0)])
 def test_pack_bits(rows, columns, monkeypatch):
     monkeypatch.setattr(binary, "WIDTH", 64)
     for dtype in (torch.float32, torch.bfloat16):
@@ -456,6 +456,20 @@ def test_matmul_binary(m, n, k):
         for planes in (1, 4):
             args = torch.randint(0, 256, (planes, *a.shape), dtype=torch.uint8), b, k, a_scales, torch.randn(m, 1), b_scales, dtype
             assert_same(binary.matmul_planes(*args), ref_binary.matmul_planes(*args), planes, dtype)
+
+
+@pytest.mark.parametrize("m, rows, columns", [(1, 1, 1), (5, 40, 70), (2, 3, 64)])
+def test_signs_times_floats(m, rows, columns):
+    bits, alphas, tenants = torch.randint(0, 256, (2, rows, -(-columns // 8)), dtype=torch.uint8), torch.tensor([0.5, -2.0]), torch.randint(-1, 2, (m,))
+    none, scales = torch.empty(0, dtype=torch.uint8), torch.rand(rows, 1)
+    w = ref_quant.dequantize(bits[0], scales, none, "sign", 0, columns, torch.float32)
+    assert_same(quant.dequantize(bits[0], scales, none, "sign", 0, columns, torch.float32), w)
+    x, base = torch.randn(m, columns), torch.randn(m, rows)
+    got, want = (module.matmul_tenants(x, y, bits, alphas, tenants, columns) for module, y in ((binary, base), (ref_binary, base.double())))
+    within(got, want, base.double().abs() + 2 * x.double().abs().sum(1, keepdim=True), columns + 4)
+    for a, b, transpose in ((x, w.t(), False), (base, w, True)):
+        got = matmul.matmul_packed(a, bits[0], scales, none, "sign", 0, columns, transpose, None, torch.float32)
+        within(got, a.double() @ b.double(), a.double().abs() @ b.double().abs(), a.shape[1])
 
 
 def test_cpu_tensors_are_refused_without_the_interpreter(monkeypatch):

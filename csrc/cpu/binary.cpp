@@ -467,8 +467,81 @@ void matmul(const BinaryMatmulArgs& p) {
   dot_rows(p);
 }
 
+// --- a delta of signs for each row ------------------------------------------------------------------------
+constexpr int kTenantRows = 4;
+
+// ROWS rows of x (zeros up to a multiple of 2 W) times one row of signs.
+template <int ROWS>
+void dot_signs(const float* __restrict x, int64_t stride, const uint8_t* bits, int64_t k, float* sums) {
+  constexpr int vectors = 2;
+#if GM_LEVEL >= 1
+  const SignDecoder decoder(0, 1.0f);
+#endif
+  vf acc[ROWS][vectors];
+#pragma GCC unroll 4
+  for (int r = 0; r < ROWS; ++r) acc[r][0] = acc[r][1] = zero();
+  for (int64_t i = 0; i < k; i += vectors * W) {
+    uint8_t last[vectors * W / 8] = {};
+    const uint8_t* p = bits + i / 8;
+    if (i + vectors * W > k) memcpy(last, p, static_cast<size_t>(bytes_of(k - i))), p = last;  // not beyond the row
+#pragma GCC unroll 2
+    for (int v = 0; v < vectors; ++v) {
+#if GM_LEVEL >= 1
+      const vf sign = decoder(p + v * W / 8);
+#else
+      vf sign;
+      for (int j = 0; j < W; ++j) sign[j] = p[(v * W + j) / 8] >> (v * W + j) % 8 & 1 ? -1.0f : 1.0f;
+#endif
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r) acc[r][v] = fma(load(x + r * stride + i + v * W), sign, acc[r][v]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < ROWS; ++r) sums[r] = sum(add(acc[r][0], acc[r][1]));
+}
+
+void tenants(const TenantsArgs& p) {
+  constexpr int64_t chunk = 32;
+  const int64_t bytes = bytes_of(p.k), stride = round_up(p.k, 2 * W), size = code_bits(p.x_code) / 8, out_size = code_bits(p.out_code) / 8;
+  Scratch buffer(p.m * stride), starts(2 * (p.m + 1));
+  float* const x = reinterpret_cast<float*>(buffer.data);
+  int64_t* const group = reinterpret_cast<int64_t*>(starts.data);  // runs of up to kTenantRows rows of one tenant, in order
+  int64_t groups = 0;
+  for (int64_t i = 0; i < p.m; ++i) {
+    if (i == 0 || p.tenants[i] != p.tenants[i - 1] || i - group[groups - 1] == kTenantRows) group[groups++] = i;
+    decode_floats(p.x_code, static_cast<const char*>(p.x) + p.order[i] * p.k * size, p.k, x + i * stride);
+    for (int64_t j = p.k; j < stride; ++j) x[i * stride + j] = 0.0f;
+  }
+  group[groups] = p.m;
+  const int64_t chunks = divide_up(p.n, chunk);
+#pragma omp parallel for schedule(dynamic, 4) if (p.m * p.n * p.k > 1 << 16)
+  for (int64_t t = 0; t < groups * chunks; ++t) {
+    const int64_t first = group[t / chunks], rows = group[t / chunks + 1] - first, col = t % chunks * chunk, live = min_of(chunk, p.n - col);
+    const int64_t tenant = p.tenants[first];
+    float sums[kTenantRows][chunk] = {};
+    for (int64_t j = 0; j < live && tenant >= 0; ++j) {
+      const uint8_t* bits = p.bits + (tenant * p.n + col + j) * bytes;
+      const float* in = x + first * stride;
+      float row[kTenantRows];
+      if (rows == 1) dot_signs<1>(in, stride, bits, p.k, row);
+      else if (rows == 2) dot_signs<2>(in, stride, bits, p.k, row);
+      else if (rows == 3) dot_signs<3>(in, stride, bits, p.k, row);
+      else dot_signs<4>(in, stride, bits, p.k, row);
+      for (int64_t r = 0; r < rows; ++r) sums[r][j] = row[r];
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t at = (p.order[first + r] * p.n + col) * out_size;
+      float out[chunk];
+      decode_floats(p.out_code, static_cast<const char*>(p.base) + at, live, out);
+      if (tenant >= 0)
+        for (int64_t j = 0; j < live; ++j) out[j] += p.alphas[tenant] * sums[r][j];
+      encode_floats(p.out_code, out, nullptr, live, static_cast<char*>(p.out) + at);
+    }
+  }
+}
+
 }  // namespace
 
-const BinaryKernels GM_TABLE(binary) = {pack, matmul};
+const BinaryKernels GM_TABLE(binary) = {pack, matmul, tenants};
 
 }  // namespace gradmill

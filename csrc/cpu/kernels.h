@@ -192,6 +192,20 @@ struct BinaryMatmulArgs {
   int out_code;
 };
 
+// out[i] = base[i] + alphas[t] x[i] sign_t^T for each row i of x (m x k), t its tenant, none if negative. `order` lists the rows so that
+// a tenant's are neighbours, `tenants` their tenants in that order. bits: n x ceil(k / 8) bytes a tenant.
+struct TenantsArgs {
+  int64_t m, n, k;
+  const int64_t *order, *tenants;  // host memory
+  const void* x;
+  int x_code;
+  const uint8_t* bits;
+  const float* alphas;
+  const void* base;
+  void* out;  // base's dtype
+  int out_code;
+};
+
 // Gradient projection. The basis B is (rank x d), its rows the basis vectors.
 //   side right: grad (m x d), out (m x rank) = grad B^T;   side left: grad (d x n), out (rank x n) = B grad
 struct ProjectArgs {
@@ -276,6 +290,7 @@ struct ConvKernels {
 struct BinaryKernels {
   void (*pack)(const PackBitsArgs&);
   void (*matmul)(const BinaryMatmulArgs&);
+  void (*tenants)(const TenantsArgs&);
 };
 struct OptimKernels {
   void (*step)(const StepArgs&);

@@ -231,7 +231,57 @@ __global__ void __launch_bounds__(kGemmThreads) binary_kernel(const __grid_const
   }
 }
 
+// --- a delta of signs for each row ------------------------------------------------------------------------
+// A warp takes one row of x and eight rows of its tenant's signs, 32 columns at a time. Rows of a tenant read its bits from L2.
+constexpr int kTenantWarps = 4, kTenantColumns = 8, kTenantBatch = 128;
+struct Tenants {
+  TenantsArgs p;
+  int64_t rows;
+  int32_t order[kTenantBatch], tenant[kTenantBatch];
+};
+
+__global__ void __launch_bounds__(kTenantWarps * 32) tenants_kernel(const __grid_constant__ Tenants a) {
+  const TenantsArgs& p = a.p;
+  const int lane = threadIdx.x % 32;
+  const int64_t groups = divide_up(p.n, kTenantColumns), bytes = divide_up(p.k, 8), size = code_bits(p.x_code) / 8, out_size = code_bits(p.out_code) / 8;
+  for (int64_t unit = static_cast<int64_t>(blockIdx.x) * kTenantWarps + threadIdx.x / 32; unit < a.rows * groups;
+       unit += static_cast<int64_t>(gridDim.x) * kTenantWarps) {
+    const int64_t i = divide(unit, groups), col = (unit - i * groups) * kTenantColumns, row = a.order[i], tenant = a.tenant[i];
+    float sums[kTenantColumns] = {};
+    for (int64_t base = 0; base < p.k && tenant >= 0; base += 32) {
+      if (base + lane >= p.k) continue;
+      float x[kChunk];
+      load_floats(p.x_code, static_cast<const char*>(p.x) + (row * p.k + base + lane) * size, 1, x);
+#pragma unroll
+      for (int c = 0; c < kTenantColumns; ++c) {
+        if (col + c >= p.n) continue;
+        const uint32_t bit = p.bits[(tenant * p.n + col + c) * bytes + base / 8 + lane / 8] >> lane % 8 & 1u;
+        sums[c] += bit ? -x[0] : x[0];
+      }
+    }
+#pragma unroll
+    for (int c = 0; c < kTenantColumns; ++c) {
+#pragma unroll
+      for (int offset = 16; offset > 0; offset /= 2) sums[c] += __shfl_xor_sync(kAllLanes, sums[c], offset);
+      if (lane != c || col + c >= p.n) continue;
+      const int64_t at = (row * p.n + col + c) * out_size;
+      float v[kChunk];
+      load_floats(p.out_code, static_cast<const char*>(p.base) + at, 1, v);
+      if (tenant >= 0) v[0] += p.alphas[tenant] * sums[c];
+      store_floats(p.out_code, static_cast<char*>(p.out) + at, 1, v, false, Key{0, 0, 0}, 0);
+    }
+  }
+}
+
 }  // namespace
+
+void matmul_tenants(const TenantsArgs& p, const Launch& where) {
+  for (int64_t first = 0; first < p.m; first += kTenantBatch) {
+    Tenants a{p, min_of(kTenantBatch, p.m - first), {}, {}};
+    for (int64_t i = 0; i < a.rows; ++i) a.order[i] = static_cast<int32_t>(p.order[first + i]), a.tenant[i] = static_cast<int32_t>(p.tenants[first + i]);
+    launch("matmul_tenants", tenants_kernel, divide_up(a.rows * divide_up(p.n, kTenantColumns), kTenantWarps), dim3(kTenantWarps * 32), where, a);
+  }
+}
 
 void pack_bits(const PackBitsArgs& p, const Launch& where) {
   const PackBits a{p, p.key ? *p.key : Key{0, 0, 0}, p.key != nullptr};

@@ -26,6 +26,7 @@ void matmul_packed(const PackedMatmulArgs&, const Launch&);
 void matmul_grouped(const GroupedArgs&, const Launch&);
 void quantize_grouped(const QuantizeGroupedArgs&, const Launch&);
 void pack_bits(const PackBitsArgs&, const Launch&);
+void matmul_tenants(const TenantsArgs&, const Launch&);
 void matmul_binary(const BinaryMatmulArgs&, const Launch&);
 void fused_step(const StepArgs&, const Launch&);
 void project(const ProjectArgs&, const Launch&);

@@ -5,7 +5,7 @@ import torch
 
 from gradmill.formats import CODES, float_code
 from gradmill.ops._registry import Op, key_tuple, native_module, reject, require_key, require_matrix, where
-from gradmill.ops.matmul import _check_out, _fp32_bias, _pointer
+from gradmill.ops.matmul import _check_out, _fp32_bias, _pointer, matmul_packed
 from gradmill.ops.quant import FLOATS, row_major
 from gradmill.reference import binary as reference
 
@@ -164,3 +164,62 @@ a (bits, m, ceil(columns / 8)) as :func:`pack_planes` makes it, with its scales 
 b_scales (n, 1). What a stands for, offset + q scale, times the signs: out = (offsets * sum s + scales * sum q s) * b_scales, both sums
 exact, then one fp32 product each, one addition, one product. Bit-equal in every backend. Raises TypeError for dtypes, ValueError for
 shapes, layout and columns above 2^27."""
+
+
+# --- a delta of signs for each row ------------------------------------------------------------------------
+def _check_tenants(x, base, bits, alphas, tenants, columns):
+    op = "matmul_tenants"
+    require_matrix(op, "x", x, FLOATS, (None, columns))
+    if bits.dtype != torch.uint8:
+        reject(op, "bits", bits, "uint8", TypeError)
+    if not (bits.dim() == 3 and bits.shape[2] == row_bytes(columns) and bits.is_contiguous() and bits.device == x.device):
+        reject(op, "bits", bits, f"contiguous, of shape (tenants, rows, {row_bytes(columns)}) on {x.device}")
+    require_matrix(op, "base", base, FLOATS, (x.shape[0], bits.shape[1]), x.device)
+    if alphas.dtype != torch.float32:
+        reject(op, "alphas", alphas, "float32", TypeError)
+    if not (alphas.shape == bits.shape[:1] and alphas.device == x.device):
+        reject(op, "alphas", alphas, f"of shape ({bits.shape[0]},) on {x.device}")
+    if tenants.dtype != torch.int64:
+        reject(op, "tenants", tenants, "int64", TypeError)
+    if not (tenants.shape == x.shape[:1] and tenants.device.type in ("cpu", "meta")):
+        reject(op, "tenants", tenants, f"of shape ({x.shape[0]},) on the CPU: rows are grouped by it")
+    if tenants.device.type == "cpu" and not isinstance(tenants, torch._subclasses.FakeTensor) and tenants.numel() and not -1 <= int(tenants.min()) <= int(tenants.max()) < bits.shape[0]:
+        reject(op, "tenants", tenants.tolist(), f"-1 (none) to {bits.shape[0] - 1}")
+
+
+def _fake_tenants(x, base, bits, alphas, tenants, columns):
+    return torch.empty_like(base, memory_format=torch.contiguous_format)
+
+
+MANY_ROWS = 64  # beyond, a group's rows are worth packed panels
+
+
+def _native_tenants(x, base, bits, alphas, tenants, columns):
+    x, alphas = x.contiguous(), alphas.contiguous()
+    if x.shape[0] > MANY_ROWS:
+        out = base.clone(memory_format=torch.contiguous_format)
+        for t in tenants.unique().tolist():
+            if t >= 0:
+                rows = (tenants == t).nonzero().flatten().to(x.device)
+                scales = alphas[t].expand(bits.shape[1], 1).contiguous()
+                delta = matmul_packed(x[rows], bits[t], scales, scales.new_empty(0, dtype=torch.uint8), "sign", 0, columns, False, None, torch.float32)
+                out.index_copy_(0, rows, (out[rows].to(torch.float32) + delta).to(out.dtype))
+        return out
+    out, base = _fake_tenants(x, base, bits, alphas, tenants, columns), base.contiguous()
+    if out.numel():
+        order = tenants.argsort(stable=True)
+        native_module().matmul_tenants(*where(x), *out.shape, columns, order.tolist(), tenants[order].tolist(), x.data_ptr(), CODES[float_code(x.dtype)],
+                                       bits.data_ptr(), alphas.data_ptr(), base.data_ptr(), out.data_ptr(), CODES[float_code(out.dtype)])
+    return out
+
+
+matmul_tenants = Op(
+    "matmul_tenants", "(Tensor x, Tensor base, Tensor bits, Tensor alphas, Tensor tenants, int columns) -> Tensor", _check_tenants, _fake_tenants,
+    backends={"native": _native_tenants, "triton": "gradmill.kernels.binary:matmul_tenants", "reference": reference.matmul_tenants},
+    order={"cpu": ("native", "triton", "reference"), "cuda": ("native", "triton", "reference")})
+matmul_tenants.__doc__ = """matmul_tenants(x, base, bits, alphas, tenants, columns) -> (m, rows)
+
+Each row of x (m, columns) fp32, bf16 or fp16 times the transposed signs of its own tenant, added to base (m, rows): out[i] = base[i] +
+alphas[t] * x[i] sign_t^T, t = tenants[i], int64 on the CPU; -1 leaves base[i]. bits (tenants, rows, ceil(columns / 8)) uint8 as :func:`pack_signs` makes them
+for each tenant, alphas (tenants,) fp32. fp32 sums, base's dtype. Liu et al., "BitDelta: Your Fine-Tune May Only Be Worth One Bit",
+served without unpacking. Raises TypeError for dtypes, ValueError for shapes, layout and tenants."""

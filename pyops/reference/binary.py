@@ -62,3 +62,13 @@ def matmul_planes(a, b, columns, scales, offsets, b_scales, dtype):
     q = sum((unpack_bits(plane, 1, columns, False) << p for p, plane in enumerate(a))).to(torch.float64)
     out = offsets * _exact(signs.sum(-1)) + scales * _exact(q @ signs.t())
     return (out * b_scales.view(1, -1)).to(dtype)
+
+
+def matmul_tenants(x, base, bits, alphas, tenants, columns):
+    """out[i] = base[i] + alphas[t] * x[i] sign_t^T with t = tenants[i], base[i] alone where t < 0: see gradmill.ops.binary."""
+    out = base.to(torch.float64)
+    for t in tenants.unique().tolist():
+        if t >= 0:
+            rows = tenants == t
+            out[rows] += alphas[t].to(torch.float64) * (x[rows].to(torch.float64) @ _signs(bits[t], columns).t())
+    return out.to(base.dtype)
