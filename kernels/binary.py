@@ -76,7 +76,7 @@ def pack_kernel(x, out, scales, offsets, rows, columns, bytes, stride_row, strid
             q = tl.where(none | (mask == 0), 0.0, y).to(tl.int32)
         else:
             q = tl.where(v < 0.0, 1, 0)
-            bad = bad | tl.where(v != v, 1, 0)
+            bad = bad | tl.where((v - v) != 0.0, 1, 0)
         b = start // 8 + tl.arange(0, WIDTH // 8)
         for plane in tl.static_range(PLANES if PLANES > 0 else 1):
             bits = tl.reshape((q >> plane) & 1, (WIDTH // 8, 8)) << tl.arange(0, 8)[None, :]

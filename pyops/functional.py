@@ -69,7 +69,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     if amax_history is not None and (amax_history.dtype != torch.float32 or amax_history.shape != (3, recipe.history)):
         raise ValueError(f"gradmill linear: amax_history is {amax_history.dtype} of shape {tuple(amax_history.shape)}; it must be float32 of shape (3, {recipe.history})")
     if recipe.one_bit is not None:
-        y = OneBit.apply(x.reshape(x.shape[:-1].numel(), x.shape[-1]), weight, steps.flatten(), bias, *recipe.one_bit, _output_dtype(x))
+        y = OneBit.apply(x.reshape(x.shape[:-1].numel(), x.shape[-1]), weight, steps, bias, *recipe.one_bit, _output_dtype(x))
         return y.view(*x.shape[:-1], weight.shape[0])
     y = QuantizedLinear.apply(x.reshape(x.shape[:-1].numel(), x.shape[-1]), weight, bias, recipe, _output_dtype(x), steps, None, amax_history)
     return y.view(*x.shape[:-1], weight.shape[0])
@@ -152,7 +152,7 @@ def conv2d(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None 
     weight, steps = _prepare("conv2d", weight, bias, recipe, steps, zeros)
     if recipe.one_bit is not None:
         window = Window(kernel, stride, padding, dilation, 1)
-        parts = zip(x.chunk(groups, 1), weight.chunk(groups), steps.flatten().chunk(groups), [None] * groups if bias is None else bias.chunk(groups))
+        parts = zip(x.chunk(groups, 1), weight.chunk(groups), steps.chunk(groups), [None] * groups if bias is None else bias.chunk(groups))
         y = torch.cat([OneBit.apply(*part, *recipe.one_bit, _output_dtype(x), window) for part in parts], 1)
         return y if input.dim() == 4 else y[0]
     y = QuantizedLinear.apply(x, weight, bias, recipe, _output_dtype(x), steps, Window(kernel, stride, padding, dilation, groups))

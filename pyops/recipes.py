@@ -92,8 +92,8 @@ class Recipe:
         """Bytes of X that forward keeps for dW: exact, for (tokens, columns) of that item size."""
         if self.frozen:
             return 0
-        if self.one_bit is not None:  # signs by rows and by columns, where |X| > 1, a scale for each row and column
-            return 2 * tokens * -(-columns // 8) + columns * -(-tokens // 8) + 4 * (tokens + columns)
+        if self.one_bit is not None:  # signs by rows and by columns, a scale for each row and column
+            return tokens * -(-columns // 8) + columns * -(-tokens // 8) + 4 * (tokens + columns)
         if self.dw == "forward" and self.y.left is not None:
             return self.y.left.nbytes(tokens, columns)
         if isinstance(self.dw, Matmul) and self.dw.right is not None:
@@ -146,7 +146,7 @@ INT8_WEIGHTS = Recipe("int8_weights", "int8", "int8", "int8", weight=FORMATS["in
 #: Gao et al., "1-Bit FQT: Pushing the Limit of Fully Quantized Training to 1-bit": signs forward (straight-through for W, within |X| <= 1 for X),
 #: 4-bit gradients rounded stochastically over the range of each sample (dX) and each output channel (dW), a quarter of them kept, sampled with
 #: probabilities proportional to their ranges and divided by them. ``one_bit=(4, "top")`` keeps the largest instead, as the official code does.
-ONE_BIT_FQT = Recipe("one_bit_fqt", one_bit=(4, "sample"))
+ONE_BIT_FQT = Recipe("one_bit_fqt", gradient_rounding="stochastic", one_bit=(4, "sample"))
 
 RECIPES = {r.name: r for r in (INT8, INT8_SWITCHBACK, INT7, FP8_TENSOR, FP8_DELAYED, FP8_ROW, FP8_ROW_POW2, FP8_BLOCK, INT4, FP4, MXFP4, BF16, W8, W4, W3, W2, QAT_W4, QAT_W3, QAT_W2,
                                INT8_WEIGHTS, ONE_BIT_FQT)}

@@ -61,11 +61,11 @@ def test_a_group_is_kept_as_often_as_its_probability_says():
     sizes, draws = torch.tensor([1.0, 4.0, 2.0, 30.0, 0.0, 3.0, 1.0, 2.0]), 3000
     p, seen = inclusion(sizes, 2), torch.zeros(8)
     for i in range(draws):
-        kept, factor = prune(sizes, sizes, 4, "sample", torch.tensor([i, 0]), 2)
-        assert len(kept) in (2,) and torch.allclose(factor.double() * p[kept], torch.ones(len(kept), dtype=torch.float64))
+        kept, factor = prune(sizes, sizes, 4, "sample", torch.rand((), dtype=torch.float64))
+        assert len(kept) == 2 and torch.allclose(factor.double() * p[kept], torch.ones(2, dtype=torch.float64))
         seen[kept] += 1
     assert (seen / draws - p).abs().max() < 5 * 0.5 / draws ** 0.5 and seen[4] == 0
-    assert prune(sizes, sizes, 4, "top", None, 2)[0].tolist() == [1, 3]
+    assert prune(sizes, sizes, 4, "top", None)[0].tolist() == [1, 3]
 
 
 # --- forward and backward ---------------------------------------------------------------------------------
@@ -80,6 +80,7 @@ def test_backward_is_the_simulated_one():
     """The same groups and the same random words in floats."""
     x, w, s, b, dy = layer()
     torch.manual_seed(5)
+    offsets = torch.rand(2, dtype=torch.float64)
     key = torch.stack((torch.randint(-2 ** 63, 2 ** 63 - 1, (), dtype=torch.int64), torch.zeros((), dtype=torch.int64)))
 
     def restored(t, transpose, number):
@@ -90,17 +91,17 @@ def test_backward_is_the_simulated_one():
     for recipe, pruning in ((NONE, "none"), (recipes.ONE_BIT_FQT, "sample"), (TOP, "top")):
         dx, dw, ds, db = gradients(recipe, x, w, s, b, dy, seed=5)
         g = (dy * s.view(1, -1)).detach()
-        rows, factor = prune((g.amax(1).clamp(min=0) - g.amin(1).clamp(max=0)), g.abs().amax(1), 4, pruning, key, 2)
+        rows, factor = prune((g.amax(1).clamp(min=0) - g.amin(1).clamp(max=0)), g.abs().amax(1), 4, pruning, offsets[0])
         want = torch.zeros_like(x, dtype=torch.float64)
         want[rows] = restored(g[rows], False, 0) @ sign(w).double() * factor[:, None]
         torch.testing.assert_close(dx.double(), want * (x.abs() <= 1), rtol=1e-4, atol=1e-4)
         size = s.flatten().detach()
-        columns, factor = prune((dy.amax(0).clamp(min=0) - dy.amin(0).clamp(max=0)) * size, dy.abs().amax(0) * size, 4, pruning, key, 3)
+        columns, factor = prune((dy.amax(0).clamp(min=0) - dy.amin(0).clamp(max=0)) * size, dy.abs().amax(0) * size, 4, pruning, offsets[1])
         want = torch.zeros_like(w, dtype=torch.float64)
         want[columns] = restored(dy[:, columns], True, 1) @ sign(x).double() * (factor * size[columns])[:, None]
         torch.testing.assert_close(dw.double(), want.detach(), rtol=1e-4, atol=1e-4)
         if pruning != "none":
-            assert len(rows) in (9, 10) and len(columns) == 6, "a quarter"
+            assert len(rows) == 10 and len(columns) == 6, "a quarter"
         torch.testing.assert_close((ds, db), exact(x, w, s, b, dy)[2:], rtol=1e-4, atol=1e-4)
 
 
@@ -202,8 +203,9 @@ def test_bytes_kept_are_those_said():
     seen = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t) or t, lambda t: t):
         gradmill.functional.linear(x, w, b, recipe, s)
-    kept = {t.data_ptr(): t.nbytes for t in seen if t.data_ptr() not in (w.data_ptr(), s.data_ptr()) and t.numel() > 2}
-    assert sum(kept.values()) == recipe.saved_bytes(64, 80, 4) < 64 * 80 * 4 / 6
+    kept = sum(t.nbytes for t in seen if t.data_ptr() not in (w.data_ptr(), s.data_ptr()) and t.numel() > 2)
+    outside = 64 * 80 // 8  # for dX
+    assert kept == recipe.saved_bytes(64, 80, 4) + outside < 64 * 80 * 4 / 6
 
 
 def test_it_trains():

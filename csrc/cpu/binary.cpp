@@ -24,6 +24,7 @@ namespace gradmill {
 namespace {
 
 // --- packing ----------------------------------------------------------------------------------------------
+constexpr float kLargest = 3.40282346638528859811704183484516925e+38f;
 constexpr int kMeanLanes = 32;  // element i of a row is added to lane i % 32; lanes are then added in halves
 
 inline int64_t bytes_of(int64_t bits) { return (bits + 7) / 8; }
@@ -49,13 +50,13 @@ float pack_sign_row(const float* __restrict x, int64_t n, bool mean, uint8_t* bi
     if (mean)
       for (int k = 0; k < kMeanLanes; ++k) lanes[k] += fabsf(x[i + k]);
     else
-      for (int k = 0; k < kMeanLanes; ++k) bad |= x[i + k] != x[i + k];
+      for (int k = 0; k < kMeanLanes; ++k) bad |= !(fabsf(x[i + k]) <= kLargest);
   }
   if (i < n) {
     float rest[kMeanLanes] = {};
     memcpy(rest, x + i, static_cast<size_t>(n - i) * 4);
     for (int64_t b = 0; b < bytes_of(n - i); ++b) bits[i / 8 + b] = negative_bits(rest + 8 * b);
-    for (int k = 0; k < kMeanLanes; ++k) lanes[k] += fabsf(rest[k]), bad |= rest[k] != rest[k];
+    for (int k = 0; k < kMeanLanes; ++k) lanes[k] += fabsf(rest[k]), bad |= !(fabsf(rest[k]) <= kLargest);
   }
   if (!mean) return bad ? bits_float(0x7fc00000u) : 1.0f;
   for (int half = kMeanLanes / 2; half > 0; half /= 2)

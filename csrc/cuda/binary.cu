@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kPackThreads) pack_rows_kernel(const __grid_co
       const bool live = base + lane < p.cols;
       const float x = live ? load_float(p, row, base + lane) : 0.0f;
       sum += fabsf(x);
-      bad = bad || x != x;
+      bad = bad || !(fabsf(x) < INFINITY);
       const uint32_t q = p.planes == 0 ? x < 0.0f : live ? integer(p, grid, x, row * p.cols + base + lane, a.key, a.random) : 0u;
       for (int b = 0; b < (p.planes ? p.planes : 1); ++b) {
         const uint32_t word = __ballot_sync(kAllLanes, (q >> b & 1u) != 0);
@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kPackThreads) pack_columns_kernel(const __grid
         if (base + k >= p.cols) continue;
         const float x = load_float(p, base + k, row);
         lanes[k] += fabsf(x);
-        bad = bad || x != x;
+        bad = bad || !(fabsf(x) < INFINITY);
         const uint32_t q = p.planes == 0 ? x < 0.0f : integer(p, grid, x, row * p.cols + base + k, a.key, a.random);
 #pragma unroll
         for (int b = 0; b < 4; ++b) words[b] |= (q >> b & 1u) << k;

@@ -42,8 +42,8 @@ pack_signs.__doc__ = """pack_signs(x, transpose=False, mean=False) -> (bits, sca
 
 Signs of x (rows, columns) fp32, bf16 or fp16, or of x^T: bits (rows, ceil(columns / 8)) uint8, least significant bit first, 1 where x < 0; 0, -0 and
 nan count as +1, unused bits of the last byte are 0. scales (rows, 1) fp32: 1, or with ``mean`` the mean of |x| over the row (added
-in 32 lanes as gradmill.reference.quant.lane_sums does; 0 for an empty row). A row with a nan has the scale nan, so that every
-product made of it is nan. Bit-equal in every backend. Raises TypeError for dtypes, ValueError for shapes."""
+in 32 lanes as gradmill.reference.quant.lane_sums does; 0 for an empty row). A row with a nan or an inf has the scale nan
+(with ``mean`` inf for an inf), so that it shows in every product made of it. Bit-equal in every backend. Raises TypeError for dtypes, ValueError for shapes."""
 
 
 def _check_pack_planes(x, bits, transpose=False, key=None, stream=0):

@@ -13,7 +13,7 @@ def pack_signs(x, transpose=False, mean=False):
     rows, columns = x.shape
     bits = pack_bits((x < 0).to(torch.int64), 1) if x.numel() else torch.zeros((rows, -(-columns // 8)), dtype=torch.uint8, device=x.device)
     if not mean:
-        return bits, torch.where(x.isnan().any(-1, keepdim=True), torch.nan, 1.0).to(torch.float32)
+        return bits, torch.where(torch.isfinite(x).all(-1, keepdim=True), 1.0, torch.nan).to(torch.float32)
     if not columns:
         return bits, x.new_zeros((rows, 1))
     return bits, divide(lane_sums(x.abs()), float(columns))[:, None]
