@@ -6,6 +6,7 @@ import contextlib
 import torch
 
 from gradmill.autograd.window import Window
+from gradmill.formats import FORMATS
 from gradmill.ops._registry import forced_backend, use_backend
 from gradmill.ops.binary import matmul_binary, matmul_planes, pack_planes, pack_signs
 from gradmill.ops.quant import dequantize
@@ -63,7 +64,10 @@ class OneBit(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, scales, bias, bits, pruning, dtype, window: Window | None = None):
-        rows = x if window is None else window.patches(x, 0).matrix()
+        rows = x
+        if window is not None:  # patches of +-1 in 16 bits, straight from the image; x - x keeps what is not finite
+            signs = (torch.where(x < 0, -1.0, 1.0) + (x - x)).to(torch.bfloat16)
+            rows = window.patches(signs, 0).quantize(FORMATS["bf16"], False)[0]
         columns = weight.shape[1:].numel()
         signs, nans = pack_signs(rows)
         w, w_nans = pack_signs(weight.reshape(weight.shape[0], columns))
