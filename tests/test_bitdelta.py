@@ -1,11 +1,13 @@
 """BitDelta: what is computed, what is trained, how many bytes a tenant takes, what a file holds."""
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
 import gradmill
-from gradmill import bitdelta, ops
+from gradmill import bitdelta
 from gradmill.nn import BitDeltaLinear
 
 
@@ -150,13 +152,16 @@ def test_bfloat16_and_differing_models():
         bitdelta.compress(base, tuned, filter=lambda name, layer: False)
 
 
-def test_example_of_the_module():
-    """The lines of gradmill.bitdelta's docstring."""
+def test_examples_of_the_docs_page(tmp_path):
+    """docs/one_bit.md's blocks run as they stand."""
+    blocks = re.findall(r"```python\n(.*?)```", (Path(__file__).parent.parent / "docs/one_bit.md").read_text(), re.S)
+    assert len(blocks) == 2
     base, finetuned = pair()
-    lines = [line.strip() for line in bitdelta.__doc__.splitlines() if line.startswith("    ")]
-    assert any("bitdelta.merge" in line for line in lines)
-    tuned = bitdelta.compress(base, finetuned, others="base")
-    many = bitdelta.merge([tuned, tuned])
-    with bitdelta.serving(torch.tensor([0, 1, 1])):
-        assert many(torch.randn(3, 70)).shape == (3, 10)
-    assert ops.matmul_tenants.name == "matmul_tenants"
+    batches, x = [torch.randn(8, 70)], torch.randn(4, 70)
+    for name in ("a", "b"):
+        bitdelta.save(bitdelta.compress(base, finetuned, others="base"), tmp_path / name)
+    names = dict(torch=torch, gradmill=gradmill, base=base, finetuned=finetuned, batches=batches, x=x, paths=[tmp_path / "a", tmp_path / "b"])
+    for block in blocks:
+        exec(block.replace('"tenant.safetensors"', repr(str(tmp_path / "c"))), names)
+    assert type(names["model"][2]) is gradmill.nn.Linear and type(names["model"][4]) is torch.nn.Linear
+    assert names["y"].shape == (4, 10) and torch.allclose(names["y"][3:], base(x[3:]), atol=1e-5) and (tmp_path / "c").exists()
