@@ -34,7 +34,7 @@ import torch
 
 from . import limits as machine
 
-FAMILIES = ("quant", "matmul", "conv", "optim", "projection")
+FAMILIES = ("quant", "matmul", "conv", "optim", "projection", "binary")
 SAMPLE = 0.002  # seconds: a shorter call is timed several times in a row
 
 

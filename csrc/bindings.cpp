@@ -27,14 +27,15 @@ struct Table {
   const ConvKernels* conv;
   const OptimKernels* optim;
   const ProjectionKernels* projection;
+  const BinaryKernels* binary;
 };
 const char* const kLevelNames[] = {"portable", "avx2", "avx512", "avx512_vnni"};
 const Table kTables[] = {
-    {&quant_portable, &matmul_portable, &conv_portable, &optim_portable, &projection_portable},
+    {&quant_portable, &matmul_portable, &conv_portable, &optim_portable, &projection_portable, &binary_portable},
 #if defined(__x86_64__)
-    {&quant_avx2, &matmul_avx2, &conv_avx2, &optim_avx2, &projection_avx2},
-    {&quant_avx512, &matmul_avx512, &conv_avx512, &optim_avx512, &projection_avx512},
-    {&quant_avx512, &matmul_avx512_vnni, &conv_avx512, &optim_avx512, &projection_avx512},
+    {&quant_avx2, &matmul_avx2, &conv_avx2, &optim_avx2, &projection_avx2, &binary_avx2},
+    {&quant_avx512, &matmul_avx512, &conv_avx512, &optim_avx512, &projection_avx512, &binary_avx512},
+    {&quant_avx512, &matmul_avx512_vnni, &conv_avx512, &optim_avx512, &projection_avx512, &binary_avx512},
 #endif
 };
 
@@ -201,6 +202,29 @@ void quantize_grouped(int device, uint64_t stream, uint64_t x, int x_code, int64
   GM_RUN(cpu().quant->quantize_grouped(a), cuda::quantize_grouped(a, launch))
 }
 
+void pack_bits(int device, uint64_t stream, uint64_t x, int x_code, int64_t stride, int64_t rows, int64_t cols, bool transpose, int planes, bool mean,
+               const KeyTuple& key, uint64_t bits, uint64_t scales, uint64_t offsets) {
+  Key k = make_key(key);
+  PackBitsArgs args{pointer(x), x_code, stride, rows, cols, transpose, planes, mean, key ? &k : nullptr, pointer<uint8_t>(bits),
+                    pointer<float>(scales), pointer<float>(offsets)};
+  GM_RUN(cpu().binary->pack(args), cuda::pack_bits(args, launch))
+}
+
+void matmul_binary(int device, uint64_t stream, int64_t m, int64_t n, int64_t k, int planes, uint64_t a, uint64_t b, uint64_t a_scales, uint64_t offsets,
+                   uint64_t b_scales, uint64_t bias, uint64_t counts, uint64_t out, int out_code) {
+  BinaryMatmulArgs args{m, n, k, planes, pointer<const uint8_t>(a), pointer<const uint8_t>(b), pointer<const float>(a_scales),
+                        pointer<const float>(offsets), pointer<const float>(b_scales), pointer<const float>(bias), pointer<int32_t>(counts),
+                        pointer(out), out_code};
+  GM_RUN(cpu().binary->matmul(args), cuda::matmul_binary(args, launch))
+}
+
+void matmul_tenants(int device, uint64_t stream, int64_t m, int64_t n, int64_t k, const std::vector<int64_t>& order, const std::vector<int64_t>& tenants,
+                    uint64_t x, int x_code, uint64_t bits, uint64_t alphas, uint64_t base, uint64_t out, int out_code) {
+  TenantsArgs args{m, n, k, order.data(), tenants.data(), pointer(x), x_code, pointer<const uint8_t>(bits), pointer<const float>(alphas),
+                   pointer(base), pointer(out), out_code};
+  GM_RUN(cpu().binary->tenants(args), cuda::matmul_tenants(args, launch))
+}
+
 void project(int device, uint64_t stream, int64_t m, int64_t n, uint64_t grad, int grad_code, const MatrixTuple& basis, bool left, uint64_t out) {
   ProjectArgs args{m, n, pointer(grad), grad_code, matrix(basis), left, pointer<float>(out)};
   GM_RUN(cpu().projection->project(args), cuda::project(args, launch))
@@ -280,6 +304,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("matmul_packed", &matmul_packed);
   m.def("matmul_grouped", &matmul_grouped);
   m.def("quantize_grouped", &quantize_grouped);
+  m.def("pack_bits", &pack_bits);
+  m.def("matmul_binary", &matmul_binary);
+  m.def("matmul_tenants", &matmul_tenants);
   m.def("project", &project);
   m.def("project_back", &project_back);
   m.def("fused_step", &fused_step);

@@ -25,7 +25,7 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 INTERPRETED = tl.constexpr(INTERPRETING)
 
 F32, BF16, F16 = (tl.constexpr(CODES[c]) for c in ("fp32", "bf16", "fp16"))
-MOMENT8, SQUARE8, DELTA, E4M3 = (tl.constexpr(CODES[c]) for c in ("moment8", "square8", "delta", "e4m3"))
+MOMENT8, SQUARE8, DELTA, E4M3, SIGNS = (tl.constexpr(CODES[c]) for c in ("moment8", "square8", "delta", "e4m3", "sign"))
 NONE = tl.constexpr(-1)  # no such operand
 #: Codes that straddle bytes, or are corrected by position: no kernel here, their ops run the reference.
 UNALIGNED = ("uint3", "int3", "int4_outlier")
@@ -388,6 +388,8 @@ def centred(q, zero, CODE: tl.constexpr):
         return q.to(tl.float32) - zero
     elif is_small_float(CODE):
         return decode_small(q, CODE)
+    elif CODE == SIGNS:
+        return 1.0 - 2.0 * q.to(tl.float32)
     else:
         return q.to(tl.float32)
 
@@ -431,8 +433,10 @@ def load_codes(pointer, row, col, limit, columns, CODE: tl.constexpr, P2: tl.con
         q = tl.load(pointer.to(tl.pointer_type(tl.uint8)) + (first + k), mask=EACH * k < limit[:, None], other=0).to(tl.int32)
         if BITS < 8:
             q = halves(q, 4)
-        if BITS == 2:
+        if BITS <= 2:
             q = halves(q, 2)
+        if BITS == 1:
+            q = halves(q, 1)
         if is_signed(CODE):
             SIGN: tl.constexpr = 1 << (BITS - 1)
             q = (q ^ SIGN) - SIGN

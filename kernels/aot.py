@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from gradmill.formats import CODES
-from gradmill.kernels import grouped, matmul, optim, projection, quant
+from gradmill.kernels import binary, grouped, matmul, optim, projection, quant
 from gradmill.kernels._common import INTERPRETING, warps_for
 from gradmill.optim.rules import RULES
 
@@ -85,6 +85,7 @@ def variants():
     yield from _matmul_packed()
     yield from _grouped()
     yield from _projection()
+    yield from _binary()
 
 
 def _quant():
@@ -229,6 +230,25 @@ def _projection():
                           {"W": CODES[weight], "CODE": CODES[code], "R": CODES[residual] if residual else -1, "LEFT": left, "PER_ROW": True, "LOOP": loop, "ALIGNED": True, "PRECISION": precision,
                            "BM": projection.ROWS, "KB": 1, "P2": p2, "BK": projection.DEPTH},
                           {target: "mfma" if target == "gfx942" else "mma.sync"}, warps=8 if p2 > 128 else 4, stages=2, odd=("decay", "alpha"), only=target, everywhere=weight == "uint8")
+
+
+def _binary():
+    for planes, mean, random, x in ((0, True, False, "fp32"), (0, False, False, "bf16"), (4, False, True, "fp32"), (2, False, False, "fp16")):
+        yield Variant(f"pack_bits {x} {planes or 'signs'}{' mean' * mean}{' stochastic' * random}", binary.pack_kernel,
+                      {"x": "*i16" if x == "bf16" else f"*{x}", "out": "*u8", "scales": "*fp32", "offsets": "*fp32"},
+                      {"PLANES": planes, "MEAN": mean, "RANDOM": random, "WIDTH": binary.WIDTH}, everywhere=random, elementwise=True)
+    for planes, m, out, bias in ((0, 4096, "bf16", True), (4, 4096, "fp32", False), (0, 64, "fp32", False)):
+        for target in TARGETS:
+            tiles = _tiles(*matmul.choose(binary.TILES, target, m))
+            yield Variant(f"matmul_binary m {m} {planes or 'signs'}", binary.binary_kernel,
+                          {"a": "*u8", "b": "*u8", "a_scales": "*fp32", "offsets": "*fp32", "b_scales": "*fp32", "bias": "*fp32", "out": f"*{out}"},
+                          {"PLANES": planes, "OUT": CODES[out], "HAS_BIAS": bias, **tiles.pop("constants")},
+                          {target: MATRIX[target]} if target != "sm_100" else {}, **tiles, only=target, everywhere=m == 4096)
+
+    for x in ("fp32", "bf16"):
+        yield Variant(f"matmul_tenants {x}", binary.tenants_kernel, {"x": f"*{'i16' if x == 'bf16' else x}", "base": f"*{'i16' if x == 'bf16' else x}", "bits": "*u8",
+                                                                      "alphas": "*fp32", "tenants": "*i64", "out": f"*{x}"},
+                      {"OUT": CODES[x], "BN": 64, "BK": 16}, everywhere=x == "fp32")
 
 
 def resources(compiled, target: str) -> str:

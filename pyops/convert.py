@@ -92,7 +92,8 @@ def convert(model: torch.nn.Module, recipe: str | recipes.Recipe = "int8",
         model: the module whose children are searched. ``model`` itself is not replaced.
         recipe: a name or a :class:`gradmill.recipes.Recipe`.
         filter: ``filter(name, layer)`` says whether to convert; by default everything but the head (a layer named
-            lm_head, head, output, classifier, embed_out, score or fc_out, or one whose weight is an embedding's).
+            lm_head, head, output, classifier, embed_out, score or fc_out, or one whose weight is an embedding's), and for one_bit_fqt
+            everything but the first and the last layer.
 
     Returns:
         A :class:`Report`. A UserWarning says where the recipe was measured to be slower than fp32 on this kind of CPU.
@@ -107,6 +108,11 @@ def convert(model: torch.nn.Module, recipe: str | recipes.Recipe = "int8",
         made_from = MADE_FROM[type(model)]
         raise ValueError(f"model is itself a torch.nn.{type(model).__name__}, which cannot be replaced in place: use gradmill.nn.{made_from.__qualname__}")
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    ends = {}
+    if recipe.one_bit is not None:  # the paper keeps both ends of a network
+        layers = [m for m in model.modules() if isinstance(m, tuple(MADE_FROM))]
+        for layer, which in zip((layers[0], layers[-1]) if layers else (), ("first", "last")):
+            ends.setdefault(id(layer), f"the {which} layer, which {recipe.name} keeps (pass filter= to convert it)")
     report, done, packed = Report(recipe.name), {}, {}
     for parent_name, parent in list(model.named_modules()):
         for child_name, child in list(parent._modules.items()):  # not named_children: it hides the second name of a tie
@@ -115,14 +121,14 @@ def convert(model: torch.nn.Module, recipe: str | recipes.Recipe = "int8",
                 report.skipped.append((f"{name}.in_proj_weight", "a bare Parameter of nn.MultiheadAttention, which calls no nn.Linear for it"))
             if not isinstance(child, SIMILAR):
                 continue
-            why = _why_not(name, child_name, child, filter, embeddings, recipe)
+            why = _why_not(name, child_name, child, filter, embeddings, recipe, ends.get(id(child), ""))
             if why:
                 report.skipped.append((name, why))
                 continue
             before, again = (id(child.weight), "weight"), id(child) in done
             if not again:  # a module used twice stays one module
                 new = MADE_FROM[type(child)](child, recipe)
-                report.new_parameters |= recipe.weight is not None or recipe.fake is not None
+                report.new_parameters |= recipe.weight is not None or bool(new._made)
                 again = before in packed
                 for kind, parameter in new._parameters.items():  # tied weights stay tied, with all that is made from them
                     if kind.startswith("weight"):
@@ -144,7 +150,7 @@ def convert(model: torch.nn.Module, recipe: str | recipes.Recipe = "int8",
     return report
 
 
-def _why_not(name, child_name, child, filter, embeddings, recipe) -> str:
+def _why_not(name, child_name, child, filter, embeddings, recipe, end) -> str:
     kind = type(child).__name__
     if isinstance(child, RecipeLayer):
         return f"already a gradmill layer, recipe {child.recipe.name}"
@@ -160,6 +166,8 @@ def _why_not(name, child_name, child, filter, embeddings, recipe) -> str:
     if filter is not None:
         if not filter(name, child):
             return "the filter said no"
+    elif end:
+        return end
     elif child_name in HEAD_NAMES:
         return "the head (pass filter= to convert it)"
     elif id(child.weight) in embeddings:

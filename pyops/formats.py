@@ -28,12 +28,13 @@ CODES = {
     "int3": 16,      # symmetric, scale = absmax/3, codes in [-3, 3], two's complement
     "int2": 17,      # symmetric, scale = absmax, codes in [-1, 1], two's complement
     "int4_outlier": 18,  # int4 whose two largest magnitudes per block are kept in fp32 beside it (Stable-SPAM)
+    "sign": 19,      # one bit, 1 = negative, lowest bits first, a scale per row: what pack_signs makes
 }
 #: What fused_step and project_back can write, and project can read, in every backend; the others are matmul operands.
 STEPPED = tuple(CODES)[:CODES["delta"] + 1]
 FLOAT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _BITS = {"fp32": 32, "delta": 32, "bf16": 16, "fp16": 16, "int4": 4, "uint4": 4, "e2m1": 4, "int4_outlier": 4,
-         "int3": 3, "uint3": 3, "int2": 2, "uint2": 2}  # every other code has 8
+         "int3": 3, "uint3": 3, "int2": 2, "uint2": 2, "sign": 1}  # every other code has 8
 _DTYPES = {"int8": torch.int8, "int7": torch.int8, "e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}  # every other blocked code: uint8
 #: Bytes an int4_outlier block keeps beside its codes: two fp32 values, their two positions, two bytes unused.
 OUTLIER_BYTES = 12
@@ -76,9 +77,11 @@ class Format:
             raise ValueError(f"block is {self.block}; it must be 0 (a whole row) or positive, and fill whole bytes: a multiple of {self.multiple}")
         if self.code == "int4_outlier" and self.block > 256:
             raise ValueError(f"block is {self.block}; int4_outlier needs 2 to 256, because positions are stored in a byte")
+        if self.code == "sign" and self.block:
+            raise ValueError(f"block is {self.block}; it must be 0 for sign, which has a scale per row")
         if self.rows < 0 or self.scale not in ("fp32", "pow2", "e4m3"):
             raise ValueError(f"rows and scale are {self.rows} and {self.scale!r}; they must be 0 or more, and 'fp32', 'pow2' or 'e4m3'")
-        if self.shared and (self.has_zero_point or self.code in ("int4_outlier", "moment8", "square8") or not self.blocked):
+        if self.shared and (self.has_zero_point or self.code in ("int4_outlier", "moment8", "square8", "sign") or not self.blocked):
             raise ValueError(f"code is {self.code!r}; rows and scale need a symmetric integer or a float8 or fp4 code")
 
     @property
@@ -89,7 +92,7 @@ class Format:
     @property
     def multiple(self) -> int:
         """Blocks are multiples of so many elements: whole bytes."""
-        return {4: 2, 3: 8, 2: 4}.get(self.bits, 1)
+        return {4: 2, 3: 8, 2: 4, 1: 8}.get(self.bits, 1)
 
     @property
     def blocked(self) -> bool:

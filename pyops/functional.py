@@ -6,6 +6,7 @@ import torch
 from gradmill import formats, recipes
 from gradmill.autograd.fake_quantize import FakeQuantize
 from gradmill.autograd.linear import QuantizedGroupedLinear, QuantizedLinear
+from gradmill.autograd.one_bit import OneBit
 from gradmill.autograd.window import Window
 from gradmill.ops import grouped, quant
 from gradmill.ops.conv import check_geometry
@@ -40,7 +41,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         weight: (out, in), plain or a :class:`gradmill.QuantizedWeight`.
         bias: (out) or None.
         recipe: a name or a :class:`gradmill.recipes.Recipe`.
-        steps: (out, groups) float32, used instead of a packed weight's scales and trained; weight-only recipes. With zeros, of
+        steps: (out, groups) float32, used instead of a packed weight's scales and trained; weight-only recipes. For one_bit_fqt (out, 1), the scale of
+            each output channel. With zeros, of
             the same shape, the parameters of :func:`fake_quantize`: recipes that fake need them, others refuse them.
         amax_history: (3, recipe.history) float32, zeros at first, for recipes with delayed scaling: the largest magnitudes of X, W and
             dY in the steps before, the last step's first. The backward pass adds a step, in place; nan and inf count as 0 there, and
@@ -66,6 +68,9 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
                          f"{f'needs one of shape (3, {recipe.history})' if recipe.history else 'takes none'}")
     if amax_history is not None and (amax_history.dtype != torch.float32 or amax_history.shape != (3, recipe.history)):
         raise ValueError(f"gradmill linear: amax_history is {amax_history.dtype} of shape {tuple(amax_history.shape)}; it must be float32 of shape (3, {recipe.history})")
+    if recipe.one_bit is not None:
+        y = OneBit.apply(x.reshape(x.shape[:-1].numel(), x.shape[-1]), weight, steps, bias, *recipe.one_bit, _output_dtype(x))
+        return y.view(*x.shape[:-1], weight.shape[0])
     y = QuantizedLinear.apply(x.reshape(x.shape[:-1].numel(), x.shape[-1]), weight, bias, recipe, _output_dtype(x), steps, None, amax_history)
     return y.view(*x.shape[:-1], weight.shape[0])
 
@@ -77,6 +82,11 @@ def _prepare(function, weight, bias, recipe, steps, zeros):
     if (recipe.fake is None) != (zeros is None) or recipe.fake is not None and steps is None:
         raise ValueError(f"gradmill {function}: steps and zeros are {'given' if zeros is not None else 'missing'}; recipe {recipe.name} "
                          f"{'takes no zeros' if recipe.fake is None else 'needs both: see fake_quantize_parameters'}")
+    if recipe.one_bit is not None:
+        if steps is None or steps.shape != (weight.shape[0], 1) or steps.dtype != torch.float32 or isinstance(weight, QuantizedWeight):
+            raise ValueError(f"gradmill {function}: steps is {'missing' if steps is None else (steps.dtype, tuple(steps.shape))}; recipe {recipe.name} needs a plain weight and "
+                             f"float32 scales of shape ({weight.shape[0]}, 1), one for each output channel")
+        return weight, steps
     if recipe.fake is not None:
         return fake_quantize(weight, steps, zeros, *recipe.fake), None
     if steps is not None:
@@ -140,6 +150,11 @@ def conv2d(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None 
         padding = (0, 0) if padding == "valid" else _pair("padding", padding)
     check_geometry("conv2d", *x.shape[2:], kernel, stride, padding, dilation)
     weight, steps = _prepare("conv2d", weight, bias, recipe, steps, zeros)
+    if recipe.one_bit is not None:
+        window = Window(kernel, stride, padding, dilation, 1)
+        parts = zip(x.chunk(groups, 1), weight.chunk(groups), steps.chunk(groups), [None] * groups if bias is None else bias.chunk(groups))
+        y = torch.cat([OneBit.apply(*part, *recipe.one_bit, _output_dtype(x), window) for part in parts], 1)
+        return y if input.dim() == 4 else y[0]
     y = QuantizedLinear.apply(x, weight, bias, recipe, _output_dtype(x), steps, Window(kernel, stride, padding, dilation, groups))
     return y if input.dim() == 4 else y[0]
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from gradmill.formats import FORMATS, Format
 
 __all__ = ["Matmul", "Recipe", "RECIPES", "get", "INT8", "INT8_SWITCHBACK", "weight_only", "INT7", "FP8_TENSOR", "FP8_DELAYED", "FP8_ROW", "FP8_ROW_POW2", "FP8_BLOCK", "INT4", "FP4", "MXFP4",
-           "BF16", "W8", "W4", "W3", "W2", "QAT_W4", "QAT_W3", "QAT_W2", "INT8_WEIGHTS"]
+           "BF16", "W8", "W4", "W3", "W2", "QAT_W4", "QAT_W3", "QAT_W2", "INT8_WEIGHTS", "ONE_BIT_FQT"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ class Recipe:
             exceeds it saturates. For products of whole-tensor formats.
         fake: (bits, group): the products see the weight as ``gradmill.functional.fake_quantize`` makes it, with trained steps
             and zero points; the weight itself stays a float Parameter.
+        one_bit: (bits, pruning): forward multiplies the signs of X and W, under a trained scale for each output channel; dX and dW multiply
+            signs with a gradient in that many bits (1 to 4), of which "sample" or "top" keeps a share of 1 / bits, "none" everything.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Recipe:
     gradient_rounding: str = "nearest"
     fake: tuple[int, int] | None = None
     history: int = 0
+    one_bit: tuple[int, str] | None = None
 
     def __post_init__(self):
         for field in ("y", "dx", "dw"):
@@ -78,10 +81,19 @@ class Recipe:
             if self.weight is not None:
                 raise ValueError(f"weight is {self.weight!r}; it must be None where fake is given")
 
+        if self.one_bit is not None:
+            bits, pruning = self.one_bit
+            if not (1 <= bits <= 4 and pruning in ("sample", "top", "none")):
+                raise ValueError(f"one_bit is {self.one_bit!r}; it must be (1 to 4 bits, 'sample', 'top' or 'none')")
+            if (self.y, self.dx, self.dw, self.weight, self.fake) != (None,) * 5:
+                raise ValueError(f"one_bit is {self.one_bit!r}; y, dx, dw, weight and fake must be None where it is given")
+
     def saved_bytes(self, tokens: int, columns: int, itemsize: int) -> int:
         """Bytes of X that forward keeps for dW: exact, for (tokens, columns) of that item size."""
         if self.frozen:
             return 0
+        if self.one_bit is not None:  # signs by rows and by columns, a scale for each row and column
+            return tokens * -(-columns // 8) + columns * -(-tokens // 8) + 4 * (tokens + columns)
         if self.dw == "forward" and self.y.left is not None:
             return self.y.left.nbytes(tokens, columns)
         if isinstance(self.dw, Matmul) and self.dw.right is not None:
@@ -131,9 +143,13 @@ W8, W4, W3, W2 = (Recipe(name, weight=FORMATS[name], frozen=True) for name in ("
 QAT_W4, QAT_W3, QAT_W2 = (Recipe(f"qat_w{bits}", fake=(bits, group)) for bits, group in ((4, 128), (3, 128), (2, 64)))
 #: INT8 matmuls over a weight that is itself stored in INT8, groups of 256 with a zero point (Zhang et al., "Q-GaLore").
 INT8_WEIGHTS = Recipe("int8_weights", "int8", "int8", "int8", weight=FORMATS["int8"])
+#: Gao et al., "1-Bit FQT: Pushing the Limit of Fully Quantized Training to 1-bit": signs forward (straight-through for W, within |X| <= 1 for X),
+#: 4-bit gradients rounded stochastically over the range of each sample (dX) and each output channel (dW), a quarter of them kept, sampled with
+#: probabilities proportional to their ranges and divided by them. ``one_bit=(4, "top")`` keeps the largest instead, as the official code does.
+ONE_BIT_FQT = Recipe("one_bit_fqt", gradient_rounding="stochastic", one_bit=(4, "sample"))
 
 RECIPES = {r.name: r for r in (INT8, INT8_SWITCHBACK, INT7, FP8_TENSOR, FP8_DELAYED, FP8_ROW, FP8_ROW_POW2, FP8_BLOCK, INT4, FP4, MXFP4, BF16, W8, W4, W3, W2, QAT_W4, QAT_W3, QAT_W2,
-                               INT8_WEIGHTS)}
+                               INT8_WEIGHTS, ONE_BIT_FQT)}
 
 
 def weight_only(bits: int, group: int = 128, symmetric: bool = False) -> Recipe:

@@ -26,7 +26,8 @@ hypothesis.settings.load_profile("gradmill")
 _NAMES = ("portable", "avx2", "avx512", "avx512_vnni")
 #: Instruction sets this processor has, lowest first.
 LEVELS = _NAMES[:_NAMES.index(_C.detected_isa()) + 1] if _C else ()
-BLOCKED = tuple(code for code in CODES if Format(code).blocked)
+#: What quantize makes.
+BLOCKED = tuple(code for code in CODES if Format(code).blocked and code != "sign")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 

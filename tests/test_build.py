@@ -52,7 +52,7 @@ def test_every_folder_of_the_package_is_in_the_wheel():
 
 
 def test_every_family_has_the_same_name_in_every_room():
-    for family in ("quant", "matmul", "optim", "projection"):
+    for family in ("quant", "matmul", "optim", "projection", "binary"):
         for path in (f"csrc/cpu/{family}.cpp", f"csrc/cuda/{family}.cu", f"kernels/{family}.py", f"pyops/ops/{family}.py", f"pyops/reference/{family}.py",
                      f"tests/test_{family}.py"):
             assert (ROOT / path).exists(), path

@@ -22,6 +22,7 @@ import gradmill
 from gradmill import ops
 from gradmill.formats import Format
 from gradmill.optim.rules import RULES
+from gradmill.reference import binary as reference_binary
 from gradmill.reference import grouped as reference_grouped
 from gradmill.reference import matmul as reference_matmul
 from gradmill.reference import optim as reference_optim
@@ -36,7 +37,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 BLOCKED = ("int8", "uint8", "int4", "uint4", "moment8", "square8", "e4m3", "e5m2", "e2m1", "int7", "uint2", "int2", "uint3", "int3", "int4_outlier")
 NOT_WRITTEN = ("uint3", "int3", "int4_outlier")  # quantised by the reference on CUDA
 KEY = torch.tensor([0x123456789ABCDEF, 7])
-FAMILIES = [sys.modules[f"gradmill.ops.{name}"] for name in ("quant", "matmul", "grouped", "optim", "projection")]
+FAMILIES = [sys.modules[f"gradmill.ops.{name}"] for name in ("quant", "matmul", "grouped", "optim", "projection", "binary")]
 
 
 # --- places -----------------------------------------------------------------------------------------------
@@ -597,6 +598,55 @@ def test_project_back(place, left, weight_code, weight_block, rows, columns):
             same(g, w, f"{name} decay={decay}")
         for _, buffer, size in copies:
             assert (buffer[:64] == 0xA5).all() and (buffer[64 + size:] == 0xA5).all(), "a store outside a tensor"
+
+
+# --- binary -----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("rows, columns", [(1, 1), (7, 33), (5, 70), (130, 9)])
+def test_pack_bits(place, rows, columns):
+    for dtype in FLOATS:
+        x = sample(rows, columns, rows + columns, dtype)
+        for transpose in (False, True):
+            cases = [(ops.pack_signs, reference_binary.pack_signs, (transpose, mean)) for mean in (False, True)]
+            cases += [(ops.pack_planes, reference_binary.pack_planes, (bits, transpose, key, stream(3, "gradient"))) for bits in (1, 4) for key in (None, KEY)]
+            for op, reference, rest in cases:
+                with place.context():
+                    got = op(place.put(x), *rest)
+                for g, w in zip(got, reference(x, *rest)):
+                    same(g, w, f"{op.name} {dtype} {rest}")
+
+
+@pytest.mark.parametrize("m, n, k", [(1, 1, 1), (5, 7, 300), (130, 33, 1031), (33, 130, 64), (2, 3, 0)])
+def test_matmul_binary(place, m, n, k):
+    a, b = (torch.randint(0, 256, (rows, -(-k // 8)), dtype=torch.uint8) for rows in (m, n))  # unused bits are set, too
+    a_scales, b_scales, bias = torch.rand(m, 1), torch.rand(n, 1), torch.randn(n)
+    a_scales[0] = torch.nan
+    planes = torch.randint(0, 256, (3, *a.shape), dtype=torch.uint8)
+    for dtype, bias in ((torch.float32, bias), (torch.bfloat16, None)):
+        with place.context():
+            got = ops.matmul_binary(*map(place.put, (a, b)), k, *map(place.put, (a_scales, b_scales, bias)), dtype)
+            both = ops.matmul_planes(*map(place.put, (planes, b)), k, *map(place.put, (a_scales, a_scales, b_scales)), dtype)
+        same(got, reference_binary.matmul_binary(a, b, k, a_scales, b_scales, bias, dtype), str(dtype))
+        same(both, reference_binary.matmul_planes(planes, b, k, a_scales, a_scales, b_scales, dtype), f"planes {dtype}")
+
+
+@pytest.mark.parametrize("m, rows, columns", [(1, 1, 1), (9, 21, 70), (3, 8, 64)])
+def test_signs_times_floats(place, m, rows, columns):
+    bits, alphas, tenants = torch.randint(0, 256, (2, rows, -(-columns // 8)), dtype=torch.uint8), torch.tensor([0.5, -2.0]), torch.randint(-1, 2, (m,))
+    none, scales = torch.empty(0, dtype=torch.uint8), torch.rand(rows, 1)
+    for dtype in FLOATS:
+        x, base = torch.randn(m, columns).to(dtype), torch.randn(m, rows).to(dtype)
+        with place.context():
+            got = ops.matmul_tenants(*map(place.put, (x, base, bits, alphas)), tenants, columns)
+            packed = ops.matmul_packed(*map(place.put, (x, bits[0], scales, none)), "sign", 0, columns, False, None, dtype)
+            back = ops.matmul_packed(*map(place.put, (base, bits[0], scales, none)), "sign", 0, columns, True, None, dtype)
+            values = ops.dequantize(*map(place.put, (bits[0], scales, none)), "sign", 0, columns, torch.float32)
+        w = reference_quant.dequantize(bits[0], scales, none, "sign", 0, columns, torch.float32)
+        same(values, w)
+        size = x.double().abs().sum(1, keepdim=True)
+        close(got, reference_binary.matmul_tenants(x, base.double(), bits, alphas, tenants, columns), (2 * size + base.abs()) * 2.0 ** -7 if dtype != torch.float32 else (2 * size + base.abs()) * (columns + 8) * 2.0 ** -23)
+        for out, a, b in ((packed, x, w.t()), (back, base, w)):
+            exact, size = a.double() @ b.double(), a.double().abs() @ b.double().abs()
+            close(out, exact, size * (a.shape[1] + 8) * 2.0 ** -22 + exact.abs() * torch.finfo(dtype).eps)
 
 
 # --- a GPU's own ------------------------------------------------------------------------------------------

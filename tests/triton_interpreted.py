@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from gradmill.formats import Format
-from gradmill.kernels import _common, grouped, matmul, optim, projection, quant
+from gradmill.kernels import _common, binary, grouped, matmul, optim, projection, quant
 from gradmill.optim.rules import RULES
 from gradmill.reference import grouped as ref_grouped
+from gradmill.reference import binary as ref_binary
 from gradmill.reference import matmul as ref_matmul
 from gradmill.reference import optim as ref_optim
 from gradmill.reference import projection as ref_projection
@@ -425,6 +426,50 @@ def test_project_back_of_real_numbers():
         b = ref_quant.dequantize(*basis, "uint8", block, m if left else d, torch.float64).abs()
         magnitude = 0.03 * (b.t() @ update.double().abs() if left else update.double().abs() @ b)
         within(got, want, magnitude + (0.9 * w).abs() * 4 * 2 ** -24 / ((rank + 4) * 2 ** -24), rank)
+
+
+# --- binary -----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("rows, columns", [(1, 1), (3, 17), (9, 70), (0, 5), (5, 0)])
+def test_pack_bits(rows, columns, monkeypatch):
+    monkeypatch.setattr(binary, "WIDTH", 64)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(rows, columns).to(dtype)
+        if rows > 3:
+            x[0, :8] = torch.tensor(SPECIAL).to(dtype)[:columns] if columns >= 8 else 0
+            x[1], x[2, :1], x[3, :1] = 0.25, torch.nan, torch.inf
+        for transpose, mean in itertools.product((False, True), repeat=2):
+            for got, want in zip(binary.pack_signs(x, transpose, mean), ref_binary.pack_signs(x, transpose, mean)):
+                assert_same(got, want, "signs", dtype, transpose, mean)
+            for bits, key in ((1, None), (4, random_key()), (3, random_key())):
+                for got, want in zip(binary.pack_planes(x, bits, transpose, key, 7), ref_binary.pack_planes(x, bits, transpose, key, 7)):
+                    assert_same(got, want, bits, dtype, transpose)
+
+
+@pytest.mark.parametrize("m, n, k", [(1, 1, 1), (5, 40, 300), (33, 17, 64), (2, 3, 0)])
+def test_matmul_binary(m, n, k):
+    a, b = (torch.randint(0, 256, (rows, -(-k // 8)), dtype=torch.uint8) for rows in (m, n))  # unused bits are set, too
+    a_scales, b_scales, bias = torch.rand(m, 1), torch.rand(n, 1), torch.randn(n)
+    b_scales[0] = torch.nan
+    for dtype, bias in ((torch.float32, bias), (torch.bfloat16, bias.bfloat16()), (torch.float16, None)):
+        args = a, b, k, a_scales, b_scales, bias, dtype
+        assert_same(binary.matmul_binary(*args), ref_binary.matmul_binary(*args), dtype)
+        for planes in (1, 4):
+            args = torch.randint(0, 256, (planes, *a.shape), dtype=torch.uint8), b, k, a_scales, torch.randn(m, 1), b_scales, dtype
+            assert_same(binary.matmul_planes(*args), ref_binary.matmul_planes(*args), planes, dtype)
+
+
+@pytest.mark.parametrize("m, rows, columns", [(1, 1, 1), (5, 40, 70), (2, 3, 64)])
+def test_signs_times_floats(m, rows, columns):
+    bits, alphas, tenants = torch.randint(0, 256, (2, rows, -(-columns // 8)), dtype=torch.uint8), torch.tensor([0.5, -2.0]), torch.randint(-1, 2, (m,))
+    none, scales = torch.empty(0, dtype=torch.uint8), torch.rand(rows, 1)
+    w = ref_quant.dequantize(bits[0], scales, none, "sign", 0, columns, torch.float32)
+    assert_same(quant.dequantize(bits[0], scales, none, "sign", 0, columns, torch.float32), w)
+    x, base = torch.randn(m, columns), torch.randn(m, rows)
+    got, want = (module.matmul_tenants(x, y, bits, alphas, tenants, columns) for module, y in ((binary, base), (ref_binary, base.double())))
+    within(got, want, base.double().abs() + 2 * x.double().abs().sum(1, keepdim=True), columns + 4)
+    for a, b, transpose in ((x, w.t(), False), (base, w, True)):
+        got = matmul.matmul_packed(a, bits[0], scales, none, "sign", 0, columns, transpose, None, torch.float32)
+        within(got, a.double() @ b.double(), a.double().abs() @ b.double().abs(), a.shape[1])
 
 
 def test_cpu_tensors_are_refused_without_the_interpreter(monkeypatch):

@@ -136,6 +136,8 @@ template <int CODE>
 GM_HD float decode(int q, Block b) {
   if constexpr (kZeroPoint<CODE>) {
     return static_cast<float>(q - b.zero) * b.scale;
+  } else if constexpr (CODE == kSign) {
+    return q ? -b.scale : b.scale;
   } else if constexpr (SmallFloat<CODE>::is) {
     typedef SmallFloat<CODE> F;
     const uint32_t magnitude = static_cast<uint32_t>(q) & (F::sign - 1u);

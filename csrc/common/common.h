@@ -38,6 +38,7 @@ enum Code : int {
   kInt3 = 16,    // symmetric, scale = absmax/3, two's complement
   kInt2 = 17,    // symmetric, scale = absmax, codes in [-1, 1], two's complement
   kInt4Outlier = 18,  // int4, the two largest magnitudes of a block apart: Outliers, where others have zero points
+  kSign = 19,    // one bit, 1 = negative, lowest bits first; a scale per row; made by pack_signs, not by quantize
 };
 
 // What an int4 block with outliers keeps in Matrix::zeros, 12 bytes a block.
@@ -84,6 +85,7 @@ GM_HD int code_bits(int code) {
   if (code == kF32 || code == kDelta) return 32;
   if (code == kBF16 || code == kF16) return 16;
   if (code == kInt4 || code == kUInt4 || code == kE2M1 || code == kInt4Outlier) return 4;
+  if (code == kSign) return 1;
   return code == kUInt3 || code == kInt3 ? 3 : code == kUInt2 || code == kInt2 ? 2 : 8;
 }
 // The largest magnitude of a symmetric integer or small-float code, or the largest zero-point code, in units of the scale.

@@ -147,6 +147,7 @@ inline void decode_run(int code, const char* codes, Block b, int64_t n, float* _
     case kUInt3: done = decode_vectors<BitsDecoder<3, false>>(codes, b, n, out); break;
     case kInt2: done = decode_vectors<BitsDecoder<2, true>>(codes, b, n, out); break;
     case kUInt2: done = decode_vectors<BitsDecoder<2, false>>(codes, b, n, out); break;
+    case kSign: done = decode_vectors<SignDecoder>(codes, b, n, out); break;
     case kInt8: case kInt7: done = decode_vectors<ByteDecoder<true>>(codes, b, n, out); break;
     case kUInt8: done = decode_vectors<ByteDecoder<false>>(codes, b, n, out); break;
     case kE4M3: done = decode_vectors<Float8Decoder<3>>(codes, b, n, out); break;

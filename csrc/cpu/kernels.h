@@ -167,6 +167,45 @@ struct QuantizeGroupedArgs {
 };
 GM_HD Key expert_key(const Key& key, int64_t e) { return {key.seed, key.step, key.stream + (static_cast<uint32_t>(e) << 8)}; }
 
+// Signs (planes == 0) or short unsigned integers of x (rows x cols after `transpose`, read as QuantizeArgs reads it) as
+// packed bits: planes (1 if 0) matrices of rows x ceil(cols / 8) bytes. pyops/ops/binary.py says what scales and offsets are.
+struct PackBitsArgs {
+  const void* x;
+  int x_code;
+  int64_t stride, rows, cols;
+  bool transpose;
+  int planes;
+  bool mean;       // signs: scales are means of |x|
+  const Key* key;  // planes; null: nearest
+  uint8_t* bits;
+  float *scales, *offsets;  // offsets: planes only
+};
+// a (signs if planes == 0, else that many planes of integers q) times b^T, b signs: out (m x n) =
+//   (float(sum s s') * a_scales) * b_scales + bias   or   (offsets * float(sum s') + a_scales * float(sum q s')) * b_scales
+struct BinaryMatmulArgs {
+  int64_t m, n, k;  // k in bits
+  int planes;
+  const uint8_t *a, *b;
+  const float *a_scales, *offsets, *b_scales, *bias;  // bias may be null
+  int32_t* counts;                                    // m + n to work with: the q's sum of each row of a, the bits set in each of b
+  void* out;
+  int out_code;
+};
+
+// out[i] = base[i] + alphas[t] x[i] sign_t^T for each row i of x (m x k), t its tenant, none if negative. `order` lists the rows so that
+// a tenant's are neighbours, `tenants` their tenants in that order. bits: n x ceil(k / 8) bytes a tenant.
+struct TenantsArgs {
+  int64_t m, n, k;
+  const int64_t *order, *tenants;  // host memory
+  const void* x;
+  int x_code;
+  const uint8_t* bits;
+  const float* alphas;
+  const void* base;
+  void* out;  // base's dtype
+  int out_code;
+};
+
 // Gradient projection. The basis B is (rank x d), its rows the basis vectors.
 //   side right: grad (m x d), out (m x rank) = grad B^T;   side left: grad (d x n), out (rank x n) = B grad
 struct ProjectArgs {
@@ -248,6 +287,11 @@ struct ConvKernels {
   void (*quantize_patches)(const PatchArgs&);
   void (*fold_patches)(const FoldArgs&);
 };
+struct BinaryKernels {
+  void (*pack)(const PackBitsArgs&);
+  void (*matmul)(const BinaryMatmulArgs&);
+  void (*tenants)(const TenantsArgs&);
+};
 struct OptimKernels {
   void (*step)(const StepArgs&);
 };
@@ -265,7 +309,8 @@ enum Level : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Vnni = 3 };
   extern const MatmulKernels matmul_##level;           \
   extern const ConvKernels conv_##level;               \
   extern const OptimKernels optim_##level;             \
-  extern const ProjectionKernels projection_##level;
+  extern const ProjectionKernels projection_##level;   \
+  extern const BinaryKernels binary_##level;
 GM_DECLARE(portable)
 GM_DECLARE(avx2)
 GM_DECLARE(avx512)

@@ -449,6 +449,7 @@ bool few_packed_rows(const PackedMatmulArgs& p) {
       case kUInt3: gemv<BitsDecoder<3, false>>(p, floats, epilogue); return true;
       case kInt2: gemv_fields<2, true>(p, floats, epilogue); return true;
       case kUInt2: gemv_fields<2, false>(p, floats, epilogue); return true;
+      case kSign: gemv<SignDecoder>(p, floats, epilogue); return true;
       case kInt8: case kInt7: gemv<ByteDecoder<true>>(p, floats, epilogue); return true;
       case kUInt8: gemv<ByteDecoder<false>>(p, floats, epilogue); return true;
       case kE4M3: gemv<Float8Decoder<3>>(p, floats, epilogue); return true;

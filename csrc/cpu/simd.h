@@ -130,6 +130,16 @@ struct BitsDecoder : TableDecoder<BITS> {
     this->table = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(code, _mm512_set1_epi32(zero))), _mm512_set1_ps(scale));
   }
 };
+struct SignDecoder {
+  static constexpr int bits = 1;
+  vf scale, minus;
+  GM_HD SignDecoder(int, float x) : scale(_mm512_set1_ps(x)), minus(_mm512_set1_ps(-x)) {}
+  GM_HD vf operator()(const void* p) const {
+    uint16_t codes;
+    memcpy(&codes, p, 2);
+    return _mm512_mask_mov_ps(scale, codes, minus);
+  }
+};
 struct Float4Decoder : TableDecoder<4> {
   GM_HD Float4Decoder(int, float scale) {
     const vf values = _mm512_setr_ps(0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f, -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f);
@@ -210,7 +220,7 @@ struct ByteDecoder {
     return _mm256_mul_ps(_mm256_cvtepi32_ps(value), scale);
   }
 };
-// Codes of 4, 3 or 2 bits, 8 of them a stream of bits: the same 32 bits in every lane, shifted until the lane's own code
+// Codes of 4 bits or fewer, 8 of them a stream of bits: the same 32 bits in every lane, shifted until the lane's own code
 // is at the top, then down again, with or without its sign.
 template <int BITS>
 GM_HD vi codes_on_top(const void* p) {
@@ -230,6 +240,14 @@ struct BitsDecoder {
     const vi top = codes_on_top<BITS>(p);
     const vi value = SIGNED ? _mm256_srai_epi32(top, 32 - BITS) : _mm256_sub_epi32(_mm256_srli_epi32(top, 32 - BITS), zero);
     return _mm256_mul_ps(_mm256_cvtepi32_ps(value), scale);
+  }
+};
+struct SignDecoder {
+  static constexpr int bits = 1;
+  vf scale;
+  GM_HD SignDecoder(int, float x) : scale(_mm256_set1_ps(x)) {}
+  GM_HD vf operator()(const void* p) const {
+    return _mm256_xor_ps(scale, _mm256_castsi256_ps(_mm256_and_si256(codes_on_top<1>(p), _mm256_set1_epi32(INT32_MIN))));
   }
 };
 // The eight magnitudes are a table; vpermps looks at the low three bits of its indices. The sign is already in place.

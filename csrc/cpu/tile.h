@@ -105,7 +105,7 @@ inline void philox_fill(const Key& key, uint64_t first, int64_t n, uint32_t* __r
 // --- one block --------------------------------------------------------------------------------------------
 // Codes of fewer than 8 bits are one little-endian stream of bits: eight of them fill BITS bytes.
 template <int CODE>
-constexpr int kBits = CODE == kUInt3 || CODE == kInt3 ? 3 : CODE == kUInt2 || CODE == kInt2 ? 2 : CODE == kInt4 || CODE == kUInt4 || CODE == kE2M1 ? 4 : 8;
+constexpr int kBits = CODE == kSign ? 1 : CODE == kUInt3 || CODE == kInt3 ? 3 : CODE == kUInt2 || CODE == kInt2 ? 2 : CODE == kInt4 || CODE == kUInt4 || CODE == kE2M1 ? 4 : 8;
 template <int CODE>
 constexpr bool kSigned = CODE == kInt8 || CODE == kInt7 || CODE == kInt4 || CODE == kInt3 || CODE == kInt2;
 
@@ -230,7 +230,7 @@ inline void decode_one_block(int code, const char* codes, Block b, int64_t n, fl
   case CODE: return decode_block<CODE>(codes, b, n, out);
   switch (code) {
     GM_DECODE(kInt8) GM_DECODE(kUInt8) GM_DECODE(kInt4) GM_DECODE(kUInt4) GM_DECODE(kMoment8) GM_DECODE(kSquare8)
-    GM_DECODE(kE4M3) GM_DECODE(kE5M2) GM_DECODE(kE2M1) GM_DECODE(kUInt3) GM_DECODE(kUInt2) GM_DECODE(kInt3) GM_DECODE(kInt2)
+    GM_DECODE(kE4M3) GM_DECODE(kE5M2) GM_DECODE(kE2M1) GM_DECODE(kUInt3) GM_DECODE(kUInt2) GM_DECODE(kInt3) GM_DECODE(kInt2) GM_DECODE(kSign)
     case kInt7: return decode_block<kInt8>(codes, b, n, out);
     case kInt4Outlier: return decode_block<kInt4>(codes, b, n, out);
   }

@@ -183,6 +183,7 @@ __device__ __forceinline__ void decode_chunk(int code, const int (&q)[kChunk], B
     case kE5M2: return decode_all<kE5M2>(q, b, x);
     case kE2M1: return decode_all<kE2M1>(q, b, x);
     case kUInt3: case kUInt2: return decode_all<kUInt8>(q, b, x);
+    case kSign: return decode_all<kSign>(q, b, x);
     default: return decode_all<kInt8>(q, b, x);  // every symmetric integer decodes alike
   }
 }

@@ -80,6 +80,35 @@ struct FmaTile {
   }
 };
 
+// --- operands of bytes: int8 codes, packed bits ------------------------------------------------------------
+constexpr int kByteTile = 128, kByteDepth = 64;
+constexpr int kBytePitch = kByteDepth + 16;  // bytes: 20 words a row, so that 8 rows x 4 words fall into 32 banks
+
+// Copies rows row0 .. + 128, bytes k0 .. + 64 to shared memory, zeros outside the matrix; of a row's last byte the bits in
+// `last` count.
+__device__ __forceinline__ void stage_bytes(const void* matrix, int64_t rows, int64_t k, int64_t row0, int64_t k0, uint32_t* s, uint8_t last = 255) {
+  const uint8_t* const x = static_cast<const uint8_t*>(matrix);
+  constexpr int pieces = kByteDepth / 16;
+  for (int c = threadIdx.x; c < kByteTile * pieces; c += kGemmThreads) {
+    const int line = c / pieces;
+    const int64_t row = row0 + line, at = k0 + c % pieces * 16;
+    uint4 v = make_uint4(0, 0, 0, 0);
+    if (row < rows && at < k) {
+      const uint8_t* p = x + row * k + at;
+      if (k - at >= (last == 255 ? 16 : 17) && aligned(p, 16)) {
+        v = *reinterpret_cast<const uint4*>(p);
+      } else {
+        uint32_t word[4] = {0, 0, 0, 0};
+#pragma unroll
+        for (int i = 0; i < 16; ++i)
+          if (at + i < k) word[i / 4] |= static_cast<uint32_t>(at + i + 1 == k ? p[i] & last : p[i]) << 8 * (i % 4);
+        v = make_uint4(word[0], word[1], word[2], word[3]);
+      }
+    }
+    *reinterpret_cast<uint4*>(s + line * (kBytePitch / 4) + c % pieces * 4) = v;
+  }
+}
+
 // out (m x n, row-major, dtype out_code) = a b^T (+ bias)
 struct Product {
   Operand a, b;

@@ -17,8 +17,6 @@ namespace gradmill::cuda {
 namespace {
 
 // --- int8 -------------------------------------------------------------------------------------------------
-constexpr int kInt8Tile = 128, kInt8Depth = 64;
-constexpr int kInt8Pitch = kInt8Depth + 16;  // bytes: 20 words a row, so that 8 rows x 4 words fall into 32 banks
 constexpr int64_t kInt32Products = 65536;    // so many products of at most 128 * 128 fit an int32; longer sums go to int64
 
 // sums += a b^T: a 16 x 32 (row-major), b 8 x 32 (row-major), in the fragment layout of the PTX manual:
@@ -35,39 +33,16 @@ __device__ __forceinline__ void mma_int8(int (&sums)[4], const uint32_t (&a)[4],
 #endif
 }
 
-// Copies rows row0 .. + 128, bytes k0 .. + 64 to shared memory, zeros outside the matrix.
-__device__ __forceinline__ void stage_int8(const int8_t* x, int64_t rows, int64_t k, int64_t row0, int64_t k0, uint32_t* s) {
-  constexpr int pieces = kInt8Depth / 16;
-  for (int c = threadIdx.x; c < kInt8Tile * pieces; c += kGemmThreads) {
-    const int line = c / pieces;
-    const int64_t row = row0 + line, at = k0 + c % pieces * 16;
-    uint4 v = make_uint4(0, 0, 0, 0);
-    if (row < rows && at < k) {
-      const int8_t* p = x + row * k + at;
-      if (k - at >= 16 && aligned(p, 16)) {
-        v = *reinterpret_cast<const uint4*>(p);
-      } else {
-        uint32_t word[4] = {0, 0, 0, 0};
-#pragma unroll
-        for (int i = 0; i < 16; ++i)
-          if (at + i < k) word[i / 4] |= static_cast<uint32_t>(static_cast<uint8_t>(p[i])) << 8 * (i % 4);
-        v = make_uint4(word[0], word[1], word[2], word[3]);
-      }
-    }
-    *reinterpret_cast<uint4*>(s + line * (kInt8Pitch / 4) + c % pieces * 4) = v;
-  }
-}
-
 // One tile of a product. WIDE: k > kInt32Products; int32 sums are added to int64 totals every so often.
 template <bool WIDE>
 __device__ __forceinline__ void int8_tile(const Int8MatmulArgs& p, int64_t row0, int64_t col0) {
-  alignas(16) __shared__ uint32_t sa[kInt8Tile * kInt8Pitch / 4], sb[kInt8Tile * kInt8Pitch / 4];
-  constexpr int pitch = kInt8Pitch / 4;
+  alignas(16) __shared__ uint32_t sa[kByteTile * kBytePitch / 4], sb[kByteTile * kBytePitch / 4];
+  constexpr int pitch = kBytePitch / 4;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int warp_row = warp / 4 * 64, warp_col = warp % 4 * 32;  // 8 warps: 2 x 4, each 64 x 32 = 4 x 4 mma tiles
   int sums[4][4][4] = {};
   long long totals[WIDE ? 4 : 1][WIDE ? 4 : 1][WIDE ? 4 : 1] = {};
-  for (int64_t k0 = 0; k0 < p.k; k0 += kInt8Depth) {
+  for (int64_t k0 = 0; k0 < p.k; k0 += kByteDepth) {
     if constexpr (WIDE) {
       if (k0 % kInt32Products == 0) {
 #pragma unroll
@@ -75,11 +50,11 @@ __device__ __forceinline__ void int8_tile(const Int8MatmulArgs& p, int64_t row0,
       }
     }
     __syncthreads();  // the last tile has been used
-    stage_int8(p.a, p.m, p.k, row0, k0, sa);
-    stage_int8(p.b, p.n, p.k, col0, k0, sb);
+    stage_bytes(p.a, p.m, p.k, row0, k0, sa);
+    stage_bytes(p.b, p.n, p.k, col0, k0, sb);
     __syncthreads();
 #pragma unroll
-    for (int step = 0; step < kInt8Depth / 32; ++step) {
+    for (int step = 0; step < kByteDepth / 32; ++step) {
       uint32_t b[4][2];
 #pragma unroll
       for (int j = 0; j < 4; ++j)
@@ -120,10 +95,10 @@ __device__ __forceinline__ void int8_tile(const Int8MatmulArgs& p, int64_t row0,
 
 template <bool WIDE>
 __global__ void __launch_bounds__(kGemmThreads) int8_kernel(const __grid_constant__ Int8MatmulArgs p) {
-  const int64_t across = divide_up(p.n, kInt8Tile), tiles = across * divide_up(p.m, kInt8Tile);
+  const int64_t across = divide_up(p.n, kByteTile), tiles = across * divide_up(p.m, kByteTile);
   for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     const int64_t down = divide(tile, across);
-    int8_tile<WIDE>(p, down * kInt8Tile, (tile - down * across) * kInt8Tile);
+    int8_tile<WIDE>(p, down * kByteTile, (tile - down * across) * kByteTile);
   }
 }
 
@@ -329,7 +304,7 @@ __global__ void __launch_bounds__(kGemmThreads) int8_grouped_kernel(const __grid
   for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     Expert x;
     int64_t row0, col0;
-    if (grouped_tile(g, tile, kInt8Tile, x, row0, col0) == g.experts) return;
+    if (grouped_tile(g, tile, kByteTile, x, row0, col0) == g.experts) return;
     int8_tile<WIDE>({x.m, x.n, x.k, static_cast<const int8_t*>(x.a.codes), static_cast<const int8_t*>(x.b.codes), x.a.scales, x.b.scales, x.bias, x.out,
                      g.out_code}, row0, col0);
   }
@@ -350,7 +325,7 @@ bool exact(const Matrix& m) { return (m.code == kInt8 || m.code == kInt7) && m.b
 
 void matmul_grouped(const GroupedArgs& g, const Launch& where) {
   if (exact(g.a) && exact(g.b)) {
-    const int64_t tiles = grouped_tiles(g, kInt8Tile);
+    const int64_t tiles = grouped_tiles(g, kByteTile);
     if ((g.summed ? g.tokens : g.k) <= kInt32Products) launch("matmul_grouped", int8_grouped_kernel<false>, tiles, dim3(kGemmThreads), where, g, tiles);
     else launch("matmul_grouped (long k)", int8_grouped_kernel<true>, tiles, dim3(kGemmThreads), where, g, tiles);
   } else {
@@ -360,7 +335,7 @@ void matmul_grouped(const GroupedArgs& g, const Launch& where) {
 }
 
 void matmul_int8(const Int8MatmulArgs& p, const Launch& where) {
-  const int64_t tiles = divide_up(p.m, kInt8Tile) * divide_up(p.n, kInt8Tile);
+  const int64_t tiles = divide_up(p.m, kByteTile) * divide_up(p.n, kByteTile);
   if (p.k <= kInt32Products) launch("matmul_int8", int8_kernel<false>, tiles, dim3(kGemmThreads), where, p);
   else launch("matmul_int8 (long k)", int8_kernel<true>, tiles, dim3(kGemmThreads), where, p);
 }

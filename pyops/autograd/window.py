@@ -59,6 +59,9 @@ class Window(NamedTuple):
         n, channels, height, width = shape
         if recipe.frozen:
             return 0, False
+        if recipe.one_bit is not None:
+            oh, ow = self.output(shape)
+            return self.groups * recipe.saved_bytes(n * oh * ow, channels // self.groups * self.kernel[0] * self.kernel[1], itemsize), True
         format = self.kept_format(recipe, shape)
         image = n * channels * height * width * itemsize if format is None else format.nbytes(n, channels * height * width)
         if recipe.dw is None:

@@ -1,6 +1,7 @@
 """Drop-in modules."""
+from gradmill.nn.bit_delta import BitDeltaLinear
 from gradmill.nn.conv import Conv2d
 from gradmill.nn.grouped import GroupedLinear
 from gradmill.nn.linear import Linear
 
-__all__ = ["Conv2d", "GroupedLinear", "Linear"]
+__all__ = ["BitDeltaLinear", "Conv2d", "GroupedLinear", "Linear"]

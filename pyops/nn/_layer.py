@@ -20,9 +20,20 @@ class RecipeLayer:
             requires_grad = self.weight.requires_grad and not recipe.frozen
             self.weight = torch.nn.Parameter(QuantizedWeight.quantize(self.weight.detach(), recipe.weight), requires_grad)
 
-        if recipe.fake is not None:
-            for name, start in zip(_FAKE, functional.fake_quantize_parameters(self.weight.detach(), *recipe.fake)):
+        if self._made:
+            for name, start in self._first_steps():
                 self.register_parameter(name, torch.nn.Parameter(start, self.weight.requires_grad))
+
+    @property
+    def _made(self) -> tuple[str, ...]:
+        """Names of the Parameters that are made from the weight."""
+        return _FAKE if self.recipe.fake is not None else _FAKE[:1] if self.recipe.one_bit is not None else ()
+
+    def _first_steps(self):
+        weight = self.weight.detach()
+        if self.recipe.one_bit is not None:  # the best scale for the signs of a row: its mean magnitude
+            return [(_FAKE[0], weight.to(torch.float32).flatten(1).abs().mean(1, keepdim=True))]
+        return zip(_FAKE, functional.fake_quantize_parameters(weight, *self.recipe.fake))
 
     @classmethod
     def _from(cls, layer: torch.nn.Module, recipe):
@@ -36,13 +47,13 @@ class RecipeLayer:
     @property
     def _steps(self) -> dict:
         """What the functional form takes beside the weight."""
-        return {"steps": self._parameters.get("weight_steps" if self.recipe.fake else "steps"), "zeros": self._parameters.get("weight_zeros")}
+        return {"steps": self._parameters.get("weight_steps" if self._made else "steps"), "zeros": self._parameters.get("weight_zeros")}
 
     def reset_steps_(self):
         """Takes steps and zero points anew from the range of each group of the weight. ValueError unless the recipe fakes."""
-        if self.recipe.fake is None:
-            raise ValueError(f"recipe is {self.recipe.name}; only one that fakes (qat_w4, qat_w3, qat_w2) has steps to reset")
-        for name, start in zip(_FAKE, functional.fake_quantize_parameters(self.weight.detach(), *self.recipe.fake)):
+        if not self._made:
+            raise ValueError(f"recipe is {self.recipe.name}; only one that fakes (qat_w4, qat_w3, qat_w2) or one_bit_fqt has steps to reset")
+        for name, start in self._first_steps():
             old = self._parameters[name]
             if old.device == start.device:
                 with torch.no_grad():
@@ -58,8 +69,8 @@ class RecipeLayer:
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        names = [prefix + name for name in _FAKE]
-        if self.recipe.fake is not None and prefix + "weight" in state_dict and not any(name in state_dict for name in names):
+        names = [prefix + name for name in self._made]
+        if names and prefix + "weight" in state_dict and not any(name in state_dict for name in names):
             missing_keys[:] = [key for key in missing_keys if key not in names]
             self.reset_steps_()
 
@@ -89,6 +100,10 @@ class RecipeLayer:
             with torch.autocast(self.weight.device.type, enabled=False):
                 values = functional.fake_quantize(self.weight.detach(), steps, zeros, *self.recipe.fake)
             new._parameters["weight"] = torch.nn.Parameter(values, self.weight.requires_grad)
+        if self.recipe.one_bit is not None:  # for inputs that are signs already
+            scales = new._parameters.pop("weight_steps").detach().view(-1, *[1] * (self.weight.dim() - 1))
+            weight = self.weight.detach()
+            new._parameters["weight"] = torch.nn.Parameter(torch.where(weight < 0, -scales, scales).to(weight.dtype), self.weight.requires_grad)
         return new
 
     def extra_repr(self) -> str:

@@ -145,7 +145,7 @@ def _native_scaled(a, a_scales, a_zeros, a_code, a_block, b, b_scales, b_zeros, 
     return out
 
 
-OPERAND_CODES = tuple(code for code in CODES if code not in ("moment8", "square8", "delta"))
+OPERAND_CODES = tuple(code for code in CODES if code not in ("moment8", "square8", "delta", "sign"))
 matmul_scaled = Op(
     "matmul_scaled", "(Tensor a, Tensor? a_scales, Tensor? a_zeros, str a_code, int a_block, Tensor b, Tensor? b_scales, Tensor? b_zeros, "
     "str b_code, int b_block, int columns, bool transpose, Tensor? bias, ScalarType dtype) -> Tensor",

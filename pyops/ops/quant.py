@@ -17,6 +17,9 @@ def check_format(op: str, code: str, block: int) -> Format:
     if code == "int4_outlier":
         if not (0 < block <= 256 and block % 2 == 0):
             reject(op, "block", block, "even and 2 to 256 for int4_outlier")
+    elif code == "sign":
+        if block:
+            reject(op, "block", block, "0 (a whole row) for sign")
     elif not (block >= 0 and block % cached(code).multiple == 0):
         reject(op, "block", block, f"0 (a whole row) or positive, and a multiple of {cached(code).multiple} for {code}")
     return cached(code, block)
@@ -43,6 +46,8 @@ def matrix_tuple(codes, scales, zeros, format: Format, rows: int, columns: int):
 
 # --- quantize ---------------------------------------------------------------------------------------------
 def _check_quantize(x, code, block=0, transpose=False, key=None, stream=0, scales=None):
+    if code == "sign":
+        reject("quantize", "code", code, "another: gradmill.ops.pack_signs makes signs")
     format = check_format("quantize", code, block)
     require_matrix("quantize", "x", x, FLOATS)
     require_key("quantize", key)

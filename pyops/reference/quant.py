@@ -152,6 +152,8 @@ def decode(q, scale, zero, code):
     if code == "moment8":
         y = _from_bits(((q & 127) << 19) + 0x3F800000) - 1
         return _from_bits(_bits(y) | (q & 128) << 24) * scale
+    if code == "sign":
+        return torch.where(q != 0, -scale, scale)
     if code == "square8":
         r = (_from_bits((q << 18) + 0x3F800000) - 1) * scale
         return r * r

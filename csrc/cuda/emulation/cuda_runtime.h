@@ -174,23 +174,44 @@ T __shfl_xor_sync(unsigned, T v, int mask) {
   warp_barrier();
   return out;
 }
+inline unsigned __ballot_sync(unsigned, bool v) {
+  using namespace gm_emulation;
+  state.slots[warp()][lane()][0] = v;
+  warp_barrier();
+  unsigned out = 0;
+  for (int i = 0; i < 32; ++i) out |= static_cast<unsigned>(state.slots[warp()][i][0]) << i;
+  warp_barrier();
+  return out;
+}
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
 template <class T>
 T atomicMax(T* p, T v) { T old = *p; if (v > old) *p = v; return old; }
 template <class T>
 T atomicMin(T* p, T v) { T old = *p; if (v < old) *p = v; return old; }
 
-inline void emulated_mma_int8(int (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+// One product of 16 x 8 sums: `multiply` adds the products in one 32-bit register of a and of b.
+template <class Multiply>
+void emulated_mma(int (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Multiply multiply) {
   using namespace gm_emulation;
   auto& slots = state.slots[warp()];
   for (int i = 0; i < 4; ++i) slots[lane()][i] = a[i];
   for (int i = 0; i < 2; ++i) slots[lane()][4 + i] = b[i];
   warp_barrier();
-  // element (row, k) of a: lane (row % 8) * 4 + k % 16 / 4, register row / 8 + k / 16 * 2, byte k % 4
-  auto byte = [](uint64_t word, int i) { return static_cast<int>(static_cast<int8_t>(word >> 8 * i)); };
+  // word k of row `row` of a: lane (row % 8) * 4 + k % 4, register row / 8 + k / 4 * 2
   for (int i = 0; i < 4; ++i) {
     const int row = lane() / 4 + i / 2 * 8, col = lane() % 4 * 2 + i % 2;
-    for (int k = 0; k < 32; ++k)
-      sums[i] += byte(slots[row % 8 * 4 + k % 16 / 4][row / 8 + k / 16 * 2], k % 4) * byte(slots[col * 4 + k % 16 / 4][4 + k / 16], k % 4);
+    for (int k = 0; k < 8; ++k)
+      sums[i] += multiply(static_cast<uint32_t>(slots[row % 8 * 4 + k % 4][row / 8 + k / 4 * 2]), static_cast<uint32_t>(slots[col * 4 + k % 4][4 + k / 4]));
   }
   warp_barrier();
+}
+inline void emulated_mma_b1(int (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  emulated_mma(sums, a, b, [](uint32_t x, uint32_t y) { return __popc(x & y); });
+}
+inline void emulated_mma_int8(int (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  emulated_mma(sums, a, b, [](uint32_t x, uint32_t y) {
+    int sum = 0;
+    for (int i = 0; i < 32; i += 8) sum += static_cast<int>(static_cast<int8_t>(x >> i)) * static_cast<int8_t>(y >> i);
+    return sum;
+  });
 }

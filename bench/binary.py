@@ -1,0 +1,99 @@
+"""binary: products of packed signs and bit planes, with and without packing."""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+import gradmill
+from gradmill import ops
+
+from .runner import Bench, Work, baseline, case, ours
+
+
+def _work(n, packing=False):
+    # Bits in, fp32 out; a vpshufb and a vpaddb make 128 products where int8's two instructions make 32.
+    return Work((8.0 if packing else 0.25) * n * n + 4.0 * n * n, 2.0 * n ** 3 / 8, "int8")
+
+
+def _signs(ctx, goal_packing):
+    n = ctx.pick(2048, 128)
+    x, w = (ctx.once(lambda: ctx.randn(n, n)) for _ in range(2))
+    a, b = (ctx.once(lambda t=t: ops.pack_signs(t())) for t in (x, w))
+
+    def run(i):
+        (p, s), (q, t) = (ops.pack_signs(x()), ops.pack_signs(w())) if goal_packing else (a(), b())
+        return ops.matmul_binary(p, q, n, s, t, None, torch.float32)
+    return Bench(f"binary matmul {n} cubed{', packing both operands' if goal_packing else ', operands packed'}", _work(n, goal_packing),
+                 [ours(lambda: run), baseline("torch fp32 matmul", lambda: lambda i: F.linear(x(), w()))])
+
+
+@case("binary", goal=("torch", 6.5))
+def signs(ctx):
+    return _signs(ctx, False)
+
+
+@case("binary", goal=("torch", 4.0))
+def signs_packing(ctx):
+    return _signs(ctx, True)
+
+
+@case("binary")
+def planes(ctx):
+    n = ctx.pick(2048, 128)
+    x, w = (ctx.once(lambda: ctx.randn(n, n)) for _ in range(2))
+    a, b = ctx.once(lambda: ops.pack_planes(x(), 4)), ctx.once(lambda: ops.pack_signs(w()))
+    return Bench(f"4-bit planes x signs {n} cubed, operands packed", _work(n), [
+        ours(lambda: lambda i: ops.matmul_planes(a()[0], b()[0], n, *a()[1:], b()[1], torch.float32)),
+        baseline("torch fp32 matmul", lambda: lambda i: F.linear(x(), w()))])
+
+
+@case("binary", goal=("torch", 2.0))
+def tenants(ctx):
+    """Eight fine-tunes of one layer, a batch row each: against eight dense layers (BitDelta)."""
+    n, count = ctx.pick(4096, 256), 8
+    x, base, index = ctx.once(lambda: ctx.randn(count, n)), ctx.once(lambda: ctx.randn(n, n)), torch.arange(count)
+    bits = ctx.once(lambda: torch.stack([ops.pack_signs(ctx.randn(n, n))[0] for _ in range(count)]))
+    alphas = torch.full((count,), 1e-3, device=ctx.device)
+    dense = ctx.once(lambda: [ctx.randn(n, n) for _ in range(count)])
+
+    def run(i):
+        return ops.matmul_tenants(x(), F.linear(x(), base()), bits(), alphas, index, n)
+    return Bench(f"{count} tenants at batch {count}, {n}x{n}: one dense product and signs", Work(4.0 * n * n + count * n * n / 8, 4.0 * count * n * n, "read"), [
+        ours(lambda: run), baseline("torch fp32, a dense layer each", lambda: lambda i: [F.linear(x()[t:t + 1], dense()[t]) for t in range(count)])])
+
+
+def _training(ctx, title, products, x, w, ours_forward, torch_forward):
+    """Forward and backward of one layer."""
+    scales = torch.full((w().shape[0], 1), 0.05, device=ctx.device, requires_grad=True)
+    dy = ctx.once(lambda: torch.randn_like(torch_forward(x(), w())))
+
+    def both_ways(forward):
+        a, b = x().clone().requires_grad_(), w().clone().requires_grad_()
+        return lambda i: torch.autograd.grad(forward(a, b), (a, b), dy())
+    return Bench(title, Work(4.0 * 4 * x().numel() + 4.0 * 3 * w().numel(), 6.0 * products / 8, "int8"), [
+        ours(lambda: both_ways(lambda a, b: ours_forward(a, b, scales)), "gradmill, recipe one_bit_fqt"), baseline("torch fp32", lambda: both_ways(torch_forward))])
+
+
+@case("binary")
+def one_bit_linear(ctx):
+    tokens, width = ctx.pick((4096, 1024), (64, 64))
+    return _training(ctx, f"one_bit_fqt linear forward + backward, {tokens} tokens, {width}->{width}", tokens * width * width,
+                     ctx.once(lambda: ctx.randn(tokens, width)), ctx.once(lambda: ctx.randn(width, width)),
+                     lambda x, w, s: gradmill.functional.linear(x, w, None, "one_bit_fqt", s), F.linear)
+
+
+def _conv(ctx, channels, side):
+    batch, channels = ctx.pick((128, channels), (2, 8))
+    return _training(ctx, f"one_bit_fqt conv forward + backward, {channels} channels, {side}x{side}, batch {batch}", batch * side * side * channels * channels * 9,
+                     ctx.once(lambda: ctx.randn(batch, channels, side, side)), ctx.once(lambda: ctx.randn(channels, channels, 3, 3)),
+                     lambda x, w, s: gradmill.functional.conv2d(x, w, None, 1, 1, recipe="one_bit_fqt", steps=s), lambda x, w: F.conv2d(x, w, None, 1, 1))
+
+
+@case("binary", goal=("torch", 3.0))
+def one_bit_conv_256(ctx):
+    return _conv(ctx, 256, 8)
+
+
+@case("binary", goal=("torch", 3.0))
+def one_bit_conv_512(ctx):
+    return _conv(ctx, 512, 4)
