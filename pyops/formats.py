@@ -28,7 +28,7 @@ CODES = {
     "int3": 16,      # symmetric, scale = absmax/3, codes in [-3, 3], two's complement
     "int2": 17,      # symmetric, scale = absmax, codes in [-1, 1], two's complement
     "int4_outlier": 18,  # int4 whose two largest magnitudes per block are kept in fp32 beside it (Stable-SPAM)
-    "sign": 19,      # one bit, 1 = negative, lowest bits first, a scale per row: what pack_signs makes
+    "sign": 25,      # one bit, 1 = negative, lowest bits first, a scale per row: what pack_signs makes
 }
 #: What fused_step and project_back can write, and project can read, in every backend; the others are matmul operands.
 STEPPED = tuple(CODES)[:CODES["delta"] + 1]

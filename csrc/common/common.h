@@ -38,7 +38,7 @@ enum Code : int {
   kInt3 = 16,    // symmetric, scale = absmax/3, two's complement
   kInt2 = 17,    // symmetric, scale = absmax, codes in [-1, 1], two's complement
   kInt4Outlier = 18,  // int4, the two largest magnitudes of a block apart: Outliers, where others have zero points
-  kSign = 19,    // one bit, 1 = negative, lowest bits first; a scale per row; made by pack_signs, not by quantize
+  kSign = 25,    // one bit, 1 = negative, lowest bits first; a scale per row; made by pack_signs, not by quantize
 };
 
 // What an int4 block with outliers keeps in Matrix::zeros, 12 bytes a block.
