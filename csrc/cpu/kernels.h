@@ -198,6 +198,7 @@ struct StepTensor {
   const void* grad;
   Matrix states[3];
   uint32_t id;
+  uint64_t first;  // number of its first element in the whole tensor: above 0 in a shard
 };
 struct StepArgs {
   int rule;
@@ -230,6 +231,24 @@ struct FoldArgs {
   float* image;
 };
 
+// out[i] = (sum of squares, largest magnitude) of tensor i, elements beyond `limit` in magnitude multiplied by `factor` first.
+// Squares of fp32 are exact in double. A chunk's go to kMeasureLanes lanes (element j to lane j % lanes) in ascending order
+// and lanes are added in halves; chunks' sums are then added in the same way. partials: (chunks of all tensors, 2).
+constexpr int64_t kMeasureChunk = 4096;
+constexpr int kMeasureLanes = 32;
+struct MeasureTensor {
+  const void* x;
+  int64_t n;
+  int64_t first;  // number of its first chunk
+  float limit, factor;
+};
+struct MeasureArgs {
+  int code;
+  const MeasureTensor* tensors;
+  int64_t count;
+  double *partials, *out;
+};
+
 struct QuantKernels {
   void (*quantize)(const QuantizeArgs&);
   void (*quantize_both)(const QuantizeBothArgs&);
@@ -250,6 +269,7 @@ struct ConvKernels {
 };
 struct OptimKernels {
   void (*step)(const StepArgs&);
+  void (*measure)(const MeasureArgs&);
 };
 struct ProjectionKernels {
   void (*project)(const ProjectArgs&);

@@ -85,6 +85,7 @@ __device__ __forceinline__ char* address(const Matrix& m, int64_t row, int64_t c
 // The words of elements [element, element + 4): one Philox call where element is a multiple of 4, else two.
 __device__ __forceinline__ void words_of(const Key& key, uint64_t element, uint32_t (&w)[kChunk]) {
   uint32_t a0, a1, a2, a3;
+  element += key.first;
   philox4(key, element >> 2, a0, a1, a2, a3);
   const int shift = static_cast<int>(element & 3);
   w[0] = a0, w[1] = a1, w[2] = a2, w[3] = a3;
@@ -164,6 +165,35 @@ __device__ __forceinline__ void store_floats(int code, char* p, int n, const flo
   }
 }
 
+// --- weights in two pieces --------------------------------------------------------------------------------
+// The element number `at` of a matrix and the n - 1 that follow; their low bits are at m.zeros.
+__device__ __forceinline__ int low_bits(int code) { return code == kBF16Plus8 || code == kF16Plus8 ? 8 : 16; }
+
+__device__ __forceinline__ void load_split(const Matrix& m, int64_t at, int n, float (&x)[kChunk]) {
+  const uint16_t *high = static_cast<const uint16_t*>(m.codes) + at, *low16 = reinterpret_cast<const uint16_t*>(m.zeros) + at;
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) {
+    const uint16_t h = i < n ? high[i] : 0;
+    const uint32_t low = i >= n ? 0u : low_bits(m.code) == 8 ? m.zeros[at + i] : low16[i];
+    x[i] = m.code == kBF16Plus8 ? join_float<kBF16Plus8>(h, low) : m.code == kBF16Plus16 ? join_float<kBF16Plus16>(h, low)
+         : m.code == kF16Plus8 ? join_float<kF16Plus8>(h, low) : join_float<kF16Plus16>(h, low);
+  }
+}
+
+__device__ __forceinline__ void store_split(const Matrix& m, int64_t at, int n, const float (&x)[kChunk], const Key& key) {
+  uint32_t w[kChunk] = {};
+  if (low_bits(m.code) == 8) words_of(key, static_cast<uint64_t>(at), w);
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) {
+    if (i >= n) continue;
+    const Pieces p = m.code == kBF16Plus8 ? split_float<kBF16Plus8>(x[i], w[i]) : m.code == kBF16Plus16 ? split_float<kBF16Plus16>(x[i], 0u)
+                   : m.code == kF16Plus8 ? split_float<kF16Plus8>(x[i], w[i]) : split_float<kF16Plus16>(x[i], 0u);
+    static_cast<uint16_t*>(m.codes)[at + i] = p.high;
+    if (low_bits(m.code) == 8) m.zeros[at + i] = static_cast<uint8_t>(p.low);
+    else reinterpret_cast<uint16_t*>(m.zeros)[at + i] = p.low;
+  }
+}
+
 // --- blocked codes ----------------------------------------------------------------------------------------
 template <int CODE>
 __device__ __forceinline__ void decode_all(const int (&q)[kChunk], Block b, float (&x)[kChunk]) {
@@ -179,6 +209,8 @@ __device__ __forceinline__ void decode_chunk(int code, const int (&q)[kChunk], B
     case kUInt4: return decode_all<kUInt4>(q, b, x);
     case kMoment8: return decode_all<kMoment8>(q, b, x);
     case kSquare8: return decode_all<kSquare8>(q, b, x);
+    case kMoment4: return decode_all<kMoment4>(q, b, x);
+    case kSquare4: return decode_all<kSquare4>(q, b, x);
     case kE4M3: return decode_all<kE4M3>(q, b, x);
     case kE5M2: return decode_all<kE5M2>(q, b, x);
     case kE2M1: return decode_all<kE2M1>(q, b, x);
@@ -288,6 +320,7 @@ GM_HD int bit_offset(const Matrix& m, int64_t col) { return static_cast<int>(col
 // chunk starts a multiple of 4 after the start of a block, so with block % 4 == 0 it has one scale.
 __device__ __forceinline__ void read_chunk(const Matrix& m, int64_t row, int64_t col, int n, float (&x)[kChunk]) {
   const char* p = address(m, row, col);
+  if (is_split(m.code)) return load_split(m, row * m.cols + col, n, x);
   if (!is_blocked(m.code)) return load_floats(m.code, p, n, x);
   float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
   if (n > 0) {
@@ -327,6 +360,8 @@ __device__ __forceinline__ void encode_chunk(int code, uint8_t* p, int n, Block 
       case kInt4: encode_all<kInt4>(x, b, stochastic, w, q); break;
       case kUInt4: encode_all<kUInt4>(x, b, stochastic, w, q); break;
       case kMoment8: encode_all<kMoment8>(x, b, stochastic, w, q); break;
+      case kMoment4: encode_all<kMoment4>(x, b, stochastic, w, q); break;
+      case kSquare4: encode_all<kSquare4>(x, b, stochastic, w, q); break;
       case kE4M3: encode_all<kE4M3>(x, b, stochastic, w, q); break;
       case kE5M2: encode_all<kE5M2>(x, b, stochastic, w, q); break;
       case kE2M1: encode_all<kE2M1>(x, b, stochastic, w, q); break;
@@ -349,7 +384,7 @@ __device__ __noinline__ void encode_call(int code, uint8_t* p, int n, float scal
 __device__ __forceinline__ void write_codes(const Matrix& m, int64_t row, int64_t col, int n, Block b, const float (&x)[kChunk], Rounding rounding,
                                             const Key& key, uint32_t word) {
   encode_call(m.code, reinterpret_cast<uint8_t*>(address(m, row, col)), n, b.scale, b.zero, b.inverse, make_float4(x[0], x[1], x[2], x[3]), rounding,
-              key.seed, key.step, key.stream, static_cast<uint64_t>(row * m.cols + col), word);
+              key.seed, key.step, key.stream, key.first + static_cast<uint64_t>(row * m.cols + col), word);
 }
 
 // --- block statistics -------------------------------------------------------------------------------------

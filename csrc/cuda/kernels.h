@@ -26,6 +26,7 @@ void matmul_packed(const PackedMatmulArgs&, const Launch&);
 void matmul_grouped(const GroupedArgs&, const Launch&);
 void quantize_grouped(const QuantizeGroupedArgs&, const Launch&);
 void fused_step(const StepArgs&, const Launch&);
+void measure(const MeasureArgs&, const Launch&);
 void project(const ProjectArgs&, const Launch&);
 void project_back(const ProjectBackArgs&, const Launch&);
 

@@ -30,6 +30,8 @@ class FedSpeed(FusedOptimizer):
             float16, and for QuantizedWeight. RuntimeError at a step without a closure.
     """
 
+    steps_shards = False
+
     def __init__(self, params, lr=0.1, rho=0.1, alpha=1.0, prox=0.1, weight_decay=0.0, **options):
         super().__init__(params, dict(lr=lr, rho=rho, alpha=alpha, prox=prox, weight_decay=weight_decay), **options)
 
