@@ -17,6 +17,10 @@ from .conftest import FLT_MAX, LEVELS, SPECIAL, assert_same_bits, running
 
 SHAPES = [(70, 130), (130,), (66, 64), (8, 3, 3, 3), (), (0,)]
 CLASSES = {"AdamW": AdamW, "Lion": Lion, "LAMB": LAMB, "LARS": LARS, "StableSPAM": StableSPAM}
+#: Every other optimizer, with what it needs to take a step here.
+OTHERS = {"Adam": {}, "SGD": {"momentum": 0.9}, "Adagrad": {}, "AdaGradNorm": {}, "CLASSP": {"threshold": 0.01}, "AdaBelief": {"rectify": False},
+          "DiffGrad": {}, "Grams": {}, "Muon": {}, "AuON": {}, "HybridAuON": {}, "SWATS": {}, "STEPAdam": {}, "Sophia": {},
+          "QGaLoreAdamW": {}}
 STATES = ("fp32", "bf16", "fp8", "int8", "int4")
 
 
@@ -209,14 +213,15 @@ def test_vrgd_weighs_by_what_shards_agree_on(ema):
 
 
 @pytest.mark.parametrize("states", STATES)
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", (*CLASSES, *OTHERS))
 def test_every_optimizer_steps_every_format_and_resumes(name, states):
+    cls, options, shapes = getattr(optim, name), OTHERS.get(name, {}), SHAPES[:3:2] if name in ("Muon", "AuON", "HybridAuON") else SHAPES[:3]
     for kind in ("fp32", "bf16", "fp16", "int8", 24, 32):
         def make():
-            params = parameters(dtype=FLOAT_DTYPES.get(kind, torch.bfloat16 if kind in (24, 32) else torch.float32), shapes=SHAPES[:3])
+            params = parameters(dtype=FLOAT_DTYPES.get(kind, torch.bfloat16 if kind in (24, 32) else torch.float32), shapes=shapes)
             if kind == "int8":
                 params[0] = torch.nn.Parameter(QuantizedWeight.quantize(params[0].detach(), "int8"))
-            return params, CLASSES[name](params, states=states, min_quantized_numel=1, seed=4, master_weight_bits=kind if kind in (24, 32) else None)
+            return params, cls(params, states=states, min_quantized_numel=1, seed=4, master_weight_bits=kind if kind in (24, 32) else None, **options)
         params, optimizer = make()
         start = copy.deepcopy([p.detach() for p in params])
         for step in range(4):
