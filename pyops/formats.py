@@ -35,7 +35,7 @@ CODES = {
 #: fp32 weights in two pieces: the dtype of the nearest 16-bit float, and of the low bits it lacks, as many as fit.
 SPLIT = {"bf16+8": (torch.bfloat16, torch.uint8), "bf16+16": (torch.bfloat16, torch.int16), "fp16+8": (torch.float16, torch.uint8),
          "fp16+16": (torch.float16, torch.int16)}
-#: Offset floats: codes of optimizer states (fused_step's dither says which round how).
+#: Codes of optimizer states alone ("offset floats", csrc/common/codecs.h).
 STATE_CODES = ("moment8", "square8", "moment4", "square4")
 #: What fused_step and project_back can write, and project can read, in every backend; the others are matmul operands.
 STEPPED = (*tuple(CODES)[:CODES["delta"] + 1], "e4m3", "moment4", "square4")

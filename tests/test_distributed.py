@@ -258,7 +258,8 @@ if __name__ == "__main__":
 # --- as tests ---------------------------------------------------------------------------------------------
 import pytest  # noqa: E402  (the processes need none)
 
-pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available() or not hasattr(os, "fork"), reason="needs torch.distributed with gloo, and fork")
+pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available() or not hasattr(os, "fork"),
+                                reason="needs torch.distributed with gloo, and fork")
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ namespace gradmill {
 // A matrix stored in some format, row-major: `codes` rows are contiguous, a row takes
 // ceil(cols * code_bits / 8) bytes. Blocks run along a row and never cross one; `block` elements each
 // (block == cols for "whole row"), the last one of a row may be short. scales (and zeros, uint8, for the
-// zero-point codes) are (rows, ceil(cols/block)).
+// zero-point codes) are (rows, ceil(cols/block)); a weight in two pieces (is_split) has its low bits in zeros, as codes lies.
 struct Matrix {
   void* codes;
   float* scales;

@@ -314,7 +314,8 @@ void step(const StepArgs& a) {
 }
 
 // --- norms ------------------------------------------------------------------------------------------------
-// Reads every byte once and computes next to nothing: bound by memory.
+// Reads every byte once and computes next to nothing: bound by memory, predicted 1.0 ms for 10.5M fp32 values at 41 GB/s.
+// Measured, 2 cores of a Zen 4 that others used too: 1.04 ms (torch._foreach_norm 1.7); as bf16 1.3, bound by the conversions.
 void halve(double (&sums)[kMeasureLanes]) {
   for (int half = kMeasureLanes / 2; half > 0; half /= 2)
     for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
