@@ -165,35 +165,6 @@ __device__ __forceinline__ void store_floats(int code, char* p, int n, const flo
   }
 }
 
-// --- weights in two pieces --------------------------------------------------------------------------------
-// The element number `at` of a matrix and the n - 1 that follow; their low bits are at m.zeros.
-__device__ __forceinline__ int low_bits(int code) { return code == kBF16Plus8 || code == kF16Plus8 ? 8 : 16; }
-
-__device__ __forceinline__ void load_split(const Matrix& m, int64_t at, int n, float (&x)[kChunk]) {
-  const uint16_t *high = static_cast<const uint16_t*>(m.codes) + at, *low16 = reinterpret_cast<const uint16_t*>(m.zeros) + at;
-#pragma unroll
-  for (int i = 0; i < kChunk; ++i) {
-    const uint16_t h = i < n ? high[i] : 0;
-    const uint32_t low = i >= n ? 0u : low_bits(m.code) == 8 ? m.zeros[at + i] : low16[i];
-    x[i] = m.code == kBF16Plus8 ? join_float<kBF16Plus8>(h, low) : m.code == kBF16Plus16 ? join_float<kBF16Plus16>(h, low)
-         : m.code == kF16Plus8 ? join_float<kF16Plus8>(h, low) : join_float<kF16Plus16>(h, low);
-  }
-}
-
-__device__ __forceinline__ void store_split(const Matrix& m, int64_t at, int n, const float (&x)[kChunk], const Key& key) {
-  uint32_t w[kChunk] = {};
-  if (low_bits(m.code) == 8) words_of(key, static_cast<uint64_t>(at), w);
-#pragma unroll
-  for (int i = 0; i < kChunk; ++i) {
-    if (i >= n) continue;
-    const Pieces p = m.code == kBF16Plus8 ? split_float<kBF16Plus8>(x[i], w[i]) : m.code == kBF16Plus16 ? split_float<kBF16Plus16>(x[i], 0u)
-                   : m.code == kF16Plus8 ? split_float<kF16Plus8>(x[i], w[i]) : split_float<kF16Plus16>(x[i], 0u);
-    static_cast<uint16_t*>(m.codes)[at + i] = p.high;
-    if (low_bits(m.code) == 8) m.zeros[at + i] = static_cast<uint8_t>(p.low);
-    else reinterpret_cast<uint16_t*>(m.zeros)[at + i] = p.low;
-  }
-}
-
 // --- blocked codes ----------------------------------------------------------------------------------------
 template <int CODE>
 __device__ __forceinline__ void decode_all(const int (&q)[kChunk], Block b, float (&x)[kChunk]) {
@@ -320,7 +291,6 @@ GM_HD int bit_offset(const Matrix& m, int64_t col) { return static_cast<int>(col
 // chunk starts a multiple of 4 after the start of a block, so with block % 4 == 0 it has one scale.
 __device__ __forceinline__ void read_chunk(const Matrix& m, int64_t row, int64_t col, int n, float (&x)[kChunk]) {
   const char* p = address(m, row, col);
-  if (is_split(m.code)) return load_split(m, row * m.cols + col, n, x);
   if (!is_blocked(m.code)) return load_floats(m.code, p, n, x);
   float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
   if (n > 0) {

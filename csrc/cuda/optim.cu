@@ -54,6 +54,39 @@ struct StepTable {
 static_assert(kWeightRounding == 0, "first_dither");
 static_assert(sizeof(StepTable) <= 4096, "kernel parameters of every driver");
 
+// --- weights in two pieces --------------------------------------------------------------------------------
+// n neighbouring elements from number `at` on. Called, not inlined, for the reason given at decode_call.
+__device__ __noinline__ float4 load_split(int code, const uint16_t* high, const uint8_t* low, int64_t at, int n) {
+  float x[kChunk];
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) {
+    const uint16_t h = i < n ? high[at + i] : 0;
+    const bool bytes = code == kBF16Plus8 || code == kF16Plus8;
+    const uint32_t l = i >= n ? 0u : bytes ? low[at + i] : reinterpret_cast<const uint16_t*>(low)[at + i];
+    x[i] = code == kBF16Plus8 ? join_float<kBF16Plus8>(h, l) : code == kBF16Plus16 ? join_float<kBF16Plus16>(h, l)
+         : code == kF16Plus8 ? join_float<kF16Plus8>(h, l) : join_float<kF16Plus16>(h, l);
+  }
+  return make_float4(x[0], x[1], x[2], x[3]);
+}
+
+__device__ __noinline__ void store_split(int code, uint16_t* high, uint8_t* low, int64_t at, int n, float4 v, uint64_t seed, uint32_t step,
+                                         uint32_t stream, uint64_t element) {
+  const float x[kChunk] = {v.x, v.y, v.z, v.w};
+  const bool bytes = code == kBF16Plus8 || code == kF16Plus8;
+  uint32_t w[kChunk] = {0, 0, 0, 0};
+  if (bytes) words_of(Key{seed, step, stream}, element, w);
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) {
+    if (i >= n) continue;
+    const Pieces p = code == kBF16Plus8 ? split_float<kBF16Plus8>(x[i], w[i]) : code == kBF16Plus16 ? split_float<kBF16Plus16>(x[i], 0u)
+                   : code == kF16Plus8 ? split_float<kF16Plus8>(x[i], w[i]) : split_float<kF16Plus16>(x[i], 0u);
+    high[at + i] = p.high;
+    if (bytes) low[at + i] = static_cast<uint8_t>(p.low);
+    else reinterpret_cast<uint16_t*>(low)[at + i] = p.low;
+  }
+}
+
+// --- the step ---------------------------------------------------------------------------------------------
 // Weights are rounded stochastically, second moments with dither words (see kDitherStep), other states to nearest.
 __device__ __forceinline__ Rounding rounding_of(int operand, int code) { return operand == 0 ? kStochastic : is_square(code) ? kDithered : kNearest; }
 
@@ -131,7 +164,14 @@ __global__ void __launch_bounds__(kThreads, 2) step_kernel(const __grid_constant
         float v[kOperands][kChunk] = {}, g[kChunk], before[kChunk];
         load_floats(a.grad_code, static_cast<const char*>(e.grad) + (row * e.cols + col) * (code_bits(a.grad_code) / 8), n, g);
 #pragma unroll
-        for (int o = 0; o < operands; ++o) read_chunk(matrix(o), row, col, n, v[o]);
+        for (int o = 0; o < operands; ++o) {
+          if (o == 0 && is_split(e.code[0])) {
+            const float4 w = load_split(e.code[0], static_cast<const uint16_t*>(e.codes[0]), e.zeros, row * e.cols + col, n);
+            v[0][0] = w.x, v[0][1] = w.y, v[0][2] = w.z, v[0][3] = w.w;
+          } else {
+            read_chunk(matrix(o), row, col, n, v[o]);
+          }
+        }
 #pragma unroll
         for (int i = 0; i < kChunk; ++i) {
           before[i] = v[0][i];
@@ -149,7 +189,8 @@ __global__ void __launch_bounds__(kThreads, 2) step_kernel(const __grid_constant
           if (e.short_set >> o & 1)
             *reinterpret_cast<float4*>(&values[o][col - at]) = make_float4(v[o][0], v[o][1], v[o][2], v[o][3]);
           else if (o == 0 && is_split(m.code))
-            store_split(m, row * e.cols + col, n, v[o], key);
+            store_split(m.code, static_cast<uint16_t*>(m.codes), m.zeros, row * e.cols + col, n, make_float4(v[o][0], v[o][1], v[o][2], v[o][3]),
+                        key.seed, key.step, key.stream, key.first + static_cast<uint64_t>(row * e.cols + col));
           else if (!(long_set >> o & 1))
             store_floats(m.code, address(m, row, col), n, v[o], o == 0, key, static_cast<uint64_t>(row * e.cols + col));
           else if (o > 0 || changed)
