@@ -1,6 +1,10 @@
 """Which 8-bit code for block-wise quantised Adam moments?
 
     python bench/state_codes.py --out docs/results/state_codes.md
+    python bench/state_codes.py --formats --out docs/results/state_formats.md
+
+The second form trains the same model with gradmill's own optimizers in every
+state format instead, against fp32 states.
 
 Every candidate code is emulated in plain torch (encode, then decode) on blocks
 of 256 elements with one fp32 scale each, and judged four ways:
@@ -534,6 +538,61 @@ def train(mcode, vcode, seed, steps, betas, lr=1e-3, wd=0.01, jitter=0.0,
     return out
 
 
+def train_format(rule, states, seed, steps):
+    """The same training by one of gradmill's optimizers."""
+    from gradmill import optim
+    torch.set_num_threads(1)
+    text, held = corpus()
+    w = [torch.nn.Parameter(p.clone()) for p in views(initial(seed))]
+    # Lion as its paper advises: a third of the rate
+    opt = (optim.AdamW(w, lr=1e-3, betas=(0.9, 0.999), weight_decay=0.01,
+                       states=states, seed=seed) if rule == "AdamW" else
+           optim.Lion(w, lr=3e-4, weight_decay=0.03, states=states, seed=seed))
+    rate = opt.param_groups[0]["lr"]
+    gen = torch.Generator().manual_seed(1000 + seed)
+    val = sample(held, torch.Generator().manual_seed(7), 64)
+    losses = []
+    for t in range(1, steps + 1):
+        loss = loss_of(w, sample(text, gen, BATCH))
+        opt.zero_grad()
+        loss.backward()
+        opt.param_groups[0]["lr"] = rate * min(1.0, 2 * (1 - (t - 1) / steps))
+        opt.step()
+        losses.append(loss.item())
+    with torch.no_grad():
+        vloss = loss_of(w, val).item()
+    return dict(seed=seed, train=sum(losses[-30:]) / len(losses[-30:]),
+                val=vloss, bytes=optim.state_nbytes(opt) / initial(0).numel())
+
+
+def formats(args):
+    """The table of --formats."""
+    seeds = range(args.seeds)
+    doc = ["# Training with quantised optimizer states", "",
+           f"Command: `python {' '.join(sys.argv)}`  ",
+           f"Machine: {machine()}; torch {torch.__version__}, one thread.  ",
+           f"The model and text of [state_codes.md](state_codes.md), "
+           f"{args.steps} steps, rate constant, then linear to 0; seeds "
+           f"{', '.join(map(str, seeds))}. Train: mean loss of the last 30 "
+           "steps; val: 64 held-out sequences; change: to fp32 states with "
+           "the same seed, each seed's.", ""]
+    for rule in ("AdamW", "Lion"):
+        doc += [f"## {rule}", "", "| states | bytes a weight | train | val | "
+                "change of train | change of val |", "|" + " --- |" * 6]
+        exact = {}
+        for states in ("fp32", "bf16", "fp8", "int8", "int4"):
+            runs = [train_format(rule, states, s, args.steps) for s in seeds]
+            exact = exact or {r["seed"]: r for r in runs}
+            cells = [f"{sum(r[k] for r in runs) / len(runs):.4f}"
+                     for k in ("bytes", "train", "val")]
+            cells += [", ".join(f"{100 * (r[k] / exact[r['seed']][k] - 1):+.2f}%"
+                                for r in runs) for k in ("train", "val")]
+            doc.append(f"| {states} | {' | '.join(cells)} |")
+            print(doc[-1], flush=True)
+        doc.append("")
+    return "\n".join(doc)
+
+
 def static(pair, snaps, betas):
     """Round-trip errors of one pair of codes over all snapshots."""
     rows = []
@@ -612,11 +671,18 @@ def main():
     cli = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     cli.add_argument("--out", type=pathlib.Path,
                      help="markdown file to write (default: print)")
+    cli.add_argument("--formats", action="store_true",
+                     help="train with gradmill's state formats instead")
     cli.add_argument("--steps", type=int, default=300)
     cli.add_argument("--seeds", type=int, default=2)
     cli.add_argument("--jobs", type=int, default=1,
                      help="training runs at once, one thread each")
     args = cli.parse_args()
+    if args.formats:
+        text = formats(args)
+        if args.out:
+            args.out.write_text(text)
+        return
     torch.set_num_threads(1)
     began = time.time()
     n = sum(r * c for r, c in shapes())

@@ -237,10 +237,10 @@ void project_back(int device, uint64_t stream, const MatrixTuple& weight, uint64
   GM_RUN(cpu().projection->project_back(args), cuda::project_back(args, launch))
 }
 
-// `table` holds per tensor: param codes, scales, zeros, rows, cols, grad, id, then (codes, scales) per state.
+// `table` holds per tensor: param codes, scales, zeros (or low bits), rows, cols, grad, id, first, then (codes, scales) per state.
 void fused_step(int device, uint64_t stream, int rule, int param_code, int64_t param_block, int grad_code, const std::vector<int>& state_codes,
                 int64_t state_block, const std::vector<int64_t>& table, const std::vector<float>& scalars, uint64_t seed, uint32_t step) {
-  const size_t width = 7 + 2 * state_codes.size();
+  const size_t width = 8 + 2 * state_codes.size();
   std::vector<StepTensor> tensors(table.size() / width);
   // A block longer than a row is the whole row.
   auto block_of_row = [](int code, int64_t block, int64_t cols) { return is_blocked(code) && (block == 0 || block > cols) ? cols : block; };
@@ -250,13 +250,26 @@ void fused_step(int device, uint64_t stream, int rule, int param_code, int64_t p
     s.param = {pointer(t[0]), pointer<float>(t[1]), pointer<uint8_t>(t[2]), param_code, t[3], t[4], block_of_row(param_code, param_block, t[4])};
     s.grad = pointer(t[5]);
     s.id = static_cast<uint32_t>(t[6]);
+    s.first = static_cast<uint64_t>(t[7]);
     for (size_t k = 0; k < state_codes.size(); ++k)
-      s.states[k] = {pointer(t[7 + 2 * k]), pointer<float>(t[8 + 2 * k]), nullptr, state_codes[k], t[3], t[4],
+      s.states[k] = {pointer(t[8 + 2 * k]), pointer<float>(t[9 + 2 * k]), nullptr, state_codes[k], t[3], t[4],
                      block_of_row(state_codes[k], state_block, t[4])};
   }
   StepArgs args{rule, grad_code, tensors.data(), static_cast<int64_t>(tensors.size()), scalars.data(),
                 static_cast<int64_t>(scalars.size() / kMaxScalars), seed, step};
   GM_RUN(cpu().optim->step(args), cuda::fused_step(args, launch))
+}
+
+// `table` holds per tensor: address, elements; `limits`: limit, factor.
+void measure(int device, uint64_t stream, int code, const std::vector<int64_t>& table, const std::vector<float>& limits, uint64_t partials, uint64_t out) {
+  std::vector<MeasureTensor> tensors(table.size() / 2);
+  int64_t chunks = 0;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    tensors[i] = {pointer(table[2 * i]), table[2 * i + 1], chunks, limits[2 * i], limits[2 * i + 1]};
+    chunks += (tensors[i].n + kMeasureChunk - 1) / kMeasureChunk;
+  }
+  MeasureArgs args{code, tensors.data(), static_cast<int64_t>(tensors.size()), pointer<double>(partials), pointer<double>(out)};
+  GM_RUN(cpu().optim->measure(args), cuda::measure(args, launch))
 }
 
 }  // namespace
@@ -310,4 +323,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("project", &project);
   m.def("project_back", &project_back);
   m.def("fused_step", &fused_step);
+  m.def("measure", &measure);
 }

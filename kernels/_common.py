@@ -17,15 +17,15 @@ import torch
 import triton
 import triton.language as tl
 
-from gradmill.formats import CODES, cached
-from gradmill.reference.quant import SMALL_FLOATS, TOPS
+from gradmill.formats import CODES, SPLIT, cached
+from gradmill.reference.quant import OFFSET_FLOATS, SMALL_FLOATS, TOPS
 
 # Read once, as triton itself does: it must be set before triton is imported.
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 INTERPRETED = tl.constexpr(INTERPRETING)
 
 F32, BF16, F16 = (tl.constexpr(CODES[c]) for c in ("fp32", "bf16", "fp16"))
-MOMENT8, SQUARE8, DELTA, E4M3, SIGNS = (tl.constexpr(CODES[c]) for c in ("moment8", "square8", "delta", "e4m3", "sign"))
+DELTA, E4M3, SIGNS = (tl.constexpr(CODES[c]) for c in ("delta", "e4m3", "sign"))
 NONE = tl.constexpr(-1)  # no such operand
 #: Codes that straddle bytes, or are corrected by position: no kernel here, their ops run the reference.
 UNALIGNED = ("uint3", "int3", "int4_outlier")
@@ -35,6 +35,11 @@ _ZERO_POINT = tuple(cached(code).has_zero_point for code in CODES)
 _SIGNED = tuple(code.startswith("int") for code in CODES)
 _TOPS = tuple(TOPS.get(code, 0.0) for code in CODES)
 _SMALL_FLOATS = tuple(SMALL_FLOATS.get(code, (0, 0)) for code in CODES)
+_OFFSET_FLOATS = tuple(OFFSET_FLOATS.get(code, (0, 0.0)) for code in CODES)
+_BLOCKED = tuple(cached(code).blocked for code in CODES)
+_LOW_BITS = tuple(8 * SPLIT[code][1].itemsize if code in SPLIT else 0 for code in CODES)
+_BF16_CODES = tuple(code.startswith("bf16") for code in CODES)
+_SQUARES = tuple(code.startswith("square") for code in CODES)
 NEAREST, STOCHASTIC, DITHER = (tl.constexpr(i) for i in range(3))  # how a blocked operand is rounded
 
 #: Every launch: multiply and add must not fuse (Triton 3.9 warns that the default will change, so it is explicit).
@@ -226,6 +231,23 @@ def has_zero_point(code):
 
 
 @triton.constexpr_function
+def is_blocked(code):
+    """Has scales."""
+    return code >= 0 and _BLOCKED[code]
+
+
+@triton.constexpr_function
+def low_bits(code):
+    """Bits of the second piece of a weight in two pieces, 0 for all other codes."""
+    return _LOW_BITS[code] if code >= 0 else 0
+
+
+@triton.constexpr_function
+def is_bf16(code):
+    return _BF16_CODES[code]
+
+
+@triton.constexpr_function
 def is_signed(code):
     """Two's complement."""
     return _SIGNED[code]
@@ -252,6 +274,27 @@ def first_normal(code):
     """A small float's smallest normal number: the top bits of that fp32, down to the small float's last mantissa bit."""
     mantissa, exponent = _SMALL_FLOATS[code]
     return (exponent + 127) << mantissa
+
+
+@triton.constexpr_function
+def is_offset_float(code):
+    return code >= 0 and _OFFSET_FLOATS[code][0] > 0
+
+
+@triton.constexpr_function
+def is_square(code):
+    """A second moment, stored as its root."""
+    return code >= 0 and _SQUARES[code]
+
+
+@triton.constexpr_function
+def offset_shift(code):
+    return 23 - _OFFSET_FLOATS[code][0]
+
+
+@triton.constexpr_function
+def offset_top(code):
+    return _OFFSET_FLOATS[code][1]
 
 
 @triton.jit
@@ -288,54 +331,43 @@ def decode_small(q, CODE: tl.constexpr):
     return (bits(y) | ((q & (1 << SIGN_BIT)) << (31 - SIGN_BIT))).to(tl.float32, bitcast=True)
 
 
-# The two 8-bit float codes of optimizer moments ("offset floats"): adding 1 to |x| * inverse makes a float of exponent
-# 0..7 whose top bits are the code, so that neither way needs a division. ``inverse`` is top / root, made once a block.
-MOMENT_TOP = tl.constexpr(1.9375 * 128 - 1)
-SQUARE_TOP = tl.constexpr(1.96875 * 128 - 1)
-
-
+# Offset floats, the codes of optimizer moments: adding 1 to |x| * inverse makes a float whose exponent's low bits and first
+# mantissa bits are the code, so that neither way needs a division. ``inverse`` is top / root, made once a block.
 @triton.jit
-def float_code_parameters(amax, CODE: tl.constexpr):
+def offset_parameters(amax, CODE: tl.constexpr):
     """scale and inverse; a block below 2^-100 counts as zero, so that the inverse stays finite."""
-    if CODE == SQUARE8:
-        top: tl.constexpr = SQUARE_TOP
+    top: tl.constexpr = offset_top(CODE)
+    if is_square(CODE):
         root = tl.sqrt_rn(amax)
     else:
-        top: tl.constexpr = MOMENT_TOP
         root = amax
     enough = amax >= 7.888609052210118e-31  # 2^-100
     return tl.where(enough, tl.div_rn(root, top), 0.0), tl.where(enough, tl.div_rn(top, root), 0.0)
 
 
 @triton.jit
-def encode_moment8(x, inverse, word, STOCHASTIC: tl.constexpr):
-    y = tl.abs(x) * inverse
+def encode_offset(x, inverse, word, CODE: tl.constexpr, STOCHASTIC: tl.constexpr):
+    """A moment's sign lies above its code; a square's is never 0, so that no update divides by eps alone."""
+    SHIFT: tl.constexpr = offset_shift(CODE)
+    LAST: tl.constexpr = (1 << bits_of(CODE)) - 1
+    y = (tl.sqrt_rn(x) if is_square(CODE) else tl.abs(x)) * inverse
     y = y + 1.0
-    half: tl.constexpr = 0x40000
-    k = (bits(y) - 0x3F800000 + ((word >> 13).to(tl.int32) if STOCHASTIC else half)).to(tl.uint32, bitcast=True) >> 19
-    return tl.minimum(k, 127).to(tl.int32) | ((bits(x) >> 24) & 0x80)
+    k = (bits(y) - 0x3F800000 + ((word >> (32 - SHIFT)).to(tl.int32) if STOCHASTIC else 1 << (SHIFT - 1))).to(tl.uint32, bitcast=True) >> SHIFT
+    if is_square(CODE):
+        return tl.maximum(tl.minimum(k, LAST), 1).to(tl.int32)
+    else:
+        return tl.minimum(k, LAST // 2).to(tl.int32) | ((bits(x) >> 31) & (LAST // 2 + 1))
 
 
 @triton.jit
-def decode_moment8(q, scale):
-    y = (((q & 127) << 19) + 0x3F800000).to(tl.float32, bitcast=True) - 1.0
-    return (bits(y) | ((q & 128) << 24)).to(tl.float32, bitcast=True) * scale
-
-
-@triton.jit
-def encode_square8(x, inverse, word, STOCHASTIC: tl.constexpr):
-    """Never 0, so that no update divides by eps alone."""
-    y = tl.sqrt_rn(x) * inverse
-    y = y + 1.0
-    half: tl.constexpr = 0x20000
-    k = (bits(y) - 0x3F800000 + ((word >> 14).to(tl.int32) if STOCHASTIC else half)).to(tl.uint32, bitcast=True) >> 18
-    return tl.maximum(tl.minimum(k, 255), 1).to(tl.int32)
-
-
-@triton.jit
-def decode_square8(q, scale):
-    r = (((q << 18) + 0x3F800000).to(tl.float32, bitcast=True) - 1.0) * scale
-    return r * r
+def decode_offset(q, scale, CODE: tl.constexpr):
+    SHIFT: tl.constexpr = offset_shift(CODE)
+    SIGN: tl.constexpr = 0 if is_square(CODE) else 1 << (bits_of(CODE) - 1)
+    y = (((q & ~SIGN) << SHIFT) + 0x3F800000).to(tl.float32, bitcast=True) - 1.0
+    if is_square(CODE):
+        return (y * scale) * (y * scale)
+    else:
+        return (bits(y) | ((q & SIGN) << (32 - bits_of(CODE)))).to(tl.float32, bitcast=True) * scale
 
 
 @triton.jit
@@ -351,8 +383,8 @@ def block_parameters(absmax, low, high, CODE: tl.constexpr):
         zero = tl.where(scale > 0.0, clamp(-round_even(tl.div_rn(least, scale)), 0.0, top), 0.0)
     elif top_of(CODE) > 0:
         scale = tl.div_rn(amax, top_of(CODE))
-    elif CODE == MOMENT8 or CODE == SQUARE8:
-        scale, zero = float_code_parameters(amax, CODE)
+    elif is_offset_float(CODE):
+        scale, zero = offset_parameters(amax, CODE)
     else:
         scale = zero  # a plain code, asked in passing: no parameters
     bad = absmax >= 0x7F800000  # a nan or an inf inside
@@ -362,10 +394,8 @@ def block_parameters(absmax, low, high, CODE: tl.constexpr):
 @triton.jit
 def encode(x, scale, zero, word, CODE: tl.constexpr, STOCHASTIC: tl.constexpr):
     """int32 codes. scale and zero broadcast; word is not read unless STOCHASTIC."""
-    if CODE == MOMENT8:
-        q = encode_moment8(x, zero, word, STOCHASTIC)
-    elif CODE == SQUARE8:
-        q = encode_square8(x, zero, word, STOCHASTIC)
+    if is_offset_float(CODE):
+        q = encode_offset(x, zero, word, CODE, STOCHASTIC)
     elif is_small_float(CODE):
         q = encode_small(x, scale, word, CODE, STOCHASTIC)
     else:
@@ -397,10 +427,8 @@ def centred(q, zero, CODE: tl.constexpr):
 @triton.jit
 def decode(q, scale, zero, CODE: tl.constexpr):
     """fp32 values of int32 codes; scale and zero broadcast."""
-    if CODE == MOMENT8:
-        return decode_moment8(q, scale)
-    elif CODE == SQUARE8:
-        return decode_square8(q, scale)
+    if is_offset_float(CODE):
+        return decode_offset(q, scale, CODE)
     else:
         return centred(q, zero, CODE) * scale
 
@@ -493,6 +521,65 @@ def store_floats(pointer, values, words, row, col, limit, columns, CODE: tl.cons
         tl.store(pointer.to(tl.pointer_type(tl.float32)) + at, values, mask=mask)
 
 
+# Weights in two pieces: pyops/reference/quant.py, split_float and join_float, says what they are.
+@triton.jit
+def load_split(high, low, row, col, limit, columns, CODE: tl.constexpr, P2: tl.constexpr):
+    LOW: tl.constexpr = low_bits(CODE)
+    k = tl.arange(0, P2)[None, :]
+    mask = k < limit[:, None]
+    at = (row * columns + col)[:, None] + k
+    h = tl.load(high.to(tl.pointer_type(tl.int16)) + at, mask=mask, other=0).to(tl.int32)
+    if LOW == 8:
+        l = tl.load(low.to(tl.pointer_type(tl.uint8)) + at, mask=mask, other=0).to(tl.int32)
+    else:
+        l = tl.load(low.to(tl.pointer_type(tl.int16)) + at, mask=mask, other=0).to(tl.int32) & 0xFFFF
+    mag = h & 0x7FFF
+    top = mag - tl.where(mag > 0, l >> (LOW - 1), 0)
+    q = (top << LOW) | l
+    if is_bf16(CODE):
+        u = q << (16 - LOW)
+    else:
+        small = bits(q.to(tl.float32) * (2.0 ** -24 * 2.0 ** -LOW))
+        normal = (q << 5 if LOW == 8 else q >> 3) + 0x38000000
+        u = tl.where(top >= 0x7C00, 0x7F800000 | (mag << 13), tl.where(top < 0x400, small, normal))
+    return (u | ((h & 0x8000) << 16)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def store_split(high, low, values, words, row, col, limit, columns, CODE: tl.constexpr, P2: tl.constexpr):
+    LOW: tl.constexpr = low_bits(CODE)
+    k = tl.arange(0, P2)[None, :]
+    mask = k < limit[:, None]
+    at = (row * columns + col)[:, None] + k
+    u = bits(values)
+    mag = u & 0x7FFFFFFF
+    if is_bf16(CODE):
+        if LOW == 8:
+            q = (mag + (words >> 24).to(tl.int32)) >> 8
+        else:
+            q = mag
+        plain = mag < 0x7F800000
+        special = (mag >> 16) | tl.where(mag > 0x7F800000, 0x40, 0)
+    else:
+        small = mag < 0x38800000
+        y = tl.where(small, mag, 0).to(tl.float32, bitcast=True) * (2.0 ** 24 * 2.0 ** LOW)
+        if LOW == 8:
+            y = y + (words >> 8).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08  # 2^-24
+            normal = (mag - 0x38000000 + (words >> 27).to(tl.int32)) >> 5
+        else:
+            normal = (mag - 0x38000000) << 3
+        q = tl.where(small, y.to(tl.int32), normal)
+        plain = mag < 0x477FF000
+        special = tl.where(mag > 0x7F800000, 0x7E00, 0x7C00)
+    h = tl.where(plain, ((q + (1 << (LOW - 1))).to(tl.uint32, bitcast=True) >> LOW).to(tl.int32), special) | ((u >> 16) & 0x8000)
+    l = tl.where(plain, q & ((1 << LOW) - 1), 0)
+    tl.store(high.to(tl.pointer_type(tl.int16)) + at, h.to(tl.int16), mask=mask)
+    if LOW == 8:
+        tl.store(low.to(tl.pointer_type(tl.uint8)) + at, l.to(tl.uint8), mask=mask)
+    else:
+        tl.store(low.to(tl.pointer_type(tl.int16)) + at, l.to(tl.int16), mask=mask)
+
+
 @triton.jit
 def measure(x, valid):
     """Statistics of each run (NB): largest magnitude(), least and largest ordered(), the last two from 0."""
@@ -531,7 +618,7 @@ def block_scales(scales, zeros, row, col, limit, columns, block, CODE: tl.conste
 @triton.jit
 def run_scales(scales, zeros, row, col, limit, columns, block, CODE: tl.constexpr, SPLIT: tl.constexpr, P2: tl.constexpr):
     """The scales a whole run shares, read before anything of the tile is written; zeros where there are none."""
-    if CODE >= 3 and CODE != DELTA and not SPLIT:
+    if is_blocked(CODE) and not SPLIT:
         return block_scales(scales, zeros, row, col, limit, columns, block, CODE, False, P2)
     else:
         nothing = tl.zeros((row.shape[0], 1), tl.float32)
@@ -558,7 +645,7 @@ def store_scales(scales, zeros, at, scale, zero, mask, CODE: tl.constexpr):
 def store_blocks(codes, scales, zeros, values, old, key, row, col, limit, columns, block, CODE: tl.constexpr, SPLIT: tl.constexpr,
                  ROUND: tl.constexpr, KEEP: tl.constexpr, P2: tl.constexpr):
     """Encodes a tile whose blocks lie inside it. KEEP: a block none of whose bits changed keeps codes and scale.
-    key = (seed, step, stream, ALIGNED), the last a constexpr: see tile_words."""
+    key = (seed, step, stream, ALIGNED, first): ALIGNED a constexpr (see tile_words), first a shard's first element."""
     k = tl.arange(0, P2)[None, :]
     valid = k < limit[:, None]
     at = row * tl.cdiv(columns, block) + col // block
@@ -578,7 +665,7 @@ def store_blocks(codes, scales, zeros, values, old, key, row, col, limit, column
                 write = write & (changed != 0)
                 keep = tl.where(inside & (changed == 0)[:, None], 1.0, keep)
             if ROUND == DITHER:
-                words = tl.where(inside, dither_words(key[0], key[1], key[2], row * columns + col + b * block, k - b * block), words)
+                words = tl.where(inside, dither_words(key[0], key[1], key[2], key[4] + row * columns + col + b * block, k - b * block), words)
             store_scales(scales, zeros, at + b, scale_b, zero_b, write, CODE)
             scale = tl.where(inside, scale_b[:, None], scale)
             zero = tl.where(inside, zero_b[:, None], zero)
@@ -601,9 +688,9 @@ def store_blocks(codes, scales, zeros, values, old, key, row, col, limit, column
 def rounding_words(key, row, col, done, columns, ROUND: tl.constexpr, P2: tl.constexpr):
     """Words of the tile that starts ``done`` elements into the blocks at (row, col)."""
     if ROUND == STOCHASTIC:
-        return tile_words(key[0], key[1], key[2], row * columns + col + done, key[3], P2)
+        return tile_words(key[0], key[1], key[2], key[4] + row * columns + col + done, key[3], P2)
     elif ROUND == DITHER:
-        return dither_words(key[0], key[1], key[2], row * columns + col, done + tl.arange(0, P2)[None, :])
+        return dither_words(key[0], key[1], key[2], key[4] + row * columns + col, done + tl.arange(0, P2)[None, :])
     else:
         return 0
 

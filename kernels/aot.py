@@ -134,7 +134,10 @@ def _optim():
         for param, grad, states, p_split, s_split, loop in (
                 ("fp32", "fp32", ("fp32",) * 3, False, False, False), ("bf16", "bf16", ("moment8", "square8", "square8"), False, False, False),
                 ("uint8", "bf16", ("moment8", "square8", "square8"), False, False, False), ("int8", "fp32", ("bf16", "fp16", "fp32"), False, False, True),
-                ("delta", "fp32", ("moment8", "square8", "square8"), False, False, False), ("int4", "fp16", ("moment8",) * 3, False, True, False)):
+                ("delta", "fp32", ("moment8", "square8", "square8"), False, False, False), ("int4", "fp16", ("moment8",) * 3, False, True, False),
+                ("e4m3", "bf16", ("e4m3", "square8", "square8"), False, False, False),
+                ("bf16+8", "bf16", ("moment4", "square4", "square4"), False, False, False), ("fp16+16", "fp16", ("e4m3", "square8", "square8"), False, False, True),
+                ("fp16+8", "fp32", ("fp32",) * 3, False, False, False), ("bf16+16", "fp32", ("fp32",) * 3, False, False, False)):
             if rule != "adamw" and param not in ("bf16", "uint8"):
                 continue  # formats and rules do not meet: all formats once, all rules twice
             states = RULES[rule].state_codes if states[0] == "moment8" and param != "int4" else states[:count]
@@ -146,6 +149,10 @@ def _optim():
                           {"RULE": rule, "P": CODES[param], "G": CODES[grad], "S0": codes[0], "S1": codes[1], "S2": codes[2], "P_SPLIT": p_split,
                            "S_SPLIT": s_split, "LOOP": loop, "ALIGNED": True, "NB": 1 if loop else optim.TILE // p2, "P2": p2, "TILES": optim.TILES},
                           warps=8, odd=("tensors",), everywhere=rule == "adamw" and param in ("fp32", "uint8"), elementwise=True)
+    for dtype in ("fp32", "bf16", "fp16"):
+        yield Variant(f"measure {dtype}", optim.measure_kernel, {"table": "*i64", "partials": "*fp64"}, {"CODE": CODES[dtype], "NB": optim.CHUNKS},
+                      odd=("tensors",), everywhere=dtype == "bf16", elementwise=True)
+    yield Variant("measure totals", optim.measure_total_kernel, {"table": "*i64", "partials": "*fp64", "out": "*fp64"}, {}, warps=1, elementwise=True)
 
 
 def _tiles(bm: int, bn: int, bk: int, group: int, warps: int, stages: int) -> dict:

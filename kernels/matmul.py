@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gradmill.formats import CODES, FLOAT_DTYPES, float_code
+from gradmill.formats import CODES, FLOAT_DTYPES, STATE_CODES, float_code
 from gradmill.kernels._common import (BF16, E4M3, F16, INTERPRETED, INTERPRETING, LAUNCH, UNALIGNED, as_bits, bf16_bits, centred, decode,
                                       decode_small, f16_bits, from_bf16_bits, has_zero_point, load_codes, ready, round_to_bf16)
 from gradmill.kernels.quant import dequantize
@@ -272,7 +272,7 @@ def launch_packed(x, codes, scales, zeros, code, block, columns, transpose, bias
         factor = False  # the scale belongs to the summed index
     else:
         bk, per_row = fitting(bk, block, columns, 16)
-        factor = per_row and code not in ("moment8", "square8")
+        factor = per_row and code not in STATE_CODES
     if not per_row:
         bm, bn, bk, group, warps, stages = choose(FP32_TILES if x.dtype == torch.float32 else GATHER_TILES, arch, m)
     with ready(x):

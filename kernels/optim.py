@@ -21,10 +21,13 @@ import triton
 import triton.language as tl
 
 from gradmill.formats import CODES, Format, float_code
-from gradmill.kernels._common import (BF16, DELTA, DITHER, LAUNCH, NEAREST, NONE, SQUARE8, STOCHASTIC, block_parameters, block_scales,
-                                      differs, joined, load_floats, load_operand, measure, power_of_two, ready, rounding_words, run_scales,
-                                      store_blocks, store_floats, store_piece, store_scales, warps_for)
+from gradmill.kernels._common import (BF16, DELTA, DITHER, LAUNCH, NEAREST, NONE, STOCHASTIC, block_parameters, block_scales, differs,
+                                      is_blocked, is_square, joined, load_floats, load_operand, load_split, low_bits, magnitude as magnitude_bits,
+                                      measure, power_of_two, ready, rounding_words, run_scales, store_blocks, store_floats, store_piece,
+                                      store_scales, store_split, warps_for)
+from gradmill.reference import optim as reference
 from gradmill.reference.philox import PURPOSES
+from gradmill.reference.quant import LANES
 
 TILE = 1024         # elements a tile aims at: 4 a thread keep registers below 128, so that two programs share an SM
 LONGEST = 2048      # a longer unit is worked off in chunks, in two passes
@@ -60,8 +63,51 @@ def lion(p, g, m, unused1, unused2, h):
 
 
 @triton.jit
+def descend(p, g, unused1, unused2, unused3, h):
+    return p - tl.load(h + 1) * g, unused1, unused2, unused3
+
+
+@triton.jit
+def lamb(p, g, m, v, unused, h):
+    m = m + tl.load(h + 2) * (g - m)
+    v = v * tl.load(h + 3) + (tl.load(h + 4) * g) * g
+    p = tl.load(h + 1) * p + tl.load(h + 5) * tl.div_rn(m, tl.sqrt_rn(v) * tl.load(h + 6) + tl.load(h + 7))
+    return p, m, v, unused
+
+
+@triton.jit
+def lars(p, g, m, unused1, unused2, h):
+    m = tl.load(h + 2) * m + tl.load(h + 3) * (g + tl.load(h + 1) * p)
+    return p - m, m, unused1, unused2
+
+
+@triton.jit
+def stable_spam(p, g, m, v, unused, h):
+    return adamw(p, tl.load(h + 10) * tl.where(tl.abs(g) > tl.load(h + 8), tl.load(h + 9) * g, g), m, v, unused, h)
+
+
+@triton.jit
 def sign(x):
     return tl.where(x > 0.0, 1.0, tl.where(x < 0.0, -1.0, tl.where(x != x, x, 0.0)))  # nan stays
+
+
+@triton.jit
+def lamb(p, g, m, v, unused, h):
+    m = m + tl.load(h + 2) * (g - m)
+    v = v * tl.load(h + 3) + (tl.load(h + 4) * g) * g
+    p = tl.load(h + 1) * p + tl.load(h + 5) * tl.div_rn(m, tl.sqrt_rn(v) * tl.load(h + 6) + tl.load(h + 7))
+    return p, m, v, unused
+
+
+@triton.jit
+def lars(p, g, m, unused1, unused2, h):
+    m = tl.load(h + 2) * m + tl.load(h + 3) * (g + tl.load(h + 1) * p)
+    return p - m, m, unused1, unused2
+
+
+@triton.jit
+def stable_spam(p, g, m, v, unused, h):
+    return adamw(p, tl.load(h + 11) * tl.where(magnitude(g) > tl.load(h + 9), tl.load(h + 10) * g, g), m, v, unused, h)
 
 
 @triton.jit
@@ -178,7 +224,7 @@ def classp(p, g, total, unused1, unused2, h):
 
 
 RULES = ("adamw", "adamw_amsgrad", "lion", "adam", "adam_amsgrad", "sgd", "sgd_momentum", "adagrad", "adabelief", "diffgrad", "grams", "sophia",
-         "sophia_hessian", "classp")  # the names apply_rule knows
+         "sophia_hessian", "classp", "lamb", "lars", "stable_spam")  # the names apply_rule knows
 
 
 @triton.jit
@@ -211,6 +257,12 @@ def apply_rule(RULE: tl.constexpr, p, g, s0, s1, s2, h):
         return sophia_hessian(p, g, s0, s1, s2, h)
     elif RULE == "classp":
         return classp(p, g, s0, s1, s2, h)
+    elif RULE == "lamb":
+        return lamb(p, g, s0, s1, s2, h)
+    elif RULE == "lars":
+        return lars(p, g, s0, s1, s2, h)
+    elif RULE == "stable_spam":
+        return stable_spam(p, g, s0, s1, s2, h)
     else:
         tl.static_assert(False, "unknown rule")
 
@@ -218,11 +270,11 @@ def apply_rule(RULE: tl.constexpr, p, g, s0, s1, s2, h):
 # --- the table --------------------------------------------------------------------------------------------
 # One row of int64 words per tensor; the last 8 words hold the 16 fp32 scalars.
 FIELDS = ("param", "param_scales", "param_zeros", "grad", "state0", "scales0", "state1", "scales1", "state2", "scales2", "rows", "columns",
-          "unit", "chunk", "param_block", "state_block", "stream", "seed", "step", "first_program")
+          "unit", "chunk", "param_block", "state_block", "stream", "seed", "step", "first", "first_program")
 WIDTH = tl.constexpr(len(FIELDS) + 8)
 SCALARS = tl.constexpr(len(FIELDS))
 (PARAM, PARAM_SCALES, PARAM_ZEROS, GRAD, STATE0, _, STATE1, _, STATE2, _, ROWS, COLUMNS, UNIT, CHUNK, PARAM_BLOCK, STATE_BLOCK,
- STREAM, SEED, STEP, FIRST_PROGRAM) = (tl.constexpr(i) for i in range(len(FIELDS)))
+ STREAM, SEED, STEP, FIRST, FIRST_PROGRAM) = (tl.constexpr(i) for i in range(len(FIELDS)))
 
 
 # --- the step ---------------------------------------------------------------------------------------------
@@ -230,10 +282,13 @@ SCALARS = tl.constexpr(len(FIELDS))
 def stepped(entry, p_scale, p_zero, scale0, scale1, scale2, row, col, limit, columns, RULE: tl.constexpr, P: tl.constexpr, G: tl.constexpr,
             S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr, P_SPLIT: tl.constexpr, S_SPLIT: tl.constexpr, P2: tl.constexpr):
     """Loads a tile and applies the rule: (old param, new param, new states). Whole-run scales come in, split ones are loaded."""
-    if P >= 3 and P != DELTA and P_SPLIT:
+    if is_blocked(P) and P_SPLIT:
         p_scale, p_zero = block_scales(tl.load(entry + PARAM_SCALES), tl.load(entry + PARAM_ZEROS), row, col, limit, columns,
                                        tl.load(entry + PARAM_BLOCK), P, True, P2)
-    old = load_operand(tl.load(entry + PARAM), p_scale, p_zero, row, col, limit, columns, P, P2)
+    if low_bits(P) > 0:
+        old = load_split(tl.load(entry + PARAM), tl.load(entry + PARAM_ZEROS), row, col, limit, columns, P, P2)
+    else:
+        old = load_operand(tl.load(entry + PARAM), p_scale, p_zero, row, col, limit, columns, P, P2)
     s0 = load_state(entry + STATE0, scale0, row, col, limit, columns, tl.load(entry + STATE_BLOCK), S0, S_SPLIT, P2)
     s1 = load_state(entry + STATE1, scale1, row, col, limit, columns, tl.load(entry + STATE_BLOCK), S1, S_SPLIT, P2)
     s2 = load_state(entry + STATE2, scale2, row, col, limit, columns, tl.load(entry + STATE_BLOCK), S2, S_SPLIT, P2)
@@ -254,7 +309,10 @@ def load_state(slot, scale, row, col, limit, columns, block, CODE: tl.constexpr,
 @triton.jit
 def store_param(param, scales, zeros, values, old, key, row, col, limit, columns, block, CODE: tl.constexpr, SPLIT: tl.constexpr, P2: tl.constexpr):
     """bf16 and blocked weights round stochastically; a block whose values did not change is left alone."""
-    if CODE >= 3 and CODE != DELTA:
+    if low_bits(CODE) > 0:
+        store_split(param, zeros, values, rounding_words(key, row, col, 0, columns, STOCHASTIC if low_bits(CODE) == 8 else NEAREST, P2), row, col,
+                    limit, columns, CODE, P2)
+    elif is_blocked(CODE):
         store_blocks(param, scales, zeros, values, old, key, row, col, limit, columns, block, CODE, SPLIT, STOCHASTIC, True, P2)
     elif CODE == BF16:
         store_floats(param, values, rounding_words(key, row, col, 0, columns, STOCHASTIC, P2), row, col, limit, columns, CODE, True, P2)
@@ -265,7 +323,7 @@ def store_param(param, scales, zeros, values, old, key, row, col, limit, columns
 @triton.jit
 def store_state(slot, values, key, row, col, limit, columns, block, CODE: tl.constexpr, SPLIT: tl.constexpr, P2: tl.constexpr):
     """States are always written."""
-    if CODE == SQUARE8:  # a second moment rounded to nearest would freeze: it moves by less than half a code a step
+    if is_square(CODE):  # a second moment rounded to nearest would freeze: it moves by less than half a code a step
         store_blocks(tl.load(slot), tl.load(slot + 1), 0, values, values, key, row, col, limit, columns, block, CODE, SPLIT, DITHER, False, P2)
     elif CODE >= 3:
         store_blocks(tl.load(slot), tl.load(slot + 1), 0, values, values, key, row, col, limit, columns, block, CODE, SPLIT, NEAREST, False, P2)
@@ -277,7 +335,7 @@ def store_state(slot, values, key, row, col, limit, columns, block, CODE: tl.con
 def store_state_piece(slot, values, scale, inverse, key, row, col, done, limit, columns, block, CODE: tl.constexpr, SPLIT: tl.constexpr,
                       P2: tl.constexpr):
     """The same ``done`` elements into a unit longer than a tile."""
-    if CODE == SQUARE8 and not SPLIT:
+    if is_square(CODE) and not SPLIT:
         store_piece(tl.load(slot), values, scale, inverse, key, row, col, done, limit, columns, CODE, DITHER, P2)
     elif CODE >= 3 and not SPLIT:
         store_piece(tl.load(slot), values, scale, inverse, key, row, col, done, limit, columns, CODE, NEAREST, P2)
@@ -299,13 +357,14 @@ def step_kernel(table, tensors, RULE: tl.constexpr, P: tl.constexpr, G: tl.const
         low, high = tl.where(after, low, middle), tl.where(after, middle, high)
     entry = table + low.to(tl.int64) * WIDTH
 
-    P_BLOCKED: tl.constexpr = P >= 3 and P != DELTA
+    P_BLOCKED: tl.constexpr = is_blocked(P)
     columns, unit, chunk = tl.load(entry + COLUMNS), tl.load(entry + UNIT), tl.load(entry + CHUNK)
     p_block, s_block = tl.load(entry + PARAM_BLOCK), tl.load(entry + STATE_BLOCK)
     param, p_scales, p_zeros = tl.load(entry + PARAM), tl.load(entry + PARAM_SCALES), tl.load(entry + PARAM_ZEROS)
     seed, step = tl.load(entry + SEED).to(tl.uint64, bitcast=True), tl.load(entry + STEP).to(tl.int32)
     stream = tl.load(entry + STREAM).to(tl.int32)
-    key, dither = (seed, step, stream, ALIGNED), (seed, step, stream + DITHER_PURPOSE, ALIGNED)
+    shard = tl.load(entry + FIRST)
+    key, dither = (seed, step, stream, ALIGNED, shard), (seed, step, stream + DITHER_PURPOSE, ALIGNED, shard)
     units_per_row = tl.cdiv(columns, unit)
     units = tl.load(entry + ROWS) * units_per_row
     first = (pid - tl.load(entry + FIRST_PROGRAM)) * (NB * TILES)
@@ -397,7 +456,7 @@ def _cut(rows, columns, param_format, state_blocked, state_block):
 
 
 def fused_step(rule, params, param_scales, param_zeros, grads, states, state_scales, scalars, key, ids, param_code, param_block,
-               state_codes, state_block):
+               state_codes, state_block, offsets=None):
     """See gradmill.ops.optim.fused_step."""
     count, param_format = len(state_codes), Format(param_code, param_block)
     blocked = [Format(code).blocked for code in state_codes]
@@ -419,15 +478,18 @@ def fused_step(rule, params, param_scales, param_zeros, grads, states, state_sca
             continue
         rows = grad.shape[0] if grad.dim() > 1 else 1
         cut, rows, columns, unit, chunk, p_block, s_block = _cut(rows, grad.numel() // rows, param_format, any(blocked), state_block)
+        first = offsets[i] if offsets else 0
+        if first % 4:
+            cut = cut._replace(aligned=False)
         table, programs, members = launches.setdefault(cut, [[], 0, []])
         members.append(i)
         slots = [0] * 6
         for s in range(count):
             slots[2 * s:2 * s + 2] = address(states[i * count + s]), state_scales[i * count + s].data_ptr() if blocked[s] else 0
         table.append([address(param), param_scales[i].data_ptr() if param_format.blocked else 0,
-                      param_zeros[i].data_ptr() if param_format.has_zero_point else 0, address(grad, written=False), *slots, rows, columns,
+                      param_zeros[i].data_ptr() if param_zeros else 0, address(grad, written=False), *slots, rows, columns,
                       unit, chunk, p_block, s_block, (ids[i] << 8 | PURPOSES["weight"]) & 0xFFFFFFFF, seed,
-                      step & 0xFFFFFFFF, programs])
+                      step & 0xFFFFFFFF, first, programs])
         units = rows * triton.cdiv(columns, unit)
         launches[cut][1] = programs + triton.cdiv(units, cut.runs * TILES)
     codes = [CODES[c] for c in state_codes] + [NONE.value] * (3 - count)
@@ -442,3 +504,79 @@ def fused_step(rule, params, param_scales, param_zeros, grads, states, state_sca
                                      P2=cut.p2, TILES=TILES, num_warps=warps_for(4 * cut.runs * cut.p2), **LAUNCH)
     for original, copy in copy_back:
         original.copy_(copy)
+
+
+# --- norms ------------------------------------------------------------------------------------------------
+# Chunks' sums of squares in LANES lanes, then the chunks of a tensor added in the same way: two launches for all tensors.
+CHUNK_SIZE, LANES = tl.constexpr(reference.CHUNK), tl.constexpr(LANES)
+CHUNKS = 8  # chunks a program takes
+
+
+@triton.jit
+def lane_total(sums, NB: tl.constexpr):
+    """(NB, LANES) -> (NB): lanes added in halves; a sum of two has no order."""
+    tl.static_assert(LANES == 32)
+    sums = tl.sum(tl.reshape(sums, (NB, 2, 16)), axis=1)
+    sums = tl.sum(tl.reshape(sums, (NB, 2, 8)), axis=1)
+    sums = tl.sum(tl.reshape(sums, (NB, 2, 4)), axis=1)
+    sums = tl.sum(tl.reshape(sums, (NB, 2, 2)), axis=1)
+    return tl.sum(sums, axis=1)
+
+
+@triton.jit
+def measure_kernel(table, tensors, partials, CODE: tl.constexpr, NB: tl.constexpr):
+    pid = tl.program_id(0)
+    low = pid * 0
+    high = low + tensors
+    while high - low > 1:  # the last tensor whose first program is not after this one
+        middle = (low + high) // 2
+        after = tl.load(table + middle.to(tl.int64) * 5 + 3) > pid
+        low, high = tl.where(after, low, middle), tl.where(after, middle, high)
+    entry = table + low.to(tl.int64) * 5
+    count, limits = tl.load(entry + 1), (entry + 4).to(tl.pointer_type(tl.float32))
+    chunk = (pid - tl.load(entry + 3)).to(tl.int64) * NB + tl.arange(0, NB)
+    zero = (chunk * 0).to(tl.int64)
+    size = tl.minimum(count - chunk * CHUNK_SIZE, CHUNK_SIZE)
+    sums, largest = tl.zeros((NB, LANES), tl.float64), tl.zeros((NB, LANES), tl.int32)
+    for at in range(0, CHUNK_SIZE, LANES):
+        x = load_floats(tl.load(entry), zero, chunk * CHUNK_SIZE + at, size - at, count, CODE, LANES)
+        x = tl.where(tl.abs(x) > tl.load(limits), x * tl.load(limits + 1), x)
+        largest = tl.maximum(largest, magnitude_bits(x))
+        x = x.to(tl.float64)
+        sums += x * x
+    out = partials + (tl.load(entry + 2) + chunk) * 2
+    tl.store(out, lane_total(sums, NB), mask=size > 0)
+    tl.store(out + 1, tl.max(largest, axis=1).to(tl.float32, bitcast=True).to(tl.float64), mask=size > 0)
+
+
+@triton.jit
+def measure_total_kernel(table, partials, out):
+    entry = table + tl.program_id(0).to(tl.int64) * 5
+    chunks, first = tl.cdiv(tl.load(entry + 1), CHUNK_SIZE), tl.load(entry + 2)
+    sums, largest = tl.zeros((1, LANES), tl.float64), tl.zeros((1, LANES), tl.int32)
+    for at in range(0, chunks, LANES):
+        index = at + tl.arange(0, LANES)[None, :]
+        partial = partials + (first + index) * 2
+        sums += tl.load(partial, mask=index < chunks, other=0.0)
+        largest = tl.maximum(largest, magnitude_bits(tl.load(partial + 1, mask=index < chunks, other=0.0).to(tl.float32)))
+    at = tl.program_id(0).to(tl.int64) * 2 + tl.arange(0, 1)
+    tl.store(out + at, lane_total(sums, 1))
+    tl.store(out + at + 1, tl.max(largest, axis=1).to(tl.float32, bitcast=True).to(tl.float64))
+
+
+def measure_tensors(tensors, limits=None):
+    """See gradmill.ops.optim.measure."""
+    table, chunks, programs, device = [], 0, 0, tensors[0].device
+    tensors = [x.contiguous() for x in tensors]
+    limits = torch.tensor([[float("inf"), 1.0]]).expand(len(tensors), 2) if limits is None else limits
+    for x in tensors:
+        table.append([x.data_ptr(), x.numel(), chunks, programs])
+        chunks += triton.cdiv(x.numel(), reference.CHUNK)
+        programs += triton.cdiv(triton.cdiv(x.numel(), reference.CHUNK), CHUNKS)
+    table = torch.cat([torch.tensor(table), limits.contiguous().view(torch.int64)], dim=1).to(device, non_blocking=True)
+    partials, out = (torch.empty(n, 2, dtype=torch.float64, device=device) for n in (chunks, len(tensors)))
+    with ready(out):
+        if programs:
+            measure_kernel[(programs,)](table, len(tensors), partials, CODE=CODES[float_code(tensors[0].dtype)], NB=CHUNKS, num_warps=4, **LAUNCH)
+        measure_total_kernel[(len(tensors),)](table, partials, out, num_warps=1, **LAUNCH)
+    return out

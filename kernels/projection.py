@@ -74,7 +74,7 @@ def back_kernel(weight, weight_scales, weight_zeros, update, codes, scales, zero
                 LEFT: tl.constexpr, PER_ROW: tl.constexpr, LOOP: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, KB: tl.constexpr, P2: tl.constexpr,
                 BK: tl.constexpr):
     """BM rows x one unit of columns: KB whole blocks of P2, one block of up to P2, or (LOOP) one longer block in chunks."""
-    key = (seed_of(seed_low, seed_high), step, stream, ALIGNED)
+    key = (seed_of(seed_low, seed_high), step, stream, ALIGNED, 0)
     units = tl.cdiv(columns, unit)
     first_row, first_column = (tl.program_id(0) // units) * BM, (tl.program_id(0) % units) * unit
     # As a tile of runs: run i is block i % KB of row i // KB.

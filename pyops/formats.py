@@ -28,12 +28,20 @@ CODES = {
     "int3": 16,      # symmetric, scale = absmax/3, codes in [-3, 3], two's complement
     "int2": 17,      # symmetric, scale = absmax, codes in [-1, 1], two's complement
     "int4_outlier": 18,  # int4 whose two largest magnitudes per block are kept in fp32 beside it (Stable-SPAM)
+    "moment4": 19,   # moment8 in 4 bits: sign, 2 exponent bits, 1 mantissa bit: 0, .5, 1, 2, 3, 5, 7, 11 of scale
+    "square4": 20,   # square8 in 4 bits: roots .25, .5, .75, 1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 9, 11, 13 of scale, never 0
+    "bf16+8": 21, "bf16+16": 22, "fp16+8": 23, "fp16+16": 24,  # fused_step's params only: fp32 weights in two pieces, see SPLIT
     "sign": 25,      # one bit, 1 = negative, lowest bits first, a scale per row: what pack_signs makes
 }
+#: fp32 weights in two pieces: the dtype of the nearest 16-bit float, and of the low bits it lacks, as many as fit.
+SPLIT = {"bf16+8": (torch.bfloat16, torch.uint8), "bf16+16": (torch.bfloat16, torch.int16), "fp16+8": (torch.float16, torch.uint8),
+         "fp16+16": (torch.float16, torch.int16)}
+#: Codes of optimizer states alone ("offset floats", csrc/common/codecs.h).
+STATE_CODES = ("moment8", "square8", "moment4", "square4")
 #: What fused_step and project_back can write, and project can read, in every backend; the others are matmul operands.
-STEPPED = tuple(CODES)[:CODES["delta"] + 1]
+STEPPED = (*tuple(CODES)[:CODES["delta"] + 1], "e4m3", "moment4", "square4")
 FLOAT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_BITS = {"fp32": 32, "delta": 32, "bf16": 16, "fp16": 16, "int4": 4, "uint4": 4, "e2m1": 4, "int4_outlier": 4,
+_BITS = {"fp32": 32, "delta": 32, "bf16": 16, "fp16": 16, "int4": 4, "uint4": 4, "e2m1": 4, "int4_outlier": 4, "moment4": 4, "square4": 4, **dict.fromkeys(SPLIT, 16),
          "int3": 3, "uint3": 3, "int2": 2, "uint2": 2, "sign": 1}  # every other code has 8
 _DTYPES = {"int8": torch.int8, "int7": torch.int8, "e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}  # every other blocked code: uint8
 #: Bytes an int4_outlier block keeps beside its codes: two fp32 values, their two positions, two bytes unused.
@@ -81,7 +89,7 @@ class Format:
             raise ValueError(f"block is {self.block}; it must be 0 for sign, which has a scale per row")
         if self.rows < 0 or self.scale not in ("fp32", "pow2", "e4m3"):
             raise ValueError(f"rows and scale are {self.rows} and {self.scale!r}; they must be 0 or more, and 'fp32', 'pow2' or 'e4m3'")
-        if self.shared and (self.has_zero_point or self.code in ("int4_outlier", "moment8", "square8", "sign") or not self.blocked):
+        if self.shared and (self.has_zero_point or self.code in ("int4_outlier", "sign", *STATE_CODES) or not self.blocked):
             raise ValueError(f"code is {self.code!r}; rows and scale need a symmetric integer or a float8 or fp4 code")
 
     @property
@@ -97,7 +105,7 @@ class Format:
     @property
     def blocked(self) -> bool:
         """Whether the codes need scales."""
-        return self.code not in ("fp32", "bf16", "fp16", "delta")
+        return self.code not in ("fp32", "bf16", "fp16", "delta", *SPLIT)
 
     @property
     def shared(self) -> bool:
@@ -111,6 +119,8 @@ class Format:
     @property
     def code_dtype(self) -> torch.dtype:
         """torch dtype of the stored codes."""
+        if self.code in SPLIT:
+            return SPLIT[self.code][0]
         if not self.blocked:
             return FLOAT_DTYPES.get(self.code, torch.float32)
         return _DTYPES.get(self.code, torch.uint8)
@@ -130,8 +140,10 @@ class Format:
         return (rows, self.blocks(columns) * OUTLIER_BYTES) if self.code == "int4_outlier" else (0,)
 
     def nbytes(self, rows: int, columns: int) -> int:
-        """Exact bytes of codes, scales and zero points for (rows, columns)."""
+        """Exact bytes of codes, scales and zero points (or low bits) for (rows, columns)."""
         blocks = self.blocks(columns) if self.blocked else 0
+        if self.code in SPLIT:
+            return rows * columns * (2 + SPLIT[self.code][1].itemsize)
         return rows * (-(-columns * self.bits // 8) + blocks * 4) + math.prod(self.zeros_shape(rows, columns))
 
 
@@ -167,6 +179,8 @@ FORMATS = {
     "w2": Format("uint2", 64),
     "moment8": Format("moment8", 256),      # optimizer states
     "square8": Format("square8", 256),
+    "moment4": Format("moment4", 128),
+    "square4": Format("square4", 128),
 }
 
 

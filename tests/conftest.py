@@ -39,7 +39,8 @@ def fit(code: str, block: int) -> int:
 
 #: What the scalars of every rule are made from. CLASSP's power is one that needs the polynomials.
 HYPERPARAMETERS = dict(betas=(0.9, 0.95), eps=1e-6, weight_decay=0.1, momentum=0.9, dampening=0.25, nesterov=True, lr_decay=0.1, weight_decouple=False,
-                       rectify=True, degenerated_to_sgd=True, rho=0.04, samples=4, threshold=0.5, power=1.7)
+                       rectify=True, degenerated_to_sgd=True, rho=0.04, samples=4, threshold=0.5, power=1.7, adam_step=2, limit=0.5,
+                       share=0.3, scale=0.7)
 
 
 def scalars_of(rule, step=3, lr=0.01, factor=1.0, **changes):

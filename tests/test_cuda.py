@@ -20,7 +20,8 @@ import torch
 
 import gradmill
 from gradmill import ops
-from gradmill.formats import Format
+from gradmill.formats import SPLIT, Format
+from gradmill.optim._base import QUANTIZED
 from gradmill.optim.rules import RULES
 from gradmill.reference import binary as reference_binary
 from gradmill.reference import grouped as reference_grouped
@@ -34,7 +35,8 @@ from .conftest import fit, scalars_of
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-BLOCKED = ("int8", "uint8", "int4", "uint4", "moment8", "square8", "e4m3", "e5m2", "e2m1", "int7", "uint2", "int2", "uint3", "int3", "int4_outlier")
+BLOCKED = ("int8", "uint8", "int4", "uint4", "moment8", "square8", "e4m3", "e5m2", "e2m1", "int7", "uint2", "int2", "uint3", "int3", "int4_outlier",
+           "moment4", "square4")
 NOT_WRITTEN = ("uint3", "int3", "int4_outlier")  # quantised by the reference on CUDA
 KEY = torch.tensor([0x123456789ABCDEF, 7])
 FAMILIES = [sys.modules[f"gradmill.ops.{name}"] for name in ("quant", "matmul", "grouped", "optim", "projection", "binary")]
@@ -156,7 +158,7 @@ def close(got, want, bound, what=""):
 def quantised(rows, columns, code, block, seed, exact=False):
     """A stored matrix; ``exact``: scales are powers of two, so that small sums of products have no rounding."""
     x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
-    codes, scales, zeros = reference_quant.quantize(x.abs() if code == "square8" else x, code, block)
+    codes, scales, zeros = reference_quant.quantize(x.abs() if code.startswith("square") else x, code, block)
     if exact:
         scales = torch.full_like(scales, 2.0 ** -6)
     return codes, scales, zeros
@@ -225,7 +227,7 @@ def test_quantize(place, code, rows, columns, block):
     for number, (dtype, transpose, key) in enumerate([(torch.float32, False, None), (torch.bfloat16, False, KEY), (torch.float16, True, None),
                                                       (torch.float32, True, KEY)]):
         x = sample(rows, columns, number, dtype)
-        if code == "square8":
+        if code.startswith("square"):
             x = x.abs()
         if transpose:
             x = x.t().contiguous()  # so that the result has the same shape
@@ -468,9 +470,12 @@ def guarded(t, device):
 def stored(shape, code, block, seed):
     """A tensor of ``shape`` in a format: (codes, scales, zeros)."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.3
-    if code == "square8":
+    if code.startswith("square"):
         x = x * x
     format = Format(code, block)
+    if code in SPLIT:
+        high, low = reference_quant.split_float(x, code)
+        return high, torch.empty(0), low
     if not format.blocked:
         return x.to(format.code_dtype), torch.empty(0), torch.empty(0, dtype=torch.uint8)
     return reference_quant.quantize(reference_optim.as_matrix(x), code, block)
@@ -496,6 +501,11 @@ STEP_CASES = [
     ("uint8", 1100, "moment8", 2200, torch.bfloat16, [(2, 7001)]),
     ("uint8", 2048, "moment8", 256, torch.float32, [(2, 5001)]),
     ("int8", 256, "moment8", 0, torch.float32, [(2, 5001)]),
+    ("bf16", 0, "moment4", 128, torch.float32, SMALL),
+    ("uint8", 256, "moment4", 128, torch.bfloat16, [(3, 601), (70, 64)]),
+    ("fp32", 0, "moment4", 0, torch.float32, [(2, 2501), (3, 33)]),
+    ("e4m3", 64, "e4m3", 256, torch.float32, [(3, 601), (70, 64)]),
+    *((code, 0, "moment8", 256, torch.float32, [(3, 601), (70, 64), (513,)]) for code in SPLIT),
 ]
 
 
@@ -508,15 +518,16 @@ def test_fused_step(place, rule, case):
     if shapes is SMALL and rule == "adamw":
         shapes = SMALL * 4  # more tensors than one launch takes
     count = len(RULES[rule].states)
-    state_codes = RULES[rule].state_codes if state_code == "moment8" else [state_code] * count
+    kind = {"moment8": "int8", "e4m3": "fp8", "moment4": "int4"}.get(state_code)
+    state_codes = [QUANTIZED[kind].get(c, Format(c)).code for c in RULES[rule].state_codes] if kind else [state_code] * count
     blocked = Format(param_code, param_block).blocked, [Format(c).blocked for c in state_codes]
     params = [stored(shape, param_code, param_block, i) for i, shape in enumerate(shapes)]
     states = [stored(shape, c, state_block, 50 + i * count + s) for i, shape in enumerate(shapes) for s, c in enumerate(state_codes)]
-    if state_code != "moment8":
+    if kind is None:
         states = [(t[0].abs(), *t[1:]) if RULES[rule].state_codes[i % count] == "square8" else t for i, t in enumerate(states)]
     want, got, guards = {}, {}, []
     for name, tensors in (("params", [p[0] for p in params]), ("param_scales", [p[1] for p in params] if blocked[0] else []),
-                          ("param_zeros", [p[2] for p in params] if Format(param_code).has_zero_point else []),
+                          ("param_zeros", [p[2] for p in params] if Format(param_code).has_zero_point or param_code in SPLIT else []),
                           ("states", [s[0] for s in states]), ("state_scales", [s[1] for s in states] if any(blocked[1]) else [])):
         want[name] = [t.clone() for t in tensors]
         copies = [guarded(t, place.device) for t in tensors]
@@ -525,6 +536,8 @@ def test_fused_step(place, rule, case):
     # a row per tensor, each its own step size; every third without decay
     scalars = torch.cat([scalars_of(rule, lr=0.03 * (i + 1), weight_decay=0.0 if i % 3 == 1 else 0.1) for i in range(len(shapes))])
     ids = [7 * i + 1 for i in range(len(shapes))]
+    offsets = [0, 4, 37, 1 << 33][len(rule) % 4] or None
+    offsets = offsets and [offsets] * len(shapes)
     for step in range(3):
         key = torch.tensor([99 + (1 << 40), step])
         grads = [torch.randn(shape, generator=torch.Generator().manual_seed(1000 * step + i)).to(grad_dtype) for i, shape in enumerate(shapes)]
@@ -535,15 +548,26 @@ def test_fused_step(place, rule, case):
                 g.view(-1)[299] = torch.nan
         for_place = [place.put(g) for g in grads]
         reference_optim.fused_step(rule, want["params"], want["param_scales"], want["param_zeros"], grads, want["states"], want["state_scales"],
-                                   scalars, key, ids, param_code, param_block, list(state_codes), state_block)
+                                   scalars, key, ids, param_code, param_block, list(state_codes), state_block, offsets)
         with place.context():
             ops.fused_step(rule, got["params"], got["param_scales"], got["param_zeros"], for_place, got["states"], got["state_scales"],
-                           scalars, key, ids, param_code, param_block, list(state_codes), state_block)
+                           scalars, key, ids, param_code, param_block, list(state_codes), state_block, offsets)
         for name in want:
             for i, (g, w) in enumerate(zip(got[name], want[name])):
                 same(g, w, f"{name}[{i}] after step {step}")
     for _, buffer, size in guards:
         assert (buffer[:64] == 0xA5).all() and (buffer[64 + size:] == 0xA5).all(), "a store outside a tensor"
+
+
+def test_measure(place):
+    for dtype in FLOATS:
+        tensors = [torch.randn(n, generator=torch.Generator().manual_seed(n)).to(dtype) for n in (1, 0, 37, 4096, 4097, 140000, 5) + (3,) * 120]
+        tensors[2][5], tensors[6][1] = torch.inf, torch.nan
+        for limits in (None, torch.rand(len(tensors), 2)):
+            want = reference_optim.measure(tensors, limits)
+            with place.context():
+                got = ops.measure([place.put(t) for t in tensors], limits)
+            same(got, want, f"{dtype} {limits is None}")
 
 
 # --- projection -------------------------------------------------------------------------------------------

@@ -173,7 +173,7 @@ def test_packed_is_within_the_bound_of_fp32_accumulation(code, transpose):
     for m, n, k in [*SHAPES, *EMPTY, (3, 300, 64), (17, 19, 1100)]:
         for block in sorted({fit(code, b) for b in (0, 32, 256, 54)}):
             w = torch.randn(n, k)
-            packed = quantize(w.abs() if code == "square8" else w, code, block)
+            packed = quantize(w.abs() if code.startswith("square") else w, code, block)
             for dtype in FLOATS:
                 x = torch.randn(m, n if transpose else k).to(dtype)
                 check_packed(x, packed, code, block, k, transpose, torch.randn(k if transpose else n), dtype)
@@ -184,7 +184,7 @@ def test_packed_is_within_the_bound_of_fp32_accumulation(code, transpose):
 def test_packed_any_shape_and_block(m, n, k, half_block, code, transpose, seed):
     torch.manual_seed(seed)
     block = fit(code, 2 * half_block)
-    packed = quantize(torch.rand(n, k) - (0 if code == "square8" else 0.3), code, block)
+    packed = quantize(torch.rand(n, k) - (0 if code.startswith("square") else 0.3), code, block)
     check_packed(torch.randn(m, n if transpose else k), packed, code, block, k, transpose, None, torch.float32)
 
 

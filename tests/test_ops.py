@@ -83,6 +83,11 @@ def samples():
     yield "project_back", (*back_arguments("uint8", True), torch.randn(10, 12), torch.randn(12))
     for param, state, rule in (("fp32", "fp32", "adamw"), ("bf16", "int8", "adamw_amsgrad"), ("uint8", "int8", "lion"), ("int8", "bf16", "adamw"), ("bf16", "fp32", "sgd"), ("fp32", "int8", "diffgrad")):
         yield "fused_step", tuple(step_arguments(param, state, rule).values())
+    step = step_arguments("fp32", "int8")
+    yield "fused_step", tuple({**step, "params": [step["params"][0].bfloat16()], "param_zeros": [torch.zeros(3, 70, dtype=torch.uint8)], "param_code": "bf16+8",
+                               "offsets": [140]}.values())
+    yield "measure", ([torch.randn(3, 70), torch.randn(5)],)
+    yield "measure", ([torch.randn(4100).bfloat16()], torch.ones(1, 2))
     yield "subspace_basis", (torch.randn(9, 12), None, 3, 2, False, key(1, 1), 0)
     yield "subspace_basis", (torch.randn(9, 12), torch.randn(3, 9), 3, 1, True, key(1, 1), 0)
 
@@ -297,6 +302,7 @@ def changed_step(**changes):
     (dict(states=lambda a: [a["states"][0], a["states"][1][:, :69]]), ValueError, r"states\[1\]"),
     (dict(states=lambda a: [a["states"][0].float(), a["states"][1]]), TypeError, r"states\[0\]"),
     (dict(state_block=96), ValueError, "blocks"),
+    (dict(offsets=[0, 0]), ValueError, r"len\(offsets\) is 2"),
 ], ids=lambda x: "-".join(x) if isinstance(x, dict) else "")
 def test_a_step_refuses_bad_arguments_by_name(changes, error, message):
     arguments = changed_step(**changes)

@@ -18,7 +18,7 @@ EMPTY = [(0, 0), (0, 5), (5, 0)]
 def inputs(code, *shape, dtype=torch.float32, generator=None):
     """Fresh values that ``code`` is for: second moments are not negative."""
     x = wild(*shape, dtype=dtype, generator=generator)
-    return x.abs() if code == "square8" else x
+    return x.abs() if code.startswith("square") else x
 
 
 # --- the reference itself ---------------------------------------------------------------------------------
@@ -67,6 +67,8 @@ HAND = [  # code, x, codes, scale, zero point: worked out on paper
     ("int4", [7, -7, 0.5, 1.5, 3.5], [0x97, 0x20, 0x04], 1.0, None),           # nibbles 7 -7 | 0 2 | 4 -
     ("uint4", [-5, 10, 0, 2.5], [0xF0, 0x75], 1.0, 5),                         # nibbles 0 15 | 5 7
     ("moment8", [247, 1, -1, 0, -247, 3], [127, 16, 144, 0, 255, 32], 1.0, None),   # 1 + x is a float of exponent 0..7
+    ("moment4", [11, -7, 0.5, 1, -0.2, 0], [0xE7, 0x21, 0x08], 1.0, None),   # codes 7 14 | 1 2 | 8 0
+    ("square4", [13 ** 2, 1, 0, 9, 0.25 ** 2, 3.4 ** 2], [0x4F, 0x81, 0x81], 1.0, None),
     ("square8", [251 ** 2, 1, 0, 9], [255, 32, 1, 64], 1.0, None),             # never 0 in a block that is not all zero
 ]
 
@@ -86,6 +88,8 @@ def test_codes_worked_out_by_hand(code, x, codes, scale, zero):
     ("int4", [0x97, 0x08], 1.0, None, [7, -7, -8]),
     ("uint4", [0xF0, 0x05], 1.0, 5, [-5, 10, 0]),
     ("moment8", [127, 255, 16, 0, 1], 2.0, None, [494, -494, 2, 0, 0.125]),
+    ("moment4", [0xF7, 0x01, 0x0C], 2.0, None, [22, -22, 1, 0, -6]),
+    ("square4", [0x4F, 0x01, 0x0C], 2.0, None, [676, 4, 0.25, 0, 196]),
     ("square8", [255, 32, 0, 1], 1.0, None, [63001, 1, 0, 1 / 1024]),
 ])
 def test_values_worked_out_by_hand(code, codes, scale, zero, want):
@@ -219,13 +223,13 @@ def test_quantize_both_ways_threads_do_not_matter():
 @pytest.mark.parametrize("code", BLOCKED)
 def test_quantize_special_values(code):
     special = torch.tensor(SPECIAL)
-    if code == "square8":
+    if code.startswith("square"):
         special = special.abs()
     finite = special[special.isfinite()]
     cases = [special[None], special[:, None], finite[None], finite.repeat(7)[None, :101], torch.zeros(3, 70), -torch.zeros(2, 66),
              torch.full((2, 67), FLT_MAX), torch.full((2, 67), 1e-45), torch.full((2, 3), 2.0 ** -100), torch.full((2, 3), 2.0 ** -101),
              torch.tensor([[FLT_MAX, 1.0, 1e-45, 0.0]]), torch.randn(8, 64).abs() * 1e-41]
-    if code != "square8":
+    if not code.startswith("square"):
         cases += [torch.tensor([[FLT_MAX, -FLT_MAX, 1.0]]), torch.full((2, 67), -FLT_MAX)]
     for x in cases:
         for dtype in FLOATS:

@@ -11,8 +11,9 @@ import random
 import pytest
 import torch
 
-from gradmill.formats import Format
+from gradmill.formats import SPLIT, Format
 from gradmill.kernels import _common, binary, grouped, matmul, optim, projection, quant
+from gradmill.optim._base import QUANTIZED
 from gradmill.optim.rules import RULES
 from gradmill.reference import grouped as ref_grouped
 from gradmill.reference import binary as ref_binary
@@ -24,7 +25,8 @@ from gradmill.reference import quant as ref_quant
 from .conftest import fit, scalars_of
 
 assert _common.INTERPRETING
-CODES = ("int8", "uint8", "int4", "uint4", "moment8", "square8", "e4m3", "e5m2", "e2m1", "int7", "uint2", "int2", "uint3", "int4_outlier")
+CODES = ("int8", "uint8", "int4", "uint4", "moment8", "square8", "e4m3", "e5m2", "e2m1", "int7", "uint2", "int2", "uint3", "int4_outlier",
+         "moment4", "square4")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 HALF_ULP = {torch.float32: 2 ** -24, torch.bfloat16: 2 ** -8, torch.float16: 2 ** -11}
 SPECIAL = (0.0, -0.0, 1.4e-45, -1e-40, 1.1754944e-38, torch.finfo(torch.float32).max, -torch.finfo(torch.float32).max, 3e-8)
@@ -50,7 +52,7 @@ def assert_same(got, want, *what):
         return
     assert got.dtype == want.dtype and got.shape == want.shape, (*what, got.dtype, want.dtype, got.shape, want.shape)
     if got.is_floating_point():
-        integer = {1: torch.int8, 2: torch.int16, 4: torch.int32}[got.element_size()]
+        integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[got.element_size()]
         equal = (got.contiguous().view(integer) == want.contiguous().view(integer)) | (got.isnan() & want.isnan())
     else:
         equal = got == want
@@ -76,7 +78,7 @@ def test_quantize(code):
     for i, (shape, block) in enumerate(itertools.product(((1, 1), (3, 37), (5, 128), (0, 4), (4, 0)), (0, 32, 10))):
         for stochastic in (False, True):
             x = torch.randn(shape).to(FLOATS[i % 3])
-            check_quantize(x.abs() if code == "square8" else x, code, block, bool((i + stochastic) % 2), random_key() if stochastic else None)
+            check_quantize(x.abs() if code.startswith("square") else x, code, block, bool((i + stochastic) % 2), random_key() if stochastic else None)
 
 
 def test_quantize_both():
@@ -105,7 +107,7 @@ def test_quantize_special_values(code):
         x = torch.randn(6, 64) * 10.0 ** torch.randint(-44, 30, (6, 1))
         x[0, :8] = torch.tensor(SPECIAL)
         x[1, 5], x[2, 40], x[3, 32:] = float("nan"), float("-inf"), 0.0
-        check_quantize((x.abs() if code == "square8" else x).to(dtype), code, 32, False, key)
+        check_quantize((x.abs() if code.startswith("square") else x).to(dtype), code, 32, False, key)
 
 
 def test_quantize_rows_longer_than_a_tile(monkeypatch):
@@ -200,7 +202,7 @@ def test_matmul_packed(code):
     for i, ((rows, columns), block, transpose) in enumerate(itertools.product(((7, 64), (33, 100), (1, 1), (4, 0)), (0, 32, 10), (False, True))):
         dtype, out, block = FLOATS[i % 3], random.choice(FLOATS), fit(code, block)
         w = torch.randn(rows, columns)
-        packed = ref_quant.quantize(w.abs() if code == "square8" else w, code, block)
+        packed = ref_quant.quantize(w.abs() if code.startswith("square") else w, code, block)
         m, k, n = random.choice((1, 5, 33)), *((rows, columns) if transpose else (columns, rows))
         x, bias = torch.randn(m, k).to(dtype), random.choice((None, torch.randn(n)))
         got = matmul.matmul_packed(x, *packed, code, block, columns, transpose, bias, out)
@@ -279,7 +281,8 @@ def test_matmul_scaled_nan_scale_gives_nan():
 
 # --- optim ------------------------------------------------------------------------------------------------
 SHAPES = [(3, 37), (2, 128), (17,), (1, 260), (), (4, 0), (2, 6, 6)]
-PARAMS = (("fp32", 0), ("bf16", 0), ("fp16", 0), ("delta", 0), ("uint8", 64), ("int8", 0), ("int4", 32), ("uint4", 0), ("uint4", 20))
+PARAMS = (("fp32", 0), ("bf16", 0), ("fp16", 0), ("delta", 0), ("uint8", 64), ("int8", 0), ("int4", 32), ("uint4", 0), ("uint4", 20),
+          ("e4m3", 64), *((code, 0) for code in SPLIT))
 
 
 def tensors(shapes, param, state_codes, state_block, grad_dtype, special):
@@ -295,7 +298,7 @@ def tensors(shapes, param, state_codes, state_block, grad_dtype, special):
         codes, s, z = (torch.randn(matrix.shape), None, None) if param.code == "delta" else ref_quant.store(matrix, param)
         params.append(codes if param.blocked else codes.view(shape))
         scales += [s] if param.blocked else []
-        zeros += [z] if param.has_zero_point else []
+        zeros += [z if param.has_zero_point else z.view(shape)] if param.has_zero_point or param.code in SPLIT else []
         grads.append(g.to(grad_dtype))
         for i, code in enumerate(state_codes):
             format = Format(code, state_block if Format(code).blocked else 0)
@@ -315,7 +318,8 @@ def check_step(rule, param_code, param_block, state_codes, state_block, shapes=S
     h = scalars_of(rule, random.randint(1, 9), 0.0 if still else 0.01, 0.5).repeat(len(shapes) if rows else 1, 1)
     if rows:
         h *= torch.arange(1, len(shapes) + 1)[:, None]
-    arguments = (h, random_key(), [random.getrandbits(20) for _ in shapes], param_code, param_block, list(state_codes), state_block)
+    offsets = random.choice((None, [random.choice((0, 4, 37, 1 << 33)) for _ in shapes]))
+    arguments = (h, random_key(), [random.getrandbits(20) for _ in shapes], param_code, param_block, list(state_codes), state_block, offsets)
     optim.fused_step(rule, *a, *arguments)
     ref_optim.fused_step(rule, *b, *arguments)
     for name, got, want in zip(("param", "param_scales", "param_zeros", "grad", "state", "state_scales"), a, b):
@@ -335,6 +339,9 @@ def test_step(rule, param):
     block = 40 if param[1] == 20 else 64
     blocked = RULES[rule].state_codes
     check_step(rule, *param, blocked, block, special=bool(i % 2), still=i % 3 == 0, rows=i % 3 == 1)
+    if param[0] in ("fp32", "bf16", "uint8"):
+        for kind in ("int4", "fp8"):
+            check_step(rule, *param, tuple(QUANTIZED[kind].get(c, Format(c)).code for c in blocked), 32, special=not i % 2)
     plain = ("fp32", "bf16", "fp16")
     check_step(rule, *param, tuple(plain[(i + s) % 3] for s in range(len(blocked))), 0, grad_dtype=FLOATS[i % 3], shapes=SHAPES[:5],
                special=not i % 2)
@@ -345,7 +352,8 @@ def test_step_of_blocks_longer_than_a_tile(param, monkeypatch):
     monkeypatch.setattr(optim, "TILE", 64)
     monkeypatch.setattr(optim, "LONGEST", 64)
     shapes = [(2, 37), (2, 150)]
-    for states, block in ((("fp32", "bf16"), 0), (("moment8", "square8"), 0), (("moment8", "square8"), 32), (("int8", "fp32"), 0)):
+    for states, block in ((("fp32", "bf16"), 0), (("moment8", "square8"), 0), (("moment8", "square8"), 32), (("int8", "fp32"), 0),
+                          (("e4m3", "square8"), 0), (("moment4", "square4"), 32), (("moment4", "square4"), 0)):
         check_step("adamw", *param, states, block, shapes=shapes, special=random.random() < 0.5)
 
 
@@ -361,6 +369,13 @@ def test_step_of_many_tensors_and_other_layouts():
         module.fused_step("adamw", *group, h, torch.tensor([1, 2]), [0], "fp32", 0, ["fp32", "fp32"], 0)
     for got, want in zip(a[0] + a[4], b[0] + b[4]):
         assert_same(got, want)
+
+
+def test_measure():
+    for dtype, limits in itertools.product(FLOATS, (None, torch.rand(7, 2))):
+        tensors = [torch.randn(n).to(dtype) for n in (1, 0, 37, 4096, 4097, 40000, 5)]
+        tensors[2][5], tensors[6][1] = float("inf"), float("nan")
+        assert_same(optim.measure_tensors(tensors, limits), ref_optim.measure(tensors, limits), dtype, limits)
 
 
 # --- projection -------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ namespace {
 struct Block {
   float scale;    // nan: the block held a nan or an inf; 0: the block is all zero
   int zero;       // zero point, 0 where the code has none
-  float inverse;  // encoding kMoment8 and kSquare8 only: multiplies instead of a division per element
+  float inverse;  // encoding an offset float only: multiplies instead of a division per element
 };
 
 // Round half to even for |x| < 2^22: adding 1.5 * 2^23 leaves no fraction bits. Vectorises everywhere.
@@ -45,9 +45,16 @@ GM_HD int32_t ordered_bits(float x) {
 }
 GM_HD float from_ordered_bits(int32_t b) { return bits_float(static_cast<uint32_t>(b ^ ((b >> 31) & 0x7fffffff))); }
 
-// The largest values the two float codes stand for, in units of their scale (see encode).
-constexpr float kMomentTop = 247.0f;  // 1.9375 * 128 - 1
-constexpr float kSquareTop = 251.0f;  // 1.96875 * 128 - 1
+// Offset floats, the codes of optimizer states: 1 + |x| * inverse is a float whose exponent's low bits and first mantissa
+// bits are the code. Their largest value in units of the scale is (2 - 2^-mantissa) * 2^largest exponent - 1.
+template <int CODE>
+struct OffsetFloat {
+  static constexpr bool root = CODE == kSquare8 || CODE == kSquare4, is = root || CODE == kMoment8 || CODE == kMoment4;
+  static constexpr int mantissa = CODE == kMoment8 ? 4 : CODE == kSquare8 ? 5 : CODE == kMoment4 ? 1 : 2;
+  static constexpr int shift = 23 - mantissa;
+  static constexpr uint32_t last = CODE == kMoment8 ? 127 : CODE == kSquare8 ? 255 : CODE == kMoment4 ? 7 : 15;  // a moment's sign lies above
+};
+GM_HD constexpr float offset_float_top(int code) { return code == kMoment8 ? 247.0f : code == kSquare8 ? 251.0f : code == kMoment4 ? 11.0f : 13.0f; }
 
 // absmax: largest magnitude_bits; lo, hi: smallest and largest ordered_bits, both started at 0 so that the
 // range always includes zero (without it the zero point's clamp would destroy a one-sided block).
@@ -58,7 +65,7 @@ GM_HD Block block_of(int code, uint32_t absmax, int32_t lo, int32_t hi) {
     return b;
   }
   float amax = bits_float(absmax);
-  if (code != kMoment8 && code != kSquare8 && !has_zero_point(code)) {
+  if (!is_offset_float(code) && !has_zero_point(code)) {
     b.scale = amax / code_top(code);
   } else if (has_zero_point(code)) {
     float top = code_top(code);
@@ -66,7 +73,7 @@ GM_HD Block block_of(int code, uint32_t absmax, int32_t lo, int32_t hi) {
     b.scale = (max * 0.5f - min * 0.5f) / (top * 0.5f);  // halves: max - min may overflow
     if (b.scale > 0.0f) b.zero = static_cast<int>(clampf(-round_even(min / b.scale), 0.0f, top));
   } else if (absmax >= 0x0d800000u) {  // 2^-100: below, the block counts as zero and its inverse stays finite
-    float root = code == kSquare8 ? sqrtf(amax) : amax, top = code == kSquare8 ? kSquareTop : kMomentTop;
+    float root = is_square(code) ? sqrtf(amax) : amax, top = offset_float_top(code);
     b.scale = root / top;
     b.inverse = top / root;
   }
@@ -75,11 +82,14 @@ GM_HD Block block_of(int code, uint32_t absmax, int32_t lo, int32_t hi) {
 
 // --- one element ------------------------------------------------------------------------------------------
 // Callers handle scale == 0 and scale == nan (every code is then 0).
+template <int CODE>
 GM_HD int encode_root(float root, Block b, uint32_t word) {
+  typedef OffsetFloat<CODE> F;
+  constexpr int last = static_cast<int>(F::last);
   float y = root * b.inverse;
   y = y + 1.0f;
-  int k = static_cast<int>((float_bits(y) - 0x3f800000u + (word >> 14)) >> 18);
-  return k < 1 ? 1 : k > 255 ? 255 : k;
+  int k = static_cast<int>((float_bits(y) - 0x3f800000u + (word >> (32 - F::shift))) >> F::shift);
+  return k < 1 ? 1 : k > last ? last : k;
 }
 
 // Small floats: mantissa bits and the exponent of the smallest normal number.
@@ -115,20 +125,21 @@ GM_HD int encode(float x, Block b, uint32_t word) {
     float y = clampf(x / b.scale, -top, top);
     y = STOCHASTIC ? round_stochastic(y, word) : round_even(y);
     return static_cast<int>(clampf(y + static_cast<float>(b.zero), 0.0f, top));
-  } else if constexpr (CODE != kMoment8 && CODE != kSquare8) {  // symmetric integers
+  } else if constexpr (!OffsetFloat<CODE>::is) {  // symmetric integers
     constexpr float top = code_top(CODE);
     float y = clampf(x / b.scale, -top, top);
     return static_cast<int>(STOCHASTIC ? round_stochastic(y, word) : round_even(y));
-  } else if constexpr (CODE == kMoment8) {
-    // Adding 1 turns the value into a float of exponent 0..7 whose top bits are the code ("offset float"): steps are
+  } else if constexpr (!OffsetFloat<CODE>::root) {
+    // Adding 1 turns the value into a float of exponent 0..7 (moment4: 0..3) whose top bits are the code ("offset float"): steps are
     // fine near zero, 1/32 of the value from there on, and encoding costs no division, root or table. Chosen against
     // linear, companded and bitsandbytes' dynamic codes on real Adam moments: docs/results/state_codes.md.
+    typedef OffsetFloat<CODE> F;
     float y = fabsf(x) * b.inverse;
     y = y + 1.0f;
-    uint32_t k = (float_bits(y) - 0x3f800000u + (STOCHASTIC ? word >> 13 : 0x40000u)) >> 19;
-    return static_cast<int>((k > 127u ? 127u : k) | ((float_bits(x) >> 24) & 0x80u));
-  } else {  // kSquare8: the same code for sqrt(x); never 0, so that no update divides by eps alone
-    return encode_root(sqrtf(x), b, STOCHASTIC ? word : 0x80000000u);  // half a step: to nearest
+    uint32_t k = (float_bits(y) - 0x3f800000u + (STOCHASTIC ? word >> (32 - F::shift) : 1u << (F::shift - 1))) >> F::shift;
+    return static_cast<int>((k > F::last ? F::last : k) | (float_bits(x) >> 31 ? F::last + 1u : 0u));
+  } else {  // the same code for sqrt(x); never 0, so that no update divides by eps alone
+    return encode_root<CODE>(sqrtf(x), b, STOCHASTIC ? word : 0x80000000u);  // half a step: to nearest
   }
 }
 
@@ -145,12 +156,12 @@ GM_HD float decode(int q, Block b) {
     float y = bits_float((magnitude + F::first_normal - (small ? 0u : 1u << F::mantissa)) << F::shift);
     if (small) y = y - bits_float(F::first_normal << F::shift);
     return bits_float(float_bits(y) | (static_cast<uint32_t>(q) & F::sign ? 0x80000000u : 0u)) * b.scale;
-  } else if constexpr (CODE == kMoment8) {
-    float y = bits_float((static_cast<uint32_t>(q & 127) << 19) + 0x3f800000u) - 1.0f;
-    return bits_float(float_bits(y) | (static_cast<uint32_t>(q & 128) << 24)) * b.scale;
-  } else if constexpr (CODE == kSquare8) {
-    float r = (bits_float((static_cast<uint32_t>(q) << 18) + 0x3f800000u) - 1.0f) * b.scale;
-    return r * r;
+  } else if constexpr (OffsetFloat<CODE>::is) {
+    typedef OffsetFloat<CODE> F;
+    const uint32_t k = static_cast<uint32_t>(q);
+    float y = bits_float(((k & F::last) << F::shift) + 0x3f800000u) - 1.0f;
+    if (F::root) return (y * b.scale) * (y * b.scale);
+    return bits_float(float_bits(y) | (k > F::last ? 0x80000000u : 0u)) * b.scale;
   } else {
     return static_cast<float>(q) * b.scale;
   }
@@ -235,6 +246,51 @@ GM_HD uint16_t float_to_f16(float x) {  // round half to even, overflow to inf, 
   h = mag >= 0x477ff000u ? 0x7c00u : h;
   h = mag > 0x7f800000u ? 0x7e00u : h;
   return static_cast<uint16_t>(h | sign);
+}
+
+// --- fp32 weights in two pieces ---------------------------------------------------------------------------
+// The value's magnitude as an integer q that continues the 16-bit float's bits by LOW more; `high` is q rounded to nearest
+// (ties away from zero, so that the low bits say which way), `low` the last LOW bits of q. With 8 bits q itself is rounded
+// stochastically, so that small updates are not lost; q of 16 is exact for bfloat16, truncated below 2^-17 for float16.
+template <int CODE>
+struct SplitFloat {
+  static constexpr bool bf16 = CODE == kBF16Plus8 || CODE == kBF16Plus16;
+  static constexpr int low = CODE == kBF16Plus8 || CODE == kF16Plus8 ? 8 : 16;
+  static constexpr float subnormal = low == 8 ? 4294967296.0f : 1099511627776.0f;  // 2^(24 + low): a float16's subnormals
+};
+struct Pieces {
+  uint16_t high, low;
+};
+
+template <int CODE>
+GM_HD Pieces split_float(float x, uint32_t word) {
+  typedef SplitFloat<CODE> F;
+  const uint32_t u = float_bits(x), sign = u >> 16 & 0x8000u, mag = u & 0x7fffffffu;
+  uint32_t q;
+  if (F::bf16) {
+    q = F::low == 8 ? (mag + (word >> 24)) >> 8 : mag;
+  } else {
+    const float y = bits_float(mag) * F::subnormal;
+    const float up = F::low == 8 ? static_cast<float>(static_cast<int32_t>(word >> 8)) * 5.9604644775390625e-08f : 0.0f;  // 2^-24
+    const uint32_t normal = F::low == 8 ? (mag - 0x38000000u + (word >> 27)) >> 5 : (mag - 0x38000000u) << 3;
+    q = mag < 0x38800000u ? static_cast<uint32_t>(static_cast<int32_t>(mag < 0x38800000u ? y + up : 0.0f)) : normal;
+  }
+  const uint32_t special = F::bf16 ? mag >> 16 | (mag > 0x7f800000u ? 0x40u : 0u) : mag > 0x7f800000u ? 0x7e00u : 0x7c00u;
+  const bool plain = mag < (F::bf16 ? 0x7f800000u : 0x477ff000u);  // else inf, nan, or too large for float16
+  const uint32_t high = plain ? (q + (1u << (F::low - 1))) >> F::low : special, low = plain ? q & ((1u << F::low) - 1u) : 0u;
+  return {static_cast<uint16_t>(high | sign), static_cast<uint16_t>(low)};
+}
+
+template <int CODE>
+GM_HD float join_float(uint16_t high, uint32_t low) {
+  typedef SplitFloat<CODE> F;
+  const uint32_t sign = static_cast<uint32_t>(high & 0x8000u) << 16, mag = high & 0x7fffu;
+  const uint32_t top = mag - (mag > 0u ? low >> (F::low - 1) : 0u);  // a weight set to 0 elsewhere has stale low bits
+  const uint32_t q = top << F::low | low;
+  if (F::bf16) return bits_float(q << (16 - F::low) | sign);
+  const float small = static_cast<float>(static_cast<int32_t>(q)) * (1.0f / F::subnormal);
+  const uint32_t normal = (F::low == 8 ? q << 5 : q >> 3) + 0x38000000u, special = 0x7f800000u | mag << 13;
+  return bits_float((top >= 0x7c00u ? special : top < 0x400u ? float_bits(small) : normal) | sign);
 }
 
 }  // namespace

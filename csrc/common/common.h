@@ -38,6 +38,12 @@ enum Code : int {
   kInt3 = 16,    // symmetric, scale = absmax/3, two's complement
   kInt2 = 17,    // symmetric, scale = absmax, codes in [-1, 1], two's complement
   kInt4Outlier = 18,  // int4, the two largest magnitudes of a block apart: Outliers, where others have zero points
+  kMoment4 = 19,  // moment8 in 4 bits: sign, 2 exponent bits, 1 mantissa bit
+  kSquare4 = 20,  // square8 in 4 bits: 2 exponent bits, 2 mantissa bits
+  kBF16Plus8 = 21,   // fp32 weights in two pieces: the nearest bfloat16, and 8 of the 16 bits that lacks (Matrix::zeros)
+  kBF16Plus16 = 22,  // all 16 of them: exactly fp32
+  kF16Plus8 = 23,    // the nearest float16 and the 8 bits that follow
+  kF16Plus16 = 24,   // 16 bits: fp32 exactly from 2^-17 up to 65504
   kSign = 25,    // one bit, 1 = negative, lowest bits first; a scale per row; made by pack_signs, not by quantize
 };
 
@@ -79,12 +85,15 @@ GM_HD float bits_float(uint32_t u) {
 #endif
 }
 
-GM_HD bool is_blocked(int code) { return code >= kInt8 && code != kDelta; }  // has scales
+GM_HD bool is_split(int code) { return code >= kBF16Plus8 && code <= kF16Plus16; }
+GM_HD bool is_blocked(int code) { return code >= kInt8 && code != kDelta && !is_split(code); }  // has scales
 GM_HD bool has_zero_point(int code) { return code == kUInt8 || code == kUInt4 || code == kUInt3 || code == kUInt2; }
+GM_HD bool is_square(int code) { return code == kSquare8 || code == kSquare4; }  // a second moment, stored as its root
+GM_HD bool is_offset_float(int code) { return is_square(code) || code == kMoment8 || code == kMoment4; }
 GM_HD int code_bits(int code) {
   if (code == kF32 || code == kDelta) return 32;
-  if (code == kBF16 || code == kF16) return 16;
-  if (code == kInt4 || code == kUInt4 || code == kE2M1 || code == kInt4Outlier) return 4;
+  if (code == kBF16 || code == kF16 || is_split(code)) return 16;
+  if (code == kInt4 || code == kUInt4 || code == kE2M1 || code == kInt4Outlier || code == kMoment4 || code == kSquare4) return 4;
   if (code == kSign) return 1;
   return code == kUInt3 || code == kInt3 ? 3 : code == kUInt2 || code == kInt2 ? 2 : 8;
 }

@@ -12,6 +12,7 @@ struct Key {
   uint64_t seed;
   uint32_t step;
   uint32_t stream;  // tensor id << 8 | purpose
+  uint64_t first = 0;  // the whole tensor's number of what a kernel calls element 0: above 0 in a shard
 };
 
 namespace {
@@ -43,6 +44,7 @@ GM_HD void philox4(const Key& key, uint64_t group, uint32_t& c0, uint32_t& c1, u
 }
 
 GM_HD uint32_t philox_word(const Key& key, uint64_t element) {
+  element += key.first;
   uint32_t w0, w1, w2, w3;
   philox4(key, element >> 2, w0, w1, w2, w3);
   uint32_t i = static_cast<uint32_t>(element & 3);

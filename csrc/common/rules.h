@@ -221,6 +221,40 @@ struct Classp {
   }
 };
 
+// You et al., "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes", Algorithm 2 (LAMB), first half: p, a
+// copy of the weight, becomes the update; Sgd applies it times the trust ratio.
+// h: 1 = wd, 2 = 1-beta1, 3 = beta2, 4 = 1-beta2, 5 = 1/(1-beta1^t), 6 = 1/sqrt(1-beta2^t), 7 = eps
+struct Lamb {
+  static constexpr int states = 2;
+  template <class T>
+  GM_HD static void apply(T& p, T g, T& m, T& v, T&, const float* h) {
+    m = m + h[2] * (g - m);
+    v = v * h[3] + (h[4] * g) * g;
+    p = h[1] * p + h[5] * (m / (root(v) * h[6] + h[7]));
+  }
+};
+
+// You et al., "Large Batch Training of Convolutional Networks", Algorithm 1 (LARS). h: 1 = wd, 2 = momentum, 3 = lr times trust ratio
+struct Lars {
+  static constexpr int states = 1;
+  template <class T>
+  GM_HD static void apply(T& p, T g, T& m, T&, T&, const float* h) {
+    m = h[2] * m + h[3] * (g + h[1] * p);
+    p = p - m;
+  }
+};
+
+// Huang et al., "Stable-SPAM", Algorithm 1: AdamW after clipping single elements and scaling the tensor's gradient.
+// h: AdamW's, 9 = largest magnitude left alone, 10 = factor of larger elements, 11 = factor of all
+struct StableSPAM {
+  static constexpr int states = 2;
+  template <class T>
+  GM_HD static void apply(T& p, T g, T& m, T& v, T& unused, const float* h) {
+    const T limit = T{} + h[9];
+    AdamW::apply(p, h[11] * (magnitude(g) > limit ? h[10] * g : g), m, v, unused, h);
+  }
+};
+
 // name in Python, struct: the number native code uses is the place in this list.
 #define GM_RULES(X)                \
   X("adamw", AdamW)                \
@@ -236,7 +270,10 @@ struct Classp {
   X("grams", Grams)                \
   X("sophia", Sophia)              \
   X("sophia_hessian", SophiaHessian) \
-  X("classp", Classp)
+  X("classp", Classp)              \
+  X("lamb", Lamb)                  \
+  X("lars", Lars)                  \
+  X("stable_spam", StableSPAM)
 
 }  // namespace
 }  // namespace gradmill

@@ -12,7 +12,7 @@ namespace gradmill {
 // A matrix stored in some format, row-major: `codes` rows are contiguous, a row takes
 // ceil(cols * code_bits / 8) bytes. Blocks run along a row and never cross one; `block` elements each
 // (block == cols for "whole row"), the last one of a row may be short. scales (and zeros, uint8, for the
-// zero-point codes) are (rows, ceil(cols/block)).
+// zero-point codes) are (rows, ceil(cols/block)); a weight in two pieces (is_split) has its low bits in zeros, as codes lies.
 struct Matrix {
   void* codes;
   float* scales;
@@ -237,6 +237,7 @@ struct StepTensor {
   const void* grad;
   Matrix states[3];
   uint32_t id;
+  uint64_t first;  // number of its first element in the whole tensor: above 0 in a shard
 };
 struct StepArgs {
   int rule;
@@ -269,6 +270,24 @@ struct FoldArgs {
   float* image;
 };
 
+// out[i] = (sum of squares, largest magnitude) of tensor i, elements beyond `limit` in magnitude multiplied by `factor` first.
+// Squares of fp32 are exact in double. A chunk's go to kMeasureLanes lanes (element j to lane j % lanes) in ascending order
+// and lanes are added in halves; chunks' sums are then added in the same way. partials: (chunks of all tensors, 2).
+constexpr int64_t kMeasureChunk = 4096;
+constexpr int kMeasureLanes = 32;
+struct MeasureTensor {
+  const void* x;
+  int64_t n;
+  int64_t first;  // number of its first chunk
+  float limit, factor;
+};
+struct MeasureArgs {
+  int code;
+  const MeasureTensor* tensors;
+  int64_t count;
+  double *partials, *out;
+};
+
 struct QuantKernels {
   void (*quantize)(const QuantizeArgs&);
   void (*quantize_both)(const QuantizeBothArgs&);
@@ -294,6 +313,7 @@ struct BinaryKernels {
 };
 struct OptimKernels {
   void (*step)(const StepArgs&);
+  void (*measure)(const MeasureArgs&);
 };
 struct ProjectionKernels {
   void (*project)(const ProjectArgs&);

@@ -89,6 +89,7 @@ inline void philox_groups(const Key& key, uint64_t group, uint32_t* out) {
 // The Philox words of elements [first, first + n).
 inline void philox_fill(const Key& key, uint64_t first, int64_t n, uint32_t* __restrict out) {
   constexpr int words = 4 * kGroups;
+  first += key.first;
   const uint64_t end = first + static_cast<uint64_t>(n);
   uint64_t at = first & ~uint64_t{3};  // the first word of the group that holds `first`
   for (; at < end; at += words) {
@@ -105,7 +106,7 @@ inline void philox_fill(const Key& key, uint64_t first, int64_t n, uint32_t* __r
 // --- one block --------------------------------------------------------------------------------------------
 // Codes of fewer than 8 bits are one little-endian stream of bits: eight of them fill BITS bytes.
 template <int CODE>
-constexpr int kBits = CODE == kSign ? 1 : CODE == kUInt3 || CODE == kInt3 ? 3 : CODE == kUInt2 || CODE == kInt2 ? 2 : CODE == kInt4 || CODE == kUInt4 || CODE == kE2M1 ? 4 : 8;
+constexpr int kBits = CODE == kSign ? 1 : CODE == kUInt3 || CODE == kInt3 ? 3 : CODE == kUInt2 || CODE == kInt2 ? 2 : CODE == kInt4 || CODE == kUInt4 || CODE == kE2M1 || CODE == kMoment4 || CODE == kSquare4 ? 4 : 8;
 template <int CODE>
 constexpr bool kSigned = CODE == kInt8 || CODE == kInt7 || CODE == kInt4 || CODE == kInt3 || CODE == kInt2;
 
@@ -220,6 +221,7 @@ inline Block encode_one_block(int code, const float* x, const uint32_t* words, i
   switch (code) {
     GM_ENCODE(kInt8) GM_ENCODE(kUInt8) GM_ENCODE(kInt4) GM_ENCODE(kUInt4) GM_ENCODE(kMoment8) GM_ENCODE(kSquare8)
     GM_ENCODE(kE4M3) GM_ENCODE(kE5M2) GM_ENCODE(kE2M1) GM_ENCODE(kInt7) GM_ENCODE(kUInt3) GM_ENCODE(kUInt2) GM_ENCODE(kInt3) GM_ENCODE(kInt2)
+    GM_ENCODE(kMoment4) GM_ENCODE(kSquare4)
   }
 #undef GM_ENCODE
   return b;
@@ -230,7 +232,8 @@ inline void decode_one_block(int code, const char* codes, Block b, int64_t n, fl
   case CODE: return decode_block<CODE>(codes, b, n, out);
   switch (code) {
     GM_DECODE(kInt8) GM_DECODE(kUInt8) GM_DECODE(kInt4) GM_DECODE(kUInt4) GM_DECODE(kMoment8) GM_DECODE(kSquare8)
-    GM_DECODE(kE4M3) GM_DECODE(kE5M2) GM_DECODE(kE2M1) GM_DECODE(kUInt3) GM_DECODE(kUInt2) GM_DECODE(kInt3) GM_DECODE(kInt2) GM_DECODE(kSign)
+    GM_DECODE(kE4M3) GM_DECODE(kE5M2) GM_DECODE(kE2M1) GM_DECODE(kUInt3) GM_DECODE(kUInt2) GM_DECODE(kInt3) GM_DECODE(kInt2)
+    GM_DECODE(kMoment4) GM_DECODE(kSquare4) GM_DECODE(kSign)
     case kInt7: return decode_block<kInt8>(codes, b, n, out);
     case kInt4Outlier: return decode_block<kInt4>(codes, b, n, out);
   }
@@ -264,9 +267,40 @@ inline void encode_floats(int code, const float* __restrict in, const uint32_t* 
   else memcpy(out, in, static_cast<size_t>(n) * 4);
 }
 
+// A case for each code whose values lie in two pieces.
+#define GM_SPLIT_CODES(DO) DO(kBF16Plus8, uint8_t) DO(kBF16Plus16, uint16_t) DO(kF16Plus8, uint8_t) DO(kF16Plus16, uint16_t)
+
+inline void decode_split(const Matrix& m, int64_t at, int64_t n, float* __restrict out) {
+  const uint16_t* __restrict high = static_cast<const uint16_t*>(m.codes) + at;
+#define GM_JOIN(CODE, Low)                                              \
+  case CODE: {                                                          \
+    const Low* __restrict low = reinterpret_cast<const Low*>(m.zeros) + at; \
+    for (int64_t i = 0; i < n; ++i) out[i] = join_float<CODE>(high[i], low[i]); \
+    break;                                                              \
+  }
+  switch (m.code) { GM_SPLIT_CODES(GM_JOIN) }
+#undef GM_JOIN
+}
+
+inline void encode_split(const Matrix& m, int64_t at, int64_t n, const float* __restrict in, const uint32_t* __restrict words) {
+  uint16_t* __restrict high = static_cast<uint16_t*>(m.codes) + at;
+#define GM_PART(CODE, Low)                                              \
+  case CODE: {                                                          \
+    Low* __restrict low = reinterpret_cast<Low*>(m.zeros) + at;         \
+    for (int64_t i = 0; i < n; ++i) {                                   \
+      const Pieces p = split_float<CODE>(in[i], words ? words[i] : 0u); \
+      high[i] = p.high, low[i] = static_cast<Low>(p.low);               \
+    }                                                                   \
+    break;                                                              \
+  }
+  switch (m.code) { GM_SPLIT_CODES(GM_PART) }
+#undef GM_PART
+}
+
 // Elements [col, col + n) of a row; for a blocked code col is a multiple of the block and the run ends at a
 // block's or the row's end.
 inline void decode_tile(const Matrix& m, int64_t row, int64_t col, int64_t n, float* out) {
+  if (is_split(m.code)) return decode_split(m, row * m.cols + col, n, out);
   if (!is_blocked(m.code)) return decode_floats(m.code, tile_address(m, row, col), n, out);
   for (int64_t i = 0; i < n; i += m.block) {
     const int64_t at = row * m.blocks_per_row() + (col + i) / m.block, part = n - i < m.block ? n - i : m.block;
@@ -301,8 +335,12 @@ inline void store_tile(const Matrix& m, int64_t row, int64_t col, int64_t n, con
   if (!is_blocked(m.code)) {
     for (int64_t i = 0; i < n; i += kWords) {
       int64_t part = n - i < kWords ? n - i : kWords;
-      bool random = key && m.code == kBF16;
+      bool random = key && (m.code == kBF16 || m.code == kBF16Plus8 || m.code == kF16Plus8);
       if (random) philox_fill(*key, first + static_cast<uint64_t>(i), part, stack_words);
+      if (is_split(m.code)) {
+        encode_split(m, row * m.cols + col + i, part, in + i, random ? stack_words : nullptr);
+        continue;
+      }
       encode_floats(m.code, in + i, random ? stack_words : nullptr, part, tile_address(m, row, col + i));
     }
     return;

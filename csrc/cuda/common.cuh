@@ -85,6 +85,7 @@ __device__ __forceinline__ char* address(const Matrix& m, int64_t row, int64_t c
 // The words of elements [element, element + 4): one Philox call where element is a multiple of 4, else two.
 __device__ __forceinline__ void words_of(const Key& key, uint64_t element, uint32_t (&w)[kChunk]) {
   uint32_t a0, a1, a2, a3;
+  element += key.first;
   philox4(key, element >> 2, a0, a1, a2, a3);
   const int shift = static_cast<int>(element & 3);
   w[0] = a0, w[1] = a1, w[2] = a2, w[3] = a3;
@@ -179,6 +180,8 @@ __device__ __forceinline__ void decode_chunk(int code, const int (&q)[kChunk], B
     case kUInt4: return decode_all<kUInt4>(q, b, x);
     case kMoment8: return decode_all<kMoment8>(q, b, x);
     case kSquare8: return decode_all<kSquare8>(q, b, x);
+    case kMoment4: return decode_all<kMoment4>(q, b, x);
+    case kSquare4: return decode_all<kSquare4>(q, b, x);
     case kE4M3: return decode_all<kE4M3>(q, b, x);
     case kE5M2: return decode_all<kE5M2>(q, b, x);
     case kE2M1: return decode_all<kE2M1>(q, b, x);
@@ -328,6 +331,8 @@ __device__ __forceinline__ void encode_chunk(int code, uint8_t* p, int n, Block 
       case kInt4: encode_all<kInt4>(x, b, stochastic, w, q); break;
       case kUInt4: encode_all<kUInt4>(x, b, stochastic, w, q); break;
       case kMoment8: encode_all<kMoment8>(x, b, stochastic, w, q); break;
+      case kMoment4: encode_all<kMoment4>(x, b, stochastic, w, q); break;
+      case kSquare4: encode_all<kSquare4>(x, b, stochastic, w, q); break;
       case kE4M3: encode_all<kE4M3>(x, b, stochastic, w, q); break;
       case kE5M2: encode_all<kE5M2>(x, b, stochastic, w, q); break;
       case kE2M1: encode_all<kE2M1>(x, b, stochastic, w, q); break;
@@ -350,7 +355,7 @@ __device__ __noinline__ void encode_call(int code, uint8_t* p, int n, float scal
 __device__ __forceinline__ void write_codes(const Matrix& m, int64_t row, int64_t col, int n, Block b, const float (&x)[kChunk], Rounding rounding,
                                             const Key& key, uint32_t word) {
   encode_call(m.code, reinterpret_cast<uint8_t*>(address(m, row, col)), n, b.scale, b.zero, b.inverse, make_float4(x[0], x[1], x[2], x[3]), rounding,
-              key.seed, key.step, key.stream, static_cast<uint64_t>(row * m.cols + col), word);
+              key.seed, key.step, key.stream, key.first + static_cast<uint64_t>(row * m.cols + col), word);
 }
 
 // --- block statistics -------------------------------------------------------------------------------------

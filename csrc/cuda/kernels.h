@@ -29,6 +29,7 @@ void pack_bits(const PackBitsArgs&, const Launch&);
 void matmul_tenants(const TenantsArgs&, const Launch&);
 void matmul_binary(const BinaryMatmulArgs&, const Launch&);
 void fused_step(const StepArgs&, const Launch&);
+void measure(const MeasureArgs&, const Launch&);
 void project(const ProjectArgs&, const Launch&);
 void project_back(const ProjectBackArgs&, const Launch&);
 

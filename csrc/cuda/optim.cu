@@ -7,7 +7,7 @@
 // two rounds: the first computes the new values only to measure them, the second computes them again and writes
 // codes; the old scale stays in place until the last of its codes has been read.
 //
-// The table of tensors travels in the kernel's parameters (4 KB, 18 tensors a launch, after apex's multi_tensor_apply):
+// The table of tensors travels in the kernel's parameters (4 KB, 17 tensors a launch, after apex's multi_tensor_apply):
 // no allocation, no copy, capturable in a CUDA graph.
 //
 // Bytes per element: fp32 AdamW reads 16 and writes 12: 107 Gelement/s at 3.0 TB/s (H100, measured copy). 8-bit states
@@ -34,6 +34,7 @@ struct Entry {
   int64_t end;               // units of this launch up to and including this tensor
   int64_t unit, inner;       // elements a thread block takes; inner: length of the second-longest long block, or unit
   int64_t block[kOperands];  // at most cols
+  uint64_t first;            // element number of its first element, for the random words
   uint32_t id;
   uint16_t tile;             // elements of a tile, a multiple of every short block
   uint8_t code[kOperands];
@@ -41,7 +42,7 @@ struct Entry {
   uint8_t outer_set, inner_set, short_set;
 };
 
-constexpr int kEntries = 18;
+constexpr int kEntries = 17;
 struct StepTable {
   Entry entries[kEntries];
   float scalars[kEntries][kMaxScalars];
@@ -53,8 +54,41 @@ struct StepTable {
 static_assert(kWeightRounding == 0, "first_dither");
 static_assert(sizeof(StepTable) <= 4096, "kernel parameters of every driver");
 
+// --- weights in two pieces --------------------------------------------------------------------------------
+// n neighbouring elements from number `at` on. Called, not inlined, for the reason given at decode_call.
+__device__ __noinline__ float4 load_split(int code, const uint16_t* high, const uint8_t* low, int64_t at, int n) {
+  float x[kChunk];
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) {
+    const uint16_t h = i < n ? high[at + i] : 0;
+    const bool bytes = code == kBF16Plus8 || code == kF16Plus8;
+    const uint32_t l = i >= n ? 0u : bytes ? low[at + i] : reinterpret_cast<const uint16_t*>(low)[at + i];
+    x[i] = code == kBF16Plus8 ? join_float<kBF16Plus8>(h, l) : code == kBF16Plus16 ? join_float<kBF16Plus16>(h, l)
+         : code == kF16Plus8 ? join_float<kF16Plus8>(h, l) : join_float<kF16Plus16>(h, l);
+  }
+  return make_float4(x[0], x[1], x[2], x[3]);
+}
+
+__device__ __noinline__ void store_split(int code, uint16_t* high, uint8_t* low, int64_t at, int n, float4 v, uint64_t seed, uint32_t step,
+                                         uint32_t stream, uint64_t element) {
+  const float x[kChunk] = {v.x, v.y, v.z, v.w};
+  const bool bytes = code == kBF16Plus8 || code == kF16Plus8;
+  uint32_t w[kChunk] = {0, 0, 0, 0};
+  if (bytes) words_of(Key{seed, step, stream}, element, w);
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) {
+    if (i >= n) continue;
+    const Pieces p = code == kBF16Plus8 ? split_float<kBF16Plus8>(x[i], w[i]) : code == kBF16Plus16 ? split_float<kBF16Plus16>(x[i], 0u)
+                   : code == kF16Plus8 ? split_float<kF16Plus8>(x[i], w[i]) : split_float<kF16Plus16>(x[i], 0u);
+    high[at + i] = p.high;
+    if (bytes) low[at + i] = static_cast<uint8_t>(p.low);
+    else reinterpret_cast<uint16_t*>(low)[at + i] = p.low;
+  }
+}
+
+// --- the step ---------------------------------------------------------------------------------------------
 // Weights are rounded stochastically, second moments with dither words (see kDitherStep), other states to nearest.
-__device__ __forceinline__ Rounding rounding_of(int operand, int code) { return operand == 0 ? kStochastic : code == kSquare8 ? kDithered : kNearest; }
+__device__ __forceinline__ Rounding rounding_of(int operand, int code) { return operand == 0 ? kStochastic : is_square(code) ? kDithered : kNearest; }
 
 // The dither word of the first element of a block.
 __device__ __forceinline__ uint32_t first_dither(Key key, int64_t row, int64_t cols, int64_t col) {
@@ -108,7 +142,7 @@ __global__ void __launch_bounds__(kThreads, 2) step_kernel(const __grid_constant
     while (unit >= a.entries[number].end) first = a.entries[number++].end;
     const Entry& e = a.entries[number];
     const float* scalars = a.scalars[number];
-    const Key key{a.seed, a.step, e.id << 8 | kWeightRounding};
+    const Key key{a.seed, a.step, e.id << 8 | kWeightRounding, e.first};
     auto matrix = [&](int o) { return Matrix{e.codes[o], e.scales[o], e.zeros, e.code[o], 0, e.cols, e.block[o]}; };
     const int64_t per_row = divide_up(e.cols, e.unit), row = divide(unit - first, per_row);
     const int64_t begin = (unit - first - row * per_row) * e.unit, end = min_of(e.cols, begin + e.unit);
@@ -130,7 +164,14 @@ __global__ void __launch_bounds__(kThreads, 2) step_kernel(const __grid_constant
         float v[kOperands][kChunk] = {}, g[kChunk], before[kChunk];
         load_floats(a.grad_code, static_cast<const char*>(e.grad) + (row * e.cols + col) * (code_bits(a.grad_code) / 8), n, g);
 #pragma unroll
-        for (int o = 0; o < operands; ++o) read_chunk(matrix(o), row, col, n, v[o]);
+        for (int o = 0; o < operands; ++o) {
+          if (o == 0 && is_split(e.code[0])) {
+            const float4 w = load_split(e.code[0], static_cast<const uint16_t*>(e.codes[0]), e.zeros, row * e.cols + col, n);
+            v[0][0] = w.x, v[0][1] = w.y, v[0][2] = w.z, v[0][3] = w.w;
+          } else {
+            read_chunk(matrix(o), row, col, n, v[o]);
+          }
+        }
 #pragma unroll
         for (int i = 0; i < kChunk; ++i) {
           before[i] = v[0][i];
@@ -147,6 +188,9 @@ __global__ void __launch_bounds__(kThreads, 2) step_kernel(const __grid_constant
           const Matrix m = matrix(o);
           if (e.short_set >> o & 1)
             *reinterpret_cast<float4*>(&values[o][col - at]) = make_float4(v[o][0], v[o][1], v[o][2], v[o][3]);
+          else if (o == 0 && is_split(m.code))
+            store_split(m.code, static_cast<uint16_t*>(m.codes), m.zeros, row * e.cols + col, n, make_float4(v[o][0], v[o][1], v[o][2], v[o][3]),
+                        key.seed, key.step, key.stream, key.first + static_cast<uint64_t>(row * e.cols + col));
           else if (!(long_set >> o & 1))
             store_floats(m.code, address(m, row, col), n, v[o], o == 0, key, static_cast<uint64_t>(row * e.cols + col));
           else if (o > 0 || changed)
@@ -191,6 +235,77 @@ __global__ void __launch_bounds__(kThreads, 2) step_kernel(const __grid_constant
   }
 }
 
+// --- norms ------------------------------------------------------------------------------------------------
+// Reads every byte once: bound by memory (in double: one multiply and one add an element, a sixth of an H100's rate at
+// 3 TB/s of bf16). Eight threads take a chunk, four neighbouring lanes of kMeasureLanes each; then a warp adds the chunks up.
+constexpr int kMeasureEntries = 100;
+struct MeasureTable {
+  MeasureTensor entries[kMeasureEntries];
+  int64_t first, chunks;  // this launch's
+  double *partials, *out;
+  int count, code;
+};
+static_assert(sizeof(MeasureTable) <= 4096 && kMeasureLanes == 8 * kChunk, "measure_kernel");
+
+__global__ void __launch_bounds__(kThreads) measure_kernel(const __grid_constant__ MeasureTable a) {
+  constexpr int per_block = kThreads / 8;
+  const int part = threadIdx.x % 8;
+  for (int64_t start = static_cast<int64_t>(blockIdx.x) * per_block; start < a.chunks; start += static_cast<int64_t>(gridDim.x) * per_block) {
+    const int64_t chunk = a.first + start + threadIdx.x / 8;
+    const bool exists = start + threadIdx.x / 8 < a.chunks;
+    int number = 0;
+    while (number + 1 < a.count && a.entries[number + 1].first <= chunk) ++number;
+    const MeasureTensor& t = a.entries[number];
+    const int64_t begin = (chunk - t.first) * kMeasureChunk, end = exists ? min_of(t.n, begin + kMeasureChunk) : begin;
+    double sums[kChunk] = {};
+    uint32_t largest = 0;
+    for (int64_t at = begin + part * kChunk; at < end; at += kMeasureLanes) {
+      float x[kChunk];
+      const int n = chunk_length(at, end);
+      load_floats(a.code, static_cast<const char*>(t.x) + at * (code_bits(a.code) / 8), n, x);
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) {
+        const float v = i >= n ? 0.0f : fabsf(x[i]) > t.limit ? x[i] * t.factor : x[i];
+        sums[i] += static_cast<double>(v) * static_cast<double>(v);
+        largest = magnitude_bits(v) > largest ? magnitude_bits(v) : largest;
+      }
+    }
+#pragma unroll
+    for (int offset = 4; offset > 0; offset /= 2) {
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) sums[i] += __shfl_xor_sync(kAllLanes, sums[i], offset);
+      const uint32_t other = __shfl_xor_sync(kAllLanes, largest, offset);
+      largest = other > largest ? other : largest;
+    }
+    if (part == 0 && exists) {
+      a.partials[2 * chunk] = (sums[0] + sums[2]) + (sums[1] + sums[3]);
+      a.partials[2 * chunk + 1] = static_cast<double>(bits_float(largest));
+    }
+  }
+}
+
+__global__ void __launch_bounds__(32) measure_total_kernel(const __grid_constant__ MeasureTable a, int64_t before) {
+  static_assert(kMeasureLanes == 32, "a lane each");
+  for (int64_t i = blockIdx.x; i < a.count; i += gridDim.x) {
+    const MeasureTensor& t = a.entries[i];
+    double sum = 0.0;
+    uint32_t largest = 0;
+    for (int64_t c = threadIdx.x; c < divide_up(t.n, kMeasureChunk); c += 32) {
+      const double* partial = a.partials + 2 * (t.first + c);
+      const uint32_t magnitude = magnitude_bits(static_cast<float>(partial[1]));
+      sum += partial[0];
+      largest = magnitude > largest ? magnitude : largest;
+    }
+#pragma unroll
+    for (int offset = 16; offset > 0; offset /= 2) {
+      sum += __shfl_xor_sync(kAllLanes, sum, offset);
+      const uint32_t other = __shfl_xor_sync(kAllLanes, largest, offset);
+      largest = other > largest ? other : largest;
+    }
+    if (threadIdx.x == 0) a.out[2 * (before + i)] = sum, a.out[2 * (before + i) + 1] = static_cast<double>(bits_float(largest));
+  }
+}
+
 // --- host -------------------------------------------------------------------------------------------------
 // Fills all but `end`; returns how many units the tensor has.
 int64_t plan(const StepTensor& t, int states, Entry& e) {
@@ -200,6 +315,7 @@ int64_t plan(const StepTensor& t, int states, Entry& e) {
   e.zeros = t.param.zeros;
   e.grad = t.grad;
   e.id = t.id;
+  e.first = t.first;
   bool blocked = false;
   for (int o = 0; o < operands; ++o) {
     e.codes[o] = m[o]->codes;
@@ -264,6 +380,23 @@ void step_all(const StepArgs& a, const Launch& where) {
 }
 
 }  // namespace
+
+void measure(const MeasureArgs& a, const Launch& where) {
+  for (int64_t before = 0; before < a.count; before += kMeasureEntries) {
+    MeasureTable table = {};
+    table.count = static_cast<int>(min_of(kMeasureEntries, a.count - before));
+    table.code = a.code;
+    table.partials = a.partials;
+    table.out = a.out;
+    for (int i = 0; i < table.count; ++i) {
+      table.entries[i] = a.tensors[before + i];
+      table.chunks += divide_up(table.entries[i].n, kMeasureChunk);
+    }
+    table.first = table.entries[0].first;
+    launch("measure", measure_kernel, divide_up(table.chunks, kThreads / 8), dim3(kThreads), where, table);
+    launch("measure", measure_total_kernel, table.count, dim3(32), where, table, before);
+  }
+}
 
 void fused_step(const StepArgs& a, const Launch& where) {
   int number = 0;

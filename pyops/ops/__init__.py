@@ -4,10 +4,10 @@ from gradmill.ops.binary import matmul_binary, matmul_planes, matmul_tenants, pa
 from gradmill.ops.conv import fold_patches, quantize_patches
 from gradmill.ops.grouped import matmul_grouped, quantize_grouped
 from gradmill.ops.matmul import matmul_int8, matmul_packed, matmul_scaled
-from gradmill.ops.optim import fused_step
+from gradmill.ops.optim import fused_step, measure
 from gradmill.ops.projection import project, project_back, subspace_basis
 from gradmill.ops.quant import dequantize, fake_quantize, fake_quantize_backward, hadamard, quantize, quantize_both, quantize_to
 
 __all__ = ["OPS", "BackendError", "use_backend", "quantize", "quantize_both", "quantize_to", "dequantize", "hadamard", "fake_quantize", "fake_quantize_backward",
-           "quantize_patches", "fold_patches", "matmul_int8", "matmul_packed", "matmul_scaled", "matmul_grouped", "quantize_grouped", "fused_step",
+           "quantize_patches", "fold_patches", "matmul_int8", "matmul_packed", "matmul_scaled", "matmul_grouped", "quantize_grouped", "fused_step", "measure",
            "project", "project_back", "subspace_basis", "pack_signs", "pack_planes", "matmul_binary", "matmul_planes", "matmul_tenants"]

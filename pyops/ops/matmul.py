@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import torch
 
-from gradmill.formats import CODES, FLOAT_DTYPES, cached, float_code
+from gradmill.formats import CODES, FLOAT_DTYPES, SPLIT, STATE_CODES, cached, float_code
 from gradmill.ops._registry import Op, native_module, reject, require_matrix, where
 from gradmill.ops.quant import FLOATS, check_packed, matrix_tuple
 from gradmill.reference import matmul as reference
@@ -145,7 +145,7 @@ def _native_scaled(a, a_scales, a_zeros, a_code, a_block, b, b_scales, b_zeros, 
     return out
 
 
-OPERAND_CODES = tuple(code for code in CODES if code not in ("moment8", "square8", "delta", "sign"))
+OPERAND_CODES = tuple(code for code in CODES if code not in ("delta", "sign", *STATE_CODES, *SPLIT))
 matmul_scaled = Op(
     "matmul_scaled", "(Tensor a, Tensor? a_scales, Tensor? a_zeros, str a_code, int a_block, Tensor b, Tensor? b_scales, Tensor? b_zeros, "
     "str b_code, int b_block, int columns, bool transpose, Tensor? bias, ScalarType dtype) -> Tensor",

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import torch
 
-from gradmill.formats import STEPPED, CODES, FLOAT_DTYPES, cached, float_code
+from gradmill.formats import CODES, FLOAT_DTYPES, SPLIT, STEPPED, cached, float_code
 from gradmill.ops._registry import Op, native_module, reject, require_key, where
 from gradmill.ops.quant import FLOATS
 from gradmill.reference import optim as reference
@@ -16,11 +16,12 @@ def _check_stored(op, name, i, codes, scales, zeros, format, shape, device):
     if codes.device != device or (format.blocked and scales.device != device):
         reject(op, f"{name}[{i}]", codes, f"on {device}, its scales too")
     if not format.blocked:
-        dtype = FLOAT_DTYPES.get(format.code, torch.float32)
-        if codes.dtype != dtype:
-            reject(op, f"{name}[{i}]", codes, str(dtype), TypeError)
+        if codes.dtype != format.code_dtype:
+            reject(op, f"{name}[{i}]", codes, str(format.code_dtype), TypeError)
         if codes.numel() != rows * columns:
             reject(op, f"{name}[{i}]", codes, f"of {rows * columns} elements, as its gradient")
+        if format.code in SPLIT and not (zeros.dtype == SPLIT[format.code][1] and zeros.shape == codes.shape and zeros.is_contiguous() and zeros.device == device):
+            reject(op, f"{name[:-1]}_zeros[{i}]", zeros, f"contiguous {SPLIT[format.code][1]} of shape {tuple(codes.shape)} on {device}")
         return
     if codes.dtype != format.code_dtype:
         reject(op, f"{name}[{i}]", codes, str(format.code_dtype), TypeError)
@@ -36,7 +37,7 @@ def _check_stored(op, name, i, codes, scales, zeros, format, shape, device):
 
 
 def _check(rule, params, param_scales, param_zeros, grads, states, state_scales, scalars, key, ids, param_code, param_block,
-           state_codes, state_block):
+           state_codes, state_block, offsets=None):
     op = "fused_step"
     if rule not in reference.RULES:
         reject(op, "rule", rule, f"one of {', '.join(reference.RULES)}")
@@ -45,16 +46,17 @@ def _check(rule, params, param_scales, param_zeros, grads, states, state_scales,
     n, count = len(params), len(state_codes)
     if count != len(RULES[rule].states):
         reject(op, "state_codes", list(state_codes), f"{len(RULES[rule].states)} codes, one for each state of {rule}")
-    for name, codes in (("param_code", [param_code]), ("state_codes", state_codes)):
-        if not set(codes) <= set(STEPPED):
-            reject(op, name, codes, f"of {', '.join(STEPPED)}")
+    for name, codes, known in (("param_code", [param_code], (*STEPPED, *SPLIT)), ("state_codes", state_codes, STEPPED)):
+        if not set(codes) <= set(known):
+            reject(op, name, codes, f"of {', '.join(known)}")
     param_format = cached(param_code, param_block)
     formats = [cached(c, state_block if cached(c).blocked else 0) for c in state_codes]
     if any(f.has_zero_point or f.code == "delta" for f in formats):
         reject(op, "state_codes", list(state_codes), "codes without a zero point, and not delta")
-    for name, got, want in (("grads", len(grads), n), ("ids", len(ids), n), ("states", len(states), n * count),
+    has_zeros = param_format.has_zero_point or param_code in SPLIT
+    for name, got, want in (("grads", len(grads), n), ("ids", len(ids), n), ("offsets", n if offsets is None else len(offsets), n), ("states", len(states), n * count),
                             ("param_scales", len(param_scales), n if param_format.blocked else 0),
-                            ("param_zeros", len(param_zeros), n if param_format.has_zero_point else 0),
+                            ("param_zeros", len(param_zeros), n if has_zeros else 0),
                             ("state_scales", len(state_scales), n * count if any(f.blocked for f in formats) else 0)):
         if got != want:
             reject(op, f"len({name})", got, str(want))
@@ -76,7 +78,7 @@ def _check(rule, params, param_scales, param_zeros, grads, states, state_scales,
         if not (param_format.blocked or p.shape == g.shape):
             reject(op, f"grads[{i}]", g, f"of its parameter's shape {tuple(p.shape)}")
         _check_stored(op, "params", i, p, param_scales[i] if param_format.blocked else None,
-                      param_zeros[i] if param_format.has_zero_point else None, param_format, shape, device)
+                      param_zeros[i] if has_zeros else None, param_format, shape, device)
         for s, f in enumerate(formats):
             _check_stored(op, "states", i * count + s, states[i * count + s], state_scales[i * count + s] if f.blocked else None,
                           None, f, shape, device)
@@ -95,12 +97,13 @@ def _fake(*args, **kwargs):
 
 
 def _native(rule, params, param_scales, param_zeros, grads, states, state_scales, scalars, key, ids, param_code, param_block,
-            state_codes, state_block):
+            state_codes, state_block, offsets=None):
     if not params:
         return
     native = native_module()
     count, param_format = len(state_codes), cached(param_code, param_block)
     has_scales = [cached(c).blocked for c in state_codes]
+    has_zeros = param_format.has_zero_point or param_code in SPLIT
     table, copies, kept = [], [], []
 
     def contiguous(t):
@@ -118,7 +121,7 @@ def _native(rule, params, param_scales, param_zeros, grads, states, state_scales
         g, p = g.contiguous(), contiguous(p)
         copies.append((None, g))  # keeps a temporary alive until the call
         table += (p.data_ptr(), param_scales[i].data_ptr() if param_format.blocked else 0,
-                  param_zeros[i].data_ptr() if param_format.has_zero_point else 0, *as_matrix_shape(g), g.data_ptr(), ids[i])
+                  param_zeros[i].data_ptr() if has_zeros else 0, *as_matrix_shape(g), g.data_ptr(), ids[i], offsets[i] if offsets else 0)
         for s in range(i * count, (i + 1) * count):
             table += (contiguous(states[s]).data_ptr(), state_scales[s].data_ptr() if has_scales[s - i * count] else 0)
     if not kept:
@@ -138,7 +141,7 @@ fused_step = Op(
     "fused_step",
     "(str rule, Tensor(a!)[] params, Tensor(b!)[] param_scales, Tensor(c!)[] param_zeros, Tensor[] grads, Tensor(d!)[] states, "
     "Tensor(e!)[] state_scales, Tensor scalars, Tensor key, int[] ids, str param_code, int param_block, str[] state_codes, "
-    "int state_block) -> ()",
+    "int state_block, int[]? offsets=None) -> ()",
     _check, _fake,
     backends={"native": _native, "triton": "gradmill.kernels.optim:fused_step", "reference": reference.fused_step},
     order={"cpu": ("native", "triton", "reference"), "cuda": ("native", "triton", "reference")})
@@ -149,4 +152,47 @@ Steps every tensor in place by ``rule``. All tensors of a call share formats and
 Format(param_code, param_block): plain tensors of any shape, or codes (rows, ...) with param_scales and param_zeros.
 states are listed tensor by tensor, state_scales likewise (empty tensors for plain states). scalars is fp32 on CPU,
 (1 or tensors, 16): [0] multiplies the gradient, the rest is the rule's (pyops/optim/rules.py). key = [seed, step] and
-ids number the random words; bf16 and quantised params round stochastically, states to nearest."""
+ids number the random words; bf16 and quantised params round stochastically, states to nearest, but second moments (square8,
+square4) with dither. offsets: for row shards of larger tensors, the number of each one's first element in the whole tensor.
+Params in two pieces ("bf16+16" and its like, formats.SPLIT) have their low bits, of the param's shape, in param_zeros.
+Raises TypeError and ValueError naming the argument."""
+
+
+# --- norms ------------------------------------------------------------------------------------------------
+def _check_measure(tensors, limits=None):
+    for i, x in enumerate(tensors):
+        if x.dtype not in FLOATS or x.dtype != tensors[0].dtype:
+            reject("measure", f"tensors[{i}]", x, "fp32, bf16 or fp16, one dtype for all", TypeError)
+        if x.layout != torch.strided:
+            reject("measure", f"tensors[{i}]", str(x.layout), "dense (strided)", TypeError)
+        if x.device != tensors[0].device:
+            reject("measure", f"tensors[{i}]", x, f"on {tensors[0].device}, as the first")
+    if limits is not None and not (limits.dtype == torch.float32 and limits.shape == (len(tensors), 2) and limits.device.type in ("cpu", "meta")):
+        reject("measure", "limits", limits, f"fp32 on CPU of shape ({len(tensors)}, 2)")
+
+
+def _empty_measures(tensors, limits=None):
+    return torch.empty(len(tensors), 2, dtype=torch.float64, device=tensors[0].device)
+
+
+def _native_measure(tensors, limits=None):
+    out = _empty_measures(tensors)
+    tensors = [x.contiguous() for x in tensors]
+    chunks = sum(-(-x.numel() // reference.CHUNK) for x in tensors)
+    partials = torch.empty(chunks, 2, dtype=torch.float64, device=out.device)
+    limits = [float("inf"), 1.0] * len(tensors) if limits is None else limits.flatten().tolist()
+    native_module().measure(*where(out), CODES[float_code(tensors[0].dtype)], [v for x in tensors for v in (x.data_ptr(), x.numel())], limits,
+                            partials.data_ptr(), out.data_ptr())
+    return out
+
+
+measure = Op(
+    "measure", "(Tensor[] tensors, Tensor? limits=None) -> Tensor", _check_measure, _empty_measures,
+    backends={"native": _native_measure, "triton": "gradmill.kernels.optim:measure_tensors", "reference": reference.measure},
+    order={"cpu": ("native", "triton", "reference"), "cuda": ("native", "triton", "reference")})
+measure.__doc__ = """measure(tensors, limits=None)
+
+float64 (tensors, 2): the sum of squares and the largest magnitude of each, on their device. A tensor with a nan has nan in
+both, one with an inf and no nan inf. tensors: at least one, fp32, bf16 or fp16, one dtype, any shapes. limits: fp32 (tensors, 2) on CPU,
+(limit, factor): elements whose magnitude exceeds the limit count multiplied by the factor. Squares are exact in double and
+added in a fixed order, so that threads and backends give the same bits. Raises TypeError and ValueError naming the argument."""

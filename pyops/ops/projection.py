@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import torch
 
-from gradmill.formats import STEPPED, CODES, cached, float_code
+from gradmill.formats import CODES, STATE_CODES, STEPPED, cached, float_code
 from gradmill.ops._registry import Op, key_tuple, native_module, reject, require_key, require_matrix, where
 from gradmill.ops.optim import _check_stored
 from gradmill.ops.quant import FLOATS, check_packed, matrix_tuple
@@ -50,7 +50,7 @@ def _check_back(weight, weight_scales, weight_zeros, weight_code, weight_block, 
                 left, scalars, key, stream, residual=None, residual_scales=None):
     op = "project_back"
     format = cached(weight_code, weight_block)
-    if weight_code not in STEPPED or weight_code in ("delta", "moment8", "square8"):
+    if weight_code not in STEPPED or weight_code in ("delta", *STATE_CODES):
         reject(op, "weight_code", weight_code, "a trainable weight's code: fp32, bf16, fp16, int8, uint8, int4 or uint4")
     if code not in STEPPED:
         reject(op, "code", code, f"one of {', '.join(STEPPED)}")

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import torch
 
-from gradmill.formats import CODES, FLOAT_DTYPES, Format, cached, float_code
+from gradmill.formats import CODES, FLOAT_DTYPES, STATE_CODES, Format, cached, float_code
 from gradmill.ops._registry import Op, key_tuple, native_module, reject, require_key, require_matrix, where
 from gradmill.reference import quant as reference
 
@@ -52,7 +52,7 @@ def _check_quantize(x, code, block=0, transpose=False, key=None, stream=0, scale
     require_matrix("quantize", "x", x, FLOATS)
     require_key("quantize", key)
     if scales is not None:
-        if format.has_zero_point or code in ("int4_outlier", "moment8", "square8"):
+        if format.has_zero_point or code in ("int4_outlier", *STATE_CODES):
             reject("quantize", "scales", scales, f"None for {code}: only symmetric integer, float8 and fp4 codes take given scales")
         rows, columns = x.shape[::-1] if transpose else x.shape
         require_matrix("quantize", "scales", scales, (torch.float32,), (rows, format.blocks(columns)), x.device)

@@ -3,15 +3,21 @@ from gradmill.optim._base import CheckpointError, FusedOptimizer, state_nbytes
 from gradmill.optim.adagrad import CLASSP, AdaGradNorm, Adagrad, norm_test
 from gradmill.optim.adam_variants import AdaBelief, DiffGrad, Grams
 from gradmill.optim.adamw import Adam, AdamW
+from gradmill.optim.checkpoints import load_optimizer, save_optimizer
+from gradmill.optim.features import param_groups, release_gradients
 from gradmill.optim.fedspeed import FedSpeed
+from gradmill.optim.large_batch import LAMB, LARS
 from gradmill.optim.lion import Lion
 from gradmill.optim.muon import AuON, HybridAuON, Muon, newton_schulz
 from gradmill.optim.qgalore import QGaLoreAdamW
 from gradmill.optim.sgd import SGD
 from gradmill.optim.sophia import Sophia, gauss_newton_bartlett, hutchinson
+from gradmill.optim.stable_spam import StableSPAM
 from gradmill.optim.switching import STEPAdam, SWATS
+from gradmill.optim.vrgd import VRGD
 from gradmill.optim.xgrad import XGrad
 
 __all__ = ["AdaBelief", "AdaGradNorm", "Adagrad", "Adam", "AdamW", "AuON", "CLASSP", "CheckpointError", "DiffGrad", "FedSpeed",
-           "FusedOptimizer", "Grams", "HybridAuON", "Lion", "Muon", "QGaLoreAdamW", "SGD", "STEPAdam", "SWATS", "Sophia", "XGrad",
-           "gauss_newton_bartlett", "hutchinson", "newton_schulz", "norm_test", "state_nbytes"]
+           "FusedOptimizer", "Grams", "HybridAuON", "LAMB", "LARS", "Lion", "Muon", "QGaLoreAdamW", "SGD", "STEPAdam", "SWATS", "Sophia",
+           "StableSPAM", "VRGD", "XGrad", "gauss_newton_bartlett", "hutchinson", "load_optimizer", "newton_schulz", "norm_test",
+           "param_groups", "release_gradients", "save_optimizer", "state_nbytes"]

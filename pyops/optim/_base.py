@@ -9,21 +9,34 @@ import torch
 from torch.optim import Optimizer
 
 from gradmill import formats
-from gradmill.formats import Format, cached
+from gradmill.formats import SPLIT, Format, cached
 from gradmill.ops._registry import describe, short
-from gradmill.ops.optim import MAX_SCALARS, as_matrix_shape, fused_step
+from gradmill.ops.optim import MAX_SCALARS, as_matrix_shape, fused_step, measure
 from gradmill.ops.quant import FLOATS, dequantize, quantize
 from gradmill.optim.rules import RULES
 from gradmill.reference.optim import as_matrix
+from gradmill.reference.quant import join_float
 from gradmill.weight import QuantizedWeight
 
-STATES = ("fp32", "bf16", "int8")
-BLOCK = 256            # elements per scale of an int8 state
+#: How ``states=`` stores what a rule calls a moment8 (signed) and a square8 (a second moment). A square's code has no zero
+#: and is dithered, so that no second moment is flushed or freezes: docs/results/state_codes.md.
+QUANTIZED = {
+    "int8": {"moment8": cached("moment8", 256), "square8": cached("square8", 256)},
+    "fp8": {"moment8": cached("e4m3", 256), "square8": cached("square8", 256)},
+    "int4": {"moment8": cached("moment4", 128), "square8": cached("square4", 128)},
+}
+STATES = ("fp32", "bf16", *QUANTIZED)
+#: Parameters that may have low bits: uint8 of the parameter's shape and one dimension more, a byte or two (two bytes are
+#: little-endian; an int16 tensor neither gloo nor NCCL would send).
+LOW_BITS = (torch.bfloat16, torch.float16)
 MIN_ROW = 64           # rows shorter than this stay fp32: a scale per row would cost as much as it saves
 
 
 # Group options that say how states are stored: a loaded checkpoint does not change them.
-STORAGE = ("states", "min_quantized_numel", "rank", "bits", "group_size")
+STORAGE = ("states", "min_quantized_numel", "master_weight_bits", "rank", "bits", "group_size")
+
+#: What a step does with a nan or an inf in any gradient.
+ON_NONFINITE = ("propagate", "skip", "raise")
 
 
 class CheckpointError(ValueError):
@@ -37,6 +50,86 @@ class Item(NamedTuple):
     grad: torch.Tensor
     state: dict
     step: int
+    options: dict = {}  # in place of the group's, for the rule's scalars
+    offset: int = 0     # its first element's number in the whole tensor: above 0 in a shard
+    owner: torch.Tensor | None = None  # the optimizer's parameter, whole
+
+
+def split_code(dtype: torch.dtype, low: torch.Tensor) -> str:
+    """The code (formats.SPLIT) of a weight of ``dtype`` whose low bits are ``low``."""
+    return f"{formats.float_code(dtype)}+{8 * low.shape[-1]}"
+
+
+def low_view(low: torch.Tensor) -> torch.Tensor:
+    """This process's low bits as kernels take them: uint8 or int16 of the parameter's shape, sharing memory."""
+    low = local(low)
+    return (low if low.shape[-1] == 1 else low.view(torch.int16)).view(low.shape[:-1])
+
+
+def stored_format(code: str, codes: torch.Tensor, columns: int) -> Format | None:
+    """The format of a state that its rule calls ``code``, from its codes for rows of ``columns``; None if there is none such."""
+    for formats_of in QUANTIZED.values():
+        format = formats_of.get(code)
+        if format and codes.dtype == format.code_dtype and codes.dim() == 2 and codes.shape[1] == format.code_columns(columns):
+            return format
+    return None
+
+
+# --- sharded tensors (FSDP2's DTensor) ----------------------------------------------------------------------
+_PLAIN = (torch.Tensor, torch.nn.Parameter, QuantizedWeight)
+
+
+def is_sharded(t) -> bool:
+    """Whether t is a DTensor (asked by type first: this runs for every parameter of every step)."""
+    return type(t) not in _PLAIN and hasattr(t, "to_local")
+
+
+def local(t: torch.Tensor) -> torch.Tensor:
+    """This process's part of t, sharing its memory; t itself unless it is a DTensor."""
+    return t.to_local() if is_sharded(t) else t
+
+
+def shard_offset(p) -> int:
+    """The number of the first element of p's local part in the whole tensor."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+    _, start = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+    return start[0] * p.shape[1:].numel() if start else 0
+
+
+def check_placements(p):
+    """Only whole rows can be sharded: blocks and element numbers run along rows."""
+    for placement in p.placements:
+        if not (placement.is_replicate() or placement.is_shard(0)):
+            raise TypeError(f"a parameter of shape {tuple(p.shape)} is placed {p.placements}; gradmill.optim steps DTensors that are sharded "
+                            "along their first dimension (as fully_shard does), or replicated")
+
+
+def like_shards(t: torch.Tensor, p, shape) -> torch.Tensor:
+    """t, made for p's local part, as a DTensor of ``shape`` placed as p is; t itself if p is no DTensor."""
+    if not is_sharded(p):
+        return t
+    from torch.distributed.tensor import DTensor
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(t, p.device_mesh, p.placements, run_check=False, shape=torch.Size(shape), stride=stride)
+
+
+def measured(tensors, limits=None) -> torch.Tensor:
+    """gradmill.ops.measure of tensors of any dtypes and devices, float64 (tensors, 2) on CPU. DTensors count whole: their
+    shards' sums are added and their largest magnitudes compared between the processes, one all-reduce each."""
+    out = torch.zeros(len(tensors), 2, dtype=torch.float64, device="cpu")
+    buckets = defaultdict(list)
+    for i, t in enumerate(tensors):
+        buckets[t.dtype, t.device, (t.device_mesh, t.placements) if is_sharded(t) else None].append(i)
+    for (_, _, sharding), members in buckets.items():
+        found = measure([local(tensors[i]) for i in members], None if limits is None else limits[members])
+        for dim, placement in enumerate(sharding[1] if sharding else ()):
+            if placement.is_shard():
+                group, sums, largest = sharding[0].get_group(dim), found[:, 0].contiguous(), found[:, 1].contiguous().view(torch.int64)
+                torch.distributed.all_reduce(sums, group=group)
+                torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group=group)  # as integers, a nan is the largest
+                found = torch.stack((sums, largest.view(torch.float64)), 1)
+        out[members] = found.cpu()
+    return out
 
 
 def state_nbytes(optimizer: Optimizer) -> int:
@@ -59,25 +152,42 @@ class FusedOptimizer(Optimizer):
     bits depend on the seed, the step, the parameter's place and the element only, and all of that is in the
     state_dict: a resumed run is bit-equal to an uninterrupted one.
 
-    Group options every subclass has: ``states`` ("fp32", "bf16" or "int8": 8-bit codes, one fp32 scale per 256
-    elements of a row), ``min_quantized_numel`` (smaller tensors keep fp32 states), ``maximize``, ``seed`` (default
+    Group options every subclass has: ``states`` ("fp32", "bf16"; "int8": 8-bit codes, one fp32 scale per 256 elements of
+    a row; "fp8": float8_e4m3fn so, second moments as in "int8"; "int4": 4-bit codes, a scale per 128), ``min_quantized_numel``
+    (smaller tensors keep fp32 states), ``master_weight_bits`` (None; 24 or 32: bf16 and fp16 parameters have 8 or 16 bits
+    more in the state, ``low_bits``, and step as fp32: exactly with bf16 and 32, within 2^-15 of the value with bf16 and 24
+    and 2^-18 with fp16 and 24, rounded stochastically; fp16 and 32 are exact from 2^-17 on), ``maximize``, ``seed`` (default
     ``torch.initial_seed()``). Of torch.optim's arguments ``foreach`` and ``fused`` are accepted and ignored (the step is
     always fused), ``capturable`` and ``differentiable`` refused if True.
+
+    For the optimizer as a whole, attributes too: ``max_grad_norm`` (None; else all gradients together are scaled down to
+    this norm in the step itself, as ``torch.nn.utils.clip_grad_norm_`` does before it; gradients are left as they are and
+    ``grad_norm`` holds the norm found) and ``on_nonfinite``: where any gradient holds a nan or an inf, "propagate" steps as
+    torch does, "skip" does nothing, "raise" raises FloatingPointError naming the parameter, with nothing changed.
+
+    DTensor parameters (``fully_shard``) step their local rows; random bits and blocks are those of the whole tensor.
     """
 
+    steps_shards = True  #: False in a subclass whose step is not a function of each row and of norms that ``measured`` takes
+    max_grad_norm, on_nonfinite, grad_norm = None, "propagate", None
     _step_supports_amp_scaling = True  # GradScaler hands us grad_scale and found_inf instead of unscaling itself
 
-    def __init__(self, params, defaults: dict, *, states="fp32", min_quantized_numel=4096, maximize=False, seed=None, foreach=None, fused=None,
-                 capturable=False, differentiable=False):
+    def __init__(self, params, defaults: dict, *, states="fp32", min_quantized_numel=4096, master_weight_bits=None, maximize=False, seed=None,
+                 max_grad_norm=None, on_nonfinite="propagate", foreach=None, fused=None, capturable=False, differentiable=False):
         for name, value in (("capturable", capturable), ("differentiable", differentiable)):
             if value:
                 raise ValueError(f"{type(self).__name__}: {name}=True is not supported; gradmill's step is already fused, and runs outside autograd")
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm is {max_grad_norm!r}; it must be None or positive")
+        if on_nonfinite not in ON_NONFINITE:
+            raise ValueError(f"on_nonfinite is {on_nonfinite!r}; it must be one of {', '.join(ON_NONFINITE)}")
+        self.max_grad_norm, self.on_nonfinite = max_grad_norm, on_nonfinite
         seed = torch.initial_seed() if seed is None else seed
         if not isinstance(seed, int):
             raise TypeError(f"seed is {seed!r}; it must be an int or None")
         seed = (seed & 0xFFFFFFFFFFFFFFFF) - (1 << 64 if seed & (1 << 63) else 0)  # as an int64 holds it
-        super().__init__(params, {**defaults, "states": states, "min_quantized_numel": min_quantized_numel, "maximize": maximize,
-                                  "seed": seed})
+        super().__init__(params, {**defaults, "states": states, "min_quantized_numel": min_quantized_numel,
+                                  "master_weight_bits": master_weight_bits, "maximize": maximize, "seed": seed})
 
     # --- what a subclass says -----------------------------------------------------------------------------
     def rule(self, group: dict) -> str:
@@ -97,6 +207,10 @@ class FusedOptimizer(Optimizer):
                 if formats.float_code(p.dtype) is None:
                     raise TypeError(f"a parameter of shape {tuple(p.shape)} is {p.dtype}; gradmill.optim steps float32, bfloat16 and "
                                     "float16 parameters (and QuantizedWeight)")
+                if is_sharded(p):
+                    if not self.steps_shards:
+                        raise TypeError(f"a parameter of shape {tuple(p.shape)} is a DTensor; {type(self).__name__}'s step needs whole tensors")
+                    check_placements(p)
         except Exception:
             self.param_groups.pop()
             raise
@@ -104,6 +218,8 @@ class FusedOptimizer(Optimizer):
     def _check_options(self, group):
         if group["states"] not in STATES:
             raise ValueError(f"states is {group['states']!r}; it must be one of {', '.join(STATES)}")
+        if group.setdefault("master_weight_bits") not in (None, 24, 32):
+            raise ValueError(f"master_weight_bits is {group['master_weight_bits']!r}; it must be None, 24 or 32")
         self.check_group(group)
 
     def _rng_id(self, p) -> int:
@@ -119,34 +235,53 @@ class FusedOptimizer(Optimizer):
         """The formats of a (rows, columns) tensor's states under the group's ``states``."""
         rule = RULES[self.rule(group)]
         kind = group["states"]
-        if kind == "int8" and (dims < 2 or columns < MIN_ROW or rows * columns < group["min_quantized_numel"]):
+        if kind in QUANTIZED and (dims < 2 or columns < MIN_ROW or rows * columns < group["min_quantized_numel"]):
             kind = "fp32"
-        if kind != "int8":
+        if kind not in QUANTIZED:
             return (cached(kind),) * len(rule.states)
-        return tuple(cached(code, BLOCK) for code in rule.state_codes)
+        return tuple(QUANTIZED[kind].get(code) or cached(code) for code in rule.state_codes)  # a rule may keep a state plain
 
     def _formats_like(self, group, like) -> tuple[Format, ...]:
         """state_formats for a tensor shaped like ``like``; fp32 where its own blocks and the states' do not nest."""
         block = like.format.block if isinstance(like, QuantizedWeight) else 0
-        if block and max(block, BLOCK) % min(block, BLOCK):
-            group = {**group, "states": "fp32"}
-        return self.state_formats(group, *as_matrix_shape(like), like.dim())
+        wanted = self.state_formats(group, *as_matrix_shape(like), like.dim())
+        if block and any(f.blocked and max(block, f.block) % min(block, f.block) for f in wanted):
+            return (cached("fp32"),) * len(wanted)
+        return wanted
 
     def _new_states(self, state: dict, group: dict, like: torch.Tensor):
         """Zero states for a tensor of like's shape, named as torch names them (+ _codes, _scales when quantised)."""
-        rows, columns = as_matrix_shape(like)
+        columns = as_matrix_shape(like)[1]
         for name, format in zip(RULES[self.rule(group)].states, self._formats_like(group, like)):
+            if name in state or f"{name}_codes" in state:
+                continue
             if format.blocked:
-                state[f"{name}_codes"] = torch.zeros(rows, format.code_columns(columns), dtype=format.code_dtype, device=like.device)
-                state[f"{name}_scales"] = torch.zeros(rows, format.blocks(columns), dtype=torch.float32, device=like.device)
+                state[f"{name}_codes"] = self._zeros(like, format.code_columns(columns), format.code_dtype)
+                state[f"{name}_scales"] = self._zeros(like, format.blocks(columns), torch.float32)
             else:
-                state[name] = torch.zeros(like.shape, dtype=format.code_dtype, device=like.device)
+                state[name] = self._zeros(like, None, format.code_dtype)
+
+    @staticmethod
+    def _zeros(like, columns, dtype):
+        """Zeros of like's shape, or of its rows and so many columns; sharded as it is."""
+        part = local(like)
+        rows = part.shape[0] if columns is not None and part.dim() > 1 else 1
+        zeros = torch.zeros(part.shape if columns is None else (rows, columns), dtype=dtype, device=like.device)
+        return like_shards(zeros, like, like.shape if columns is None else (like.shape[0], columns))
+
+    @staticmethod
+    def _no_low_bits(p, group):
+        """Low bits that leave p as it is."""
+        count = (group["master_weight_bits"] - 16) // 8
+        return like_shards(torch.zeros(*local(p).shape, count, dtype=torch.uint8, device=p.device), p, (*p.shape, count))
 
     def _init_state(self, p, group):
         state = self.state[p]
         state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
         state["rng_id"] = self._rng_id(p)
         self._new_states(state, group, p)
+        if group["master_weight_bits"] is not None and p.dtype in LOW_BITS and not isinstance(p, QuantizedWeight):
+            state["low_bits"] = self._no_low_bits(p, group)
 
     # --- the step -----------------------------------------------------------------------------------------
     @torch.no_grad()
@@ -157,6 +292,8 @@ class FusedOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if scale is not None and getattr(self, "_released", None) is not None:
+            raise RuntimeError("a GradScaler cannot be used with release_gradients: the parameters were stepped with scaled gradients")
         if found_inf is not None and bool(found_inf.item()):
             return loss
         factor = 1.0 if scale is None else 1.0 / float(scale.item())
@@ -164,6 +301,31 @@ class FusedOptimizer(Optimizer):
         for _, params in work:  # every reason to refuse comes before anything is changed
             for p in params:
                 self._check_gradient(p)
+        if self.max_grad_norm is not None or self.on_nonfinite != "propagate":
+            clip = self._survey([p for _, params in work for p in params], factor)
+            if clip is None:
+                return loss
+            factor *= clip
+        self._step_work(work, factor)
+        return loss
+
+    def _survey(self, params, factor) -> float | None:
+        """What clipping multiplies the gradients by; None where this step is to be skipped."""
+        found = measured([p.grad for p in params])
+        finite = found[:, 1].isfinite()
+        if not finite.all() and self.on_nonfinite == "raise":
+            p = params[int((~finite).nonzero()[0])]
+            raise FloatingPointError(f"the gradient of a parameter of shape {tuple(p.shape)} holds a nan or an inf; nothing was changed")
+        if not finite.all() and self.on_nonfinite == "skip":
+            return None
+        self.grad_norm = float(found[:, 0].sum().sqrt()) * abs(factor)
+        if self.max_grad_norm is None:
+            return 1.0
+        clip = self.max_grad_norm / (self.grad_norm + 1e-6)  # torch.nn.utils.clip_grad_norm_'s
+        return 1.0 if clip > 1 else clip  # a nan stays
+
+    def _step_work(self, work, factor):
+        """Steps [(group, its parameters with gradients)]."""
         for group, params in work:
             states = [self.state[p] for p in params]
             for p, state in zip(params, states):
@@ -173,11 +335,19 @@ class FusedOptimizer(Optimizer):
             if steps:
                 torch._foreach_add_(steps, 1)
             counts = torch.stack(steps).tolist() if steps else []  # one call, not one .item() each
-            items = [Item(p, p.grad, state, int(count)) for p, state, count in zip(params, states, counts)]
+            items = [Item(local(p), local(p.grad), state, int(count), offset=shard_offset(p) if is_sharded(p) else 0, owner=p)
+                     for p, state, count in zip(params, states, counts)]
             self._step_group(group, items, factor)
             if params:
-                torch.autograd.graph.increment_version(params)  # so that autograd refuses a stale saved weight
-        return loss
+                torch.autograd.graph.increment_version([local(p) for p in params])  # so that autograd refuses a stale saved weight
+
+    def _complete(self, group, items):
+        """Where an option that adds a state (amsgrad) was set on a live group, that state starts at zero now."""
+        rules, rule = self.__dict__.setdefault("_stepped_rules", {}), self.rule(group)
+        if rules.get(id(group), rule) != rule:
+            for item in items:
+                self._new_states(item.state, group, item.owner)
+        rules[id(group)] = rule
 
     def _check_gradient(self, p):
         g = p.grad
@@ -189,10 +359,12 @@ class FusedOptimizer(Optimizer):
         raise TypeError(f"{what} is {g.dtype}; it must be float32, bfloat16 or float16")
 
     def _step_group(self, group: dict, items: list[Item], factor: float):
+        self._complete(group, items)
         self.apply_rule(group, items, factor)
 
     def apply_rule(self, group: dict, items: list[Item], factor: float, *, rule=None, lr=None, param_code=None, decay=True):
-        """Steps ``items`` by a rule (default: the group's), one native call for all that share formats, step and device.
+        """Steps ``items`` by a rule (default: the group's), one native call for all that share formats, step and device. An
+        item's options replace the group's (and lr) in its scalars.
 
         param_code "delta" leaves the update in each item's fp32 param instead of stepping it (no weight decay).
         """
@@ -201,17 +373,26 @@ class FusedOptimizer(Optimizer):
         buckets = defaultdict(list)
         code_names = [f"{n}_codes" for n in rule.states]
         for item in items:
-            param, grad, state, step = item
+            param, grad, state, step, *_ = item
             f = param_code or (param.format if isinstance(param, QuantizedWeight) else param.dtype)
+            if "low_bits" in state and param.dtype in LOW_BITS and param_code is None:
+                f = split_code(param.dtype, state["low_bits"])
             # What is stored decides a state's format, not the group's option, which may have changed.
-            stored = tuple([None if codes in state else state[n].dtype for n, codes in zip(rule.states, code_names)])
+            stored = tuple([(state[codes].dtype, state[codes].shape[1] == as_matrix_shape(param)[1]) if codes in state else state[n].dtype
+                            for n, codes in zip(rule.states, code_names)])
             buckets[f, stored, grad.dtype, grad.get_device(), step].append(item)
         lr = float(group["lr"]) if lr is None else lr
         options = group if decay else {**group, "weight_decay": 0.0}
-        for (f, stored, _, _, step), bucket in buckets.items():
-            states = [cached(code, BLOCK) if dtype is None else cached(formats.float_code(dtype)) for dtype, code in zip(stored, rule.state_codes)]
-            scalars = [factor * (-1.0 if group["maximize"] else 1.0), *rule.scalars(options, step, lr)]
-            scalars = torch.tensor([scalars + [0.0] * (MAX_SCALARS - len(scalars))], dtype=torch.float32, device="cpu")
+        for (f, _, _, _, step), bucket in buckets.items():
+            one, columns = bucket[0].state, as_matrix_shape(bucket[0].param)[1]
+            states = [stored_format(code, one[codes], columns) if codes in one else cached(formats.float_code(one[n].dtype))
+                      for n, code, codes in zip(rule.states, rule.state_codes, code_names)]
+            first = factor * (-1.0 if group["maximize"] else 1.0)
+            if any(item.options for item in bucket):
+                scalars = [(first, *rule.scalars({**options, **item.options}, step, item.options.get("lr", lr))) for item in bucket]
+            else:
+                scalars = [(first, *rule.scalars(options, step, lr))]
+            scalars = torch.tensor([(*row, *[0.0] * (MAX_SCALARS - len(row))) for row in scalars], dtype=torch.float32, device="cpu")
             format = f if isinstance(f, Format) else cached(f if isinstance(f, str) else formats.float_code(f))
             params = [item.param for item in bucket]
             blocked = any(s.blocked for s in states)
@@ -219,15 +400,36 @@ class FusedOptimizer(Optimizer):
             empty = scalars.new_empty(0)
             fused_step(
                 name, [p.codes for p in params] if format.blocked else params, [p.scales for p in params] if format.blocked else [],
-                [p.zeros for p in params] if format.has_zero_point else [], [item.grad for item in bucket],
-                [item.state[codes] for item in bucket for codes, _ in names],
-                [item.state[scales] if scales else empty for item in bucket for _, scales in names] if blocked else [],
+                [p.zeros for p in params] if format.has_zero_point else [low_view(item.state["low_bits"]) for item in bucket] if format.code in SPLIT else [],
+                [item.grad for item in bucket], [local(item.state[codes]) for item in bucket for codes, _ in names],
+                [local(item.state[scales]) if scales else empty for item in bucket for _, scales in names] if blocked else [],
                 scalars, torch.tensor([group["seed"], step], dtype=torch.int64, device="cpu"), [item.state["rng_id"] for item in bucket],
-                format.code, format.block, [s.code for s in states], BLOCK)
+                format.code, format.block, [s.code for s in states], max((s.block for s in states), default=0),
+                [item.offset for item in bucket] if any(item.offset for item in bucket) else None)
+
+    # --- weights ------------------------------------------------------------------------------------------
+    def value(self, p, state=None) -> torch.Tensor:
+        """The fp32 value that the optimizer steps: p with its low bits, dequantised where it is quantised; a new tensor."""
+        state, part = self.state.get(p, {}) if state is None else state, local(p.detach())
+        if isinstance(part, QuantizedWeight):
+            return part.dequantize().to(torch.float32)
+        if "low_bits" in state and p.dtype in LOW_BITS:
+            part = join_float(part, low_view(state["low_bits"]), split_code(p.dtype, state["low_bits"]))
+        return like_shards(part.to(torch.float32, copy=True), p, p.shape)
+
+    @torch.no_grad()
+    def full_precision_state_dict(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """model.state_dict() with the fp32 value of every parameter that has master_weight_bits here."""
+        out = dict(model.state_dict())
+        for name, p in model.named_parameters(remove_duplicate=False):
+            if name in out and "low_bits" in self.state.get(p, {}):
+                out[name] = self.value(p)
+        return out
 
     # --- checkpoints --------------------------------------------------------------------------------------
     def load_state_dict(self, state_dict):
-        """Loads a state_dict of this optimizer, or of the torch.optim optimizer of the same rule.
+        """Loads a state_dict of this optimizer, or of torch's, bitsandbytes' (block-wise 8 bit or 32) or torchao's optimizer of
+        the same rule.
 
         As in torch the checkpoint's hyperparameters win, but how states are stored is this optimizer's choice
         (``states``, ``min_quantized_numel``, for projections also ``rank``, ``bits`` and ``group_size``): what was saved
@@ -261,6 +463,9 @@ class FusedOptimizer(Optimizer):
         finally:
             self._optimizer_load_state_dict_pre_hooks = hooks
 
+    def __getstate__(self):
+        return {**super().__getstate__(), "max_grad_norm": self.max_grad_norm, "on_nonfinite": self.on_nonfinite}
+
     def __setstate__(self, state):
         for values in state.get("state", {}).values():
             for k, v in values.items():
@@ -270,6 +475,9 @@ class FusedOptimizer(Optimizer):
 
     def _adopt(self, saved: dict, p, group: dict, index) -> dict:
         """A saved state, checked and converted to what this group stores, its tensors wrapped in _Kept."""
+        from gradmill.optim.checkpoints import foreign_state  # late: it imports this module
+
+        saved = foreign_state(saved, RULES[self.rule(group)].states, p.shape, index)
         rng_id = saved.setdefault("rng_id", self._rng_id(p))
         if not isinstance(rng_id, int) or rng_id < 0:
             raise CheckpointError(f"state {index}: rng_id is {rng_id!r}; it must be an int of at least 0")
@@ -281,6 +489,7 @@ class FusedOptimizer(Optimizer):
             raise CheckpointError(f"state {index}: step is {saved['step']!r}; it must be one number of at least 0")
         saved["step"] = torch.tensor(step, dtype=torch.float32, device="cpu")
         self._adopt_states(saved, p, group, index)
+        self._adopt_low_bits(saved, p, group, index)
         foreign = {n for rule in RULES.values() for n in rule.states} - set(RULES[self.rule(group)].states)
         foreign = sorted(k for k in saved if k.removesuffix("_codes").removesuffix("_scales") in foreign)
         if foreign:
@@ -288,30 +497,60 @@ class FusedOptimizer(Optimizer):
         return {k: _Kept(v) if isinstance(v, torch.Tensor) else v for k, v in saved.items()}
 
     @staticmethod
-    def _adopt_tensor(saved: dict, name: str, dtypes, shape, device, index) -> torch.Tensor:
-        """saved[name] copied to ``device``; CheckpointError unless it is a tensor of one of ``dtypes`` and of ``shape``."""
+    def _adopt_tensor(saved: dict, name: str, dtypes, shape, place, index) -> torch.Tensor:
+        """saved[name] copied to ``place``, a device or the tensor beside which it belongs (and is sharded alike);
+        CheckpointError unless it is a tensor of one of ``dtypes`` and of ``shape``."""
         value = saved.pop(name, None)
         if not isinstance(value, torch.Tensor) or value.dtype not in dtypes or tuple(value.shape) != tuple(shape):
             raise CheckpointError(f"state {index}: {name} is {describe(value)}; it must be {short(dtypes)} of shape {tuple(shape)}")
-        return value.detach().to(device, copy=True)
+        value, like = value.detach(), place if isinstance(place, torch.Tensor) else None
+        if like is not None and is_sharded(like):
+            from torch.distributed.tensor import distribute_tensor
+            mesh = like.device_mesh, like.placements
+            value = value.redistribute(*mesh) if is_sharded(value) else distribute_tensor(value.to(like.device), *mesh, src_data_rank=None)
+        elif is_sharded(value):
+            value = value.full_tensor()
+        return value.to(place if like is None else like.device, copy=True)
+
+    def _adopt_low_bits(self, saved, p, group, index):
+        """Low bits in the group's width; a checkpoint without them starts at the weight as it is."""
+        low = saved.get("low_bits")
+        if low is not None:
+            count = low.shape[-1] if isinstance(low, torch.Tensor) and low.dim() and low.shape[-1] in (1, 2) else 1
+            low = self._adopt_tensor(saved, "low_bits", (torch.uint8,), (*p.shape, count), p, index)
+        if group["master_weight_bits"] is None or p.dtype not in LOW_BITS or isinstance(p, QuantizedWeight):
+            saved.pop("low_bits", None)
+            return
+        wanted = self._no_low_bits(p, group)
+        if low is not None:  # both widths continue the same bits: the last byte is the first of them
+            local(wanted)[..., -1].copy_(local(low)[..., -1])
+            if low.shape == wanted.shape:
+                wanted = low
+        saved["low_bits"] = wanted
 
     def _adopt_states(self, saved, like, group, index):
         rows, columns = as_matrix_shape(like)
         wanted = self._formats_like(group, like)
         for name, code, format in zip(RULES[self.rule(group)].states, RULES[self.rule(group)].state_codes, wanted):
             if f"{name}_codes" in saved:
-                stored = cached(code, BLOCK)
-                codes = self._adopt_tensor(saved, f"{name}_codes", (stored.code_dtype,), (rows, stored.code_columns(columns)), like.device, index)
-                scales = self._adopt_tensor(saved, f"{name}_scales", (torch.float32,), (rows, stored.blocks(columns)), like.device, index)
-                if format.blocked:
+                codes = saved[f"{name}_codes"]
+                stored = (stored_format(code, codes, columns) if isinstance(codes, torch.Tensor) else None) or QUANTIZED["int8"].get(code)
+                if stored is None:
+                    raise CheckpointError(f"state {index}: {name} is never quantised; got {name}_codes")
+                codes = self._adopt_tensor(saved, f"{name}_codes", (stored.code_dtype,), (rows, stored.code_columns(columns)), like, index)
+                scales = self._adopt_tensor(saved, f"{name}_scales", (torch.float32,), (rows, stored.blocks(columns)), like, index)
+                if format == stored:
                     saved[f"{name}_codes"], saved[f"{name}_scales"] = codes, scales
                     continue
-                value = dequantize(codes, scales, scales.new_empty(0, dtype=torch.uint8), code, BLOCK, columns, torch.float32).view(like.shape)
+                value = dequantize(local(codes), local(scales), torch.empty(0, dtype=torch.uint8, device=like.device), stored.code, stored.block,
+                                   columns, torch.float32).view(local(like).shape)
             elif name in saved:
-                value = self._adopt_tensor(saved, name, FLOATS + (torch.float64,), like.shape, like.device, index)
+                value = local(self._adopt_tensor(saved, name, FLOATS + (torch.float64,), like.shape, like, index))
             else:
                 raise CheckpointError(f"state {index}: neither {name} nor {name}_codes is there; got {', '.join(sorted(saved))}")
             if format.blocked:
-                saved[f"{name}_codes"], saved[f"{name}_scales"], _ = quantize(as_matrix(value.to(torch.float32)), code, BLOCK)
+                codes, scales, _ = quantize(as_matrix(value.to(torch.float32)), format.code, format.block)
+                saved[f"{name}_codes"] = like_shards(codes, like, (rows, codes.shape[1]))
+                saved[f"{name}_scales"] = like_shards(scales, like, (rows, scales.shape[1]))
             else:
-                saved[name] = value.to(format.code_dtype)
+                saved[name] = like_shards(value.to(format.code_dtype), like, like.shape)

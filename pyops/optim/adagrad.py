@@ -75,6 +75,8 @@ class AdaGradNorm(FusedOptimizer):
             bfloat16 or float16. RuntimeError at step for sparse gradients.
     """
 
+    steps_shards = False
+
     def __init__(self, params, lr=1e-2, b0=1e-2, **options):
         super().__init__(params, dict(lr=lr, b0=b0, weight_decay=0.0), **options)
 

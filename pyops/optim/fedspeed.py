@@ -30,8 +30,12 @@ class FedSpeed(FusedOptimizer):
             float16, and for QuantizedWeight. RuntimeError at a step without a closure.
     """
 
+    steps_shards = False
+
     def __init__(self, params, lr=0.1, rho=0.1, alpha=1.0, prox=0.1, weight_decay=0.0, **options):
         super().__init__(params, dict(lr=lr, rho=rho, alpha=alpha, prox=prox, weight_decay=weight_decay), **options)
+        if self.max_grad_norm is not None or self.on_nonfinite != "propagate":
+            raise ValueError("max_grad_norm and on_nonfinite: FedSpeed has neither, its step is made of two gradients")
 
     def check_group(self, group):
         check_lr_and_decay(group)

@@ -55,6 +55,8 @@ def newton_schulz(x: torch.Tensor, steps: int = 5, coefficients=COEFFICIENTS, ep
 class _MatrixOptimizer(FusedOptimizer):
     """Momentum into an fp32 direction, what a subclass makes of it, and that applied to the weight: two fused calls."""
 
+    steps_shards = False
+
     def add_param_group(self, param_group):
         super().add_param_group(param_group)
         for p in self.param_groups[-1]["params"]:

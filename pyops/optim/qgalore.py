@@ -8,7 +8,7 @@ import torch
 from gradmill.formats import Format, float_code
 from gradmill.ops.projection import project, project_back, subspace_basis
 from gradmill.ops.quant import dequantize, quantize
-from gradmill.optim._base import CheckpointError, FusedOptimizer, Item
+from gradmill.optim._base import CheckpointError, FusedOptimizer, Item, is_sharded
 from gradmill.optim.adamw import AdamW
 from gradmill.reference.optim import as_matrix
 from gradmill.reference.philox import stream
@@ -29,7 +29,7 @@ class QGaLoreAdamW(AdamW):
     ``flatten(1)``) whose smaller side is larger than ``rank``. All others take a plain AdamW step.
 
     Args:
-        params, lr, betas, eps, weight_decay, amsgrad, maximize, states, min_quantized_numel, seed: as in
+        params, lr, betas, eps, weight_decay, amsgrad, maximize, states, options: as in
             :class:`gradmill.optim.AdamW`; betas default to Q-GaLore's (0.9, 0.95), states to "int8".
         rank: rank of the projection; None takes plain steps (set it per group).
         scale: multiplies the projected update (GaLore's alpha, 0.25).
@@ -48,12 +48,12 @@ class QGaLoreAdamW(AdamW):
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, amsgrad=False, *, rank=None, scale=0.25,
                  refresh_every=200, adaptive=True, cosine_threshold=0.4, max_refresh_every=None, bits=4, group_size=256, iterations=1,
-                 maximize=False, states="int8", min_quantized_numel=4096, seed=None):
+                 maximize=False, states="int8", **options):
         FusedOptimizer.__init__(
             self, params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, rank=rank, scale=scale,
                                refresh_every=refresh_every, adaptive=adaptive, cosine_threshold=cosine_threshold,
                                max_refresh_every=max_refresh_every, bits=bits, group_size=group_size, iterations=iterations),
-            states=states, min_quantized_numel=min_quantized_numel, maximize=maximize, seed=seed)
+            states=states, maximize=maximize, **options)
 
     def add_param_group(self, param_group):
         super().add_param_group(param_group)
@@ -65,6 +65,8 @@ class QGaLoreAdamW(AdamW):
 
     def check_group(self, group):
         super().check_group(group)
+        if group["rank"] is not None and group["master_weight_bits"] is not None:
+            raise ValueError(f"master_weight_bits is {group['master_weight_bits']}; it must be None in a group that is projected")
         want = {"rank": group["rank"] is None or (isinstance(group["rank"], int) and group["rank"] >= 1), "scale": group["scale"] > 0,
                 "refresh_every": group["refresh_every"] >= 1, "cosine_threshold": 0 <= group["cosine_threshold"] <= 1,
                 "max_refresh_every": group["max_refresh_every"] is None or group["max_refresh_every"] >= group["refresh_every"], "bits": group["bits"] in (4, 8),
@@ -92,6 +94,8 @@ class QGaLoreAdamW(AdamW):
     def _init_state(self, p, group):
         if not self._projects(p, group):
             return super()._init_state(p, group)
+        if is_sharded(p):
+            raise TypeError(f"a DTensor parameter of shape {tuple(p.shape)} cannot be projected: a basis needs the whole gradient; set rank to None")
         state = self.state[p]
         state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
         state["rng_id"] = self._rng_id(p)
@@ -104,7 +108,7 @@ class QGaLoreAdamW(AdamW):
         projected = [item for item in items if "next_refresh" in item.state]
         self.apply_rule(group, [item for item in items if "next_refresh" not in item.state], factor)
         compressed, basis = [], self._basis_format(group)
-        for p, grad, state, step in projected:
+        for p, grad, state, step, *_ in projected:
             g = as_matrix(grad)
             left = self._left(*g.shape)
             if step >= state["next_refresh"]:
@@ -113,7 +117,7 @@ class QGaLoreAdamW(AdamW):
             compressed.append(Item(torch.empty_like(r), r, state, step))
         self.apply_rule(group, compressed, factor, param_code="delta", decay=False)
         decay = 1 - float(group["lr"]) * group["weight_decay"]
-        for (p, _, state, step), (update, *_) in zip(projected, compressed):
+        for (p, _, state, step, *_), (update, *_) in zip(projected, compressed):
             self._back(p, state, update, decay, decay * group["scale"], group, step)
 
     @staticmethod

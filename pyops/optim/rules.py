@@ -92,6 +92,20 @@ def _classp(group, step, lr):
     return lr, group["threshold"], group["eps"], group["power"], 1 / group["power"]
 
 
+def _lamb(group, step, lr):
+    beta1, beta2 = _betas(group)
+    return group["weight_decay"], 1 - beta1, beta2, 1 - beta2, 1 / (1 - beta1 ** step), 1 / sqrt(1 - beta2 ** step), group["eps"]
+
+
+def _lars(group, step, lr):
+    return group["weight_decay"], group["momentum"], lr
+
+
+def _stable_spam(group, step, lr):
+    """Adam's own step count, and what this tensor's gradient is clipped to, by and scaled with."""
+    return *_adamw(group, group["adam_step"], lr), group["limit"], group["share"], group["scale"]
+
+
 _ADAM = ("exp_avg", "exp_avg_sq"), ("moment8", "square8")
 _AMSGRAD = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"), ("moment8", "square8", "square8")
 RULES = {
@@ -110,4 +124,7 @@ RULES = {
     "sophia": Rule(("exp_avg", "hessian"), ("moment8", "bf16"), _sophia),
     "sophia_hessian": Rule(("hessian",), ("bf16",), _sophia_hessian),
     "classp": Rule(("sum",), ("square8",), _classp),
+    "lamb": Rule(*_ADAM, _lamb),
+    "lars": Rule(("momentum_buffer",), ("moment8",), _lars),
+    "stable_spam": Rule(*_ADAM, _stable_spam),
 }

@@ -41,7 +41,7 @@ class SGD(FusedOptimizer):
             first = []  # a buffer of zeros does the same
         for item in items:
             if group["momentum"] and not _has_buffer(item.state):  # momentum was 0 until now
-                self._new_states(item.state, group, item.param)
+                self._new_states(item.state, group, item.owner)
         self.apply_rule({**group, "dampening": 0.0}, first, factor)
         self.apply_rule(group, [item for item in items if not any(item is other for other in first)], factor)
 

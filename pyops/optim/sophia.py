@@ -32,6 +32,8 @@ class Sophia(AdamW):
         The other options and what is raised: as in :class:`gradmill.optim.AdamW`.
     """
 
+    steps_shards = False
+
     def __init__(self, params, lr=1e-4, betas=(0.965, 0.99), rho=0.04, weight_decay=0.1, eps=1e-12, **options):
         FusedOptimizer.__init__(self, params, dict(lr=lr, betas=betas, rho=rho, weight_decay=weight_decay, eps=eps), **options)
 

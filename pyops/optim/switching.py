@@ -28,6 +28,8 @@ class SWATS(AdamW):
         The other options and what is raised: as in :class:`gradmill.optim.AdamW`.
     """
 
+    steps_shards = False
+
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-9, tolerance=1e-9, **options):
         FusedOptimizer.__init__(self, params, dict(lr=lr, betas=betas, eps=eps, tolerance=tolerance, weight_decay=0.0), **options)
 
@@ -77,6 +79,8 @@ class STEPAdam(AdamW):
         threshold, min_steps: 1e-8 and 0.
         The other options and what is raised: as in :class:`gradmill.optim.AdamW`.
     """
+
+    steps_shards = False
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, threshold=1e-8, min_steps=0, **options):
         FusedOptimizer.__init__(self, params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, threshold=threshold,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from gradmill.formats import Format
+from gradmill.formats import SPLIT, Format
 from gradmill.reference import quant
 from gradmill.reference.philox import stream
 
@@ -169,9 +169,33 @@ def classp(p, g, states, h):
     return torch.where(kept, p, p - lr * (g / power(grown + eps, inverse))), [torch.where(kept, total, grown)]
 
 
+def lamb(p, g, states, h):
+    """You et al., "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes", Algorithm 2, first half: p, a copy
+    of the weight, becomes the update; sgd applies it times the trust ratio."""
+    m, v = states
+    _, decay, one_minus_beta1, beta2, one_minus_beta2, inv_bc1, inv_sqrt_bc2, eps = h[:8]
+    m = m + one_minus_beta1 * (g - m)
+    v = v * beta2 + (one_minus_beta2 * g) * g
+    return decay * p + inv_bc1 * (m / (quant.sqrt(v) * inv_sqrt_bc2 + eps)), [m, v]
+
+
+def lars(p, g, states, h):
+    """You et al., "Large Batch Training of Convolutional Networks", Algorithm 1; h3 is the rate times the trust ratio."""
+    (m,) = states
+    _, decay, momentum, rate = h[:4]
+    m = momentum * m + rate * (g + decay * p)
+    return p - m, [m]
+
+
+def stable_spam(p, g, states, h):
+    """Huang et al., "Stable-SPAM", Algorithm 1: AdamW after clipping single elements and scaling the tensor's gradient."""
+    limit, share, scale = h[9:12]
+    return adamw(p, scale * torch.where(magnitude(g) > limit, share * g, g), states, h)
+
+
 #: name -> rule(p, g, states, scalars) -> (p, states)
 RULES = {f.__name__: f for f in (adamw, adamw_amsgrad, lion, adam, adam_amsgrad, sgd, sgd_momentum, adagrad, adabelief, diffgrad, grams, sophia,
-                                 sophia_hessian, classp)}
+                                 sophia_hessian, classp, lamb, lars, stable_spam)}
 
 
 def as_matrix(t):
@@ -182,6 +206,8 @@ def as_matrix(t):
 def load(codes, scales, zeros, format, columns):
     if format.code == "delta":
         return torch.zeros_like(codes)
+    if format.code in SPLIT:
+        return quant.join_float(codes, as_matrix(zeros), format.code)
     if not format.blocked:
         return codes.to(torch.float32)
     return quant.dequantize(codes, scales, zeros, format.code, format.block, columns, torch.float32)
@@ -193,27 +219,29 @@ def changed_blocks(old, new, block):
     return quant._blocks(differ.to(torch.int32), block).bool().any(-1)
 
 
-def write(codes, scales, zeros, format, values, key=None, stream_word=0, old=None, dither=False):
+def write(codes, scales, zeros, format, values, key=None, stream_word=0, old=None, dither=False, first=0):
     """Stores fp32 ``values`` in place. ``old``: blocks without any change keep codes and scale."""
-    new_codes, new_scales, new_zeros = quant.store(values, format, key, stream_word, dither)
+    new_codes, new_scales, new_zeros = quant.store(values, format, key, stream_word, dither, first)
     if format.blocked:
         if old is not None and values.numel():
             changed = changed_blocks(old, values, format.block)
             per_code = changed.repeat_interleave((format.block or values.shape[1]) * format.bits // 8 or 1, dim=1)
             if format.block == 0:
                 per_code = changed.expand(-1, codes.shape[1])
-            new_codes = torch.where(per_code[:, :codes.shape[1]], new_codes, codes)
+            new_codes = torch.where(per_code[:, :codes.shape[1]], new_codes.view(torch.uint8), codes.view(torch.uint8)).view(codes.dtype)
             new_scales = torch.where(changed, new_scales, scales)
             if format.has_zero_point:
                 new_zeros = torch.where(changed, new_zeros, zeros)
         scales.copy_(new_scales)
         if format.has_zero_point:
             zeros.copy_(new_zeros)
+    if format.code in SPLIT:
+        zeros.copy_(new_zeros.view(zeros.shape))
     codes.copy_(new_codes.view(codes.shape))
 
 
 def fused_step(rule, params, param_scales, param_zeros, grads, states, state_scales, scalars, key, ids,
-               param_code, param_block, state_codes, state_block):
+               param_code, param_block, state_codes, state_block, offsets=None):
     """See gradmill.ops.optim.fused_step."""
     count = len(state_codes)
     param_format = Format(param_code, param_block)
@@ -224,14 +252,33 @@ def fused_step(rule, params, param_scales, param_zeros, grads, states, state_sca
         g = as_matrix(grad).to(torch.float32) * h[0]
         columns = g.shape[1]
         scales = param_scales[i] if param_format.blocked else None
-        zeros = param_zeros[i] if param_format.has_zero_point else None
+        zeros = param_zeros[i] if param_format.has_zero_point or param_code in SPLIT else None
+        first = offsets[i] if offsets else 0
         p = load(as_matrix(param), scales, zeros, param_format, columns)
         old_states = [load(as_matrix(states[i * count + s]), state_scales[i * count + s] if f.blocked else None, None, f, columns)
                       for s, f in enumerate(state_formats)]
         new_p, new_states = RULES[rule](p, g, old_states, h)
         for s, f in enumerate(state_formats):
-            dither = f.code == "square8"  # a second moment rounded to nearest would freeze
+            dither = f.code.startswith("square")  # a second moment rounded to nearest would freeze
             write(as_matrix(states[i * count + s]), state_scales[i * count + s] if f.blocked else None, None, f, new_states[s],
-                  key if dither else None, stream(ids[i], "dither"), dither=dither)
+                  key if dither else None, stream(ids[i], "dither"), dither=dither, first=first)
         rounding = key if param_code not in ("fp32", "fp16", "delta") else None
-        write(as_matrix(param), scales, zeros, param_format, new_p, rounding, stream(ids[i], "weight"), old=p)
+        write(as_matrix(param), scales, zeros, param_format, new_p, rounding, stream(ids[i], "weight"), old=p, first=first)
+
+
+CHUNK = 4096  # elements whose squares are added up before anything else
+
+
+def measure(tensors, limits=None):
+    """See gradmill.ops.optim.measure: chunk by chunk in lanes, then the chunks' sums in lanes (quant.lane_sums)."""
+    out = torch.zeros(len(tensors), 2, dtype=torch.float64, device=tensors[0].device)
+    for i, x in enumerate(tensors):
+        x = x.reshape(-1).to(torch.float32)
+        if limits is not None:
+            limit, factor = limits[i].tolist()
+            x = torch.where(x.abs() > limit, x * factor, x)
+        if x.numel():
+            x = x.to(torch.float64)
+            squares = torch.nn.functional.pad(x * x, (0, -x.numel() % CHUNK)).view(-1, CHUNK)
+            out[i, 0], out[i, 1] = quant.lane_sums(quant.lane_sums(squares)), x.abs().amax()
+    return out

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import torch
 
-from gradmill.formats import FLOAT_DTYPES, OUTLIER_BYTES, Format
+from gradmill.formats import FLOAT_DTYPES, OUTLIER_BYTES, SPLIT, Format
 from gradmill.reference import philox
 
 
@@ -33,8 +33,9 @@ ZERO_POINT = ("uint8", "uint4", "uint3", "uint2")
 SYMMETRIC = ("int8", "int7", "int4", "int4_outlier", "int3", "int2")
 
 
-#: The largest values the two float codes stand for, in units of their scale.
-MOMENT_TOP, SQUARE_TOP = 1.9375 * 128 - 1, 1.96875 * 128 - 1
+#: Offset floats, the codes of optimizer states: mantissa bits and the largest value in units of the scale. 1 + |x| / scale
+#: is a float whose exponent's low bits and first mantissa bits are the code; squares store the root, moments a sign on top.
+OFFSET_FLOATS = {"moment8": (4, 1.9375 * 128 - 1), "square8": (5, 1.96875 * 128 - 1), "moment4": (1, 1.5 * 8 - 1), "square4": (2, 1.75 * 8 - 1)}
 
 
 def divide(a, b):
@@ -45,9 +46,9 @@ def divide(a, b):
 
 
 def float_code_root(absmax, code):
-    """What the float codes scale by: the largest magnitude, or its root; below 2^-100 a block counts as zero."""
+    """What the offset floats scale by: the largest magnitude, or its root; below 2^-100 a block counts as zero."""
     absmax = torch.where(absmax >= 2.0 ** -100, absmax, 0)
-    return sqrt(absmax) if code == "square8" else absmax
+    return sqrt(absmax) if code.startswith("square") else absmax
 
 
 def range_parameters(x, top):
@@ -65,7 +66,7 @@ def block_parameters(x, code):
     absmax = x.abs().amax(-1)
     if code in ZERO_POINT:
         return range_parameters(x, TOPS[code])
-    scale = divide(absmax, TOPS[code]) if code in TOPS else divide(float_code_root(absmax, code), SQUARE_TOP if code == "square8" else MOMENT_TOP)
+    scale = divide(absmax, TOPS[code]) if code in TOPS else divide(float_code_root(absmax, code), OFFSET_FLOATS[code][1])
     scale = torch.where(torch.isfinite(absmax), scale, torch.nan)
     return scale, torch.zeros_like(scale)
 
@@ -133,30 +134,31 @@ def encode(x, scale, zero, code, words=None):
         q = (bits + (half if words is None else words >> 9 + mantissa) >> shift) - base
         q = q | torch.where(_bits(x) >> 31 == 1, 128 if code != "e2m1" else 8, 0)
     else:
-        # Adding 1 turns the value into a float of exponent 0..7 whose top bits are the code ("offset float").
-        root = float_code_root(x.abs().amax(-1, keepdim=True), code)
-        if code == "moment8":
-            y = x.abs() * divide(MOMENT_TOP, root) + 1
-            q = (_bits(y) - 0x3F800000 + (0x40000 if words is None else words >> 13)) >> 19
-            q = q.clamp(max=127) | (_bits(x) >> 24) & 0x80
+        # Adding 1 turns the value into a float of exponent 0..7 (4 bits: 0..3) whose top bits are the code ("offset float").
+        mantissa, top = OFFSET_FLOATS[code]
+        shift, square = 23 - mantissa, code.startswith("square")
+        y = (sqrt(x) if square else x.abs()) * divide(top, float_code_root(x.abs().amax(-1, keepdim=True), code)) + 1
+        q = _bits(y) - 0x3F800000 + (1 << shift - 1 if words is None else words >> 32 - shift) >> shift
+        last = (1 << Format(code).bits - (not square)) - 1
+        if square:
+            q = q.clamp(1, last)  # never 0 in a block that is not all zero: no update divides by eps alone
         else:
-            y = sqrt(x) * divide(SQUARE_TOP, root) + 1
-            q = (_bits(y) - 0x3F800000 + (0x20000 if words is None else words >> 14)) >> 18
-            q = q.clamp(1, 255)  # never 0 in a block that is not all zero: no update divides by eps alone
+            q = q.clamp(max=last) | torch.where(_bits(x) >> 31 == 1, last + 1, 0)
     q = torch.where(scale > 0, q, 0)  # an all-zero block, or one with a nan or an inf
     return q.to(torch.int64)
 
 
 def decode(q, scale, zero, code):
     """fp32 values of integer codes q."""
-    if code == "moment8":
-        y = _from_bits(((q & 127) << 19) + 0x3F800000) - 1
-        return _from_bits(_bits(y) | (q & 128) << 24) * scale
     if code == "sign":
         return torch.where(q != 0, -scale, scale)
-    if code == "square8":
-        r = (_from_bits((q << 18) + 0x3F800000) - 1) * scale
-        return r * r
+    if code in OFFSET_FLOATS:
+        shift, square = 23 - OFFSET_FLOATS[code][0], code.startswith("square")
+        sign = 0 if square else 1 << Format(code).bits - 1
+        y = _from_bits(((q & ~sign) << shift) + 0x3F800000) - 1
+        if square:
+            return (y * scale) * (y * scale)
+        return _from_bits(_bits(y) | torch.where(q & sign != 0, 1 << 31, 0)) * scale
     if code in SMALL_FLOATS:
         mantissa, exponent = SMALL_FLOATS[code]
         sign = 8 if code == "e2m1" else 128
@@ -171,13 +173,13 @@ def decode(q, scale, zero, code):
     return q * scale
 
 
-def dither_words(key, stream, rows, columns, block, device):
+def dither_words(key, stream, rows, columns, block, device, first=0):
     """(rows, blocks, block) words: one Philox word per block, plus i * 0x9E3779B1 for its i-th element."""
     seed, step = key.tolist()
     block = block or columns
     blocks = -(-columns // block)
-    first = philox.words(seed, step, stream, 0, rows * columns, device).view(rows, columns)[:, ::block]
-    return (first.reshape(rows, blocks, 1) + torch.arange(block, device=device) * 0x9E3779B1) & philox.MASK
+    starts = philox.words(seed, step, stream, first, rows * columns, device).view(rows, columns)[:, ::block]
+    return (starts.reshape(rows, blocks, 1) + torch.arange(block, device=device) * 0x9E3779B1) & philox.MASK
 
 
 def _blocks(x, block):
@@ -223,8 +225,8 @@ def _pack_outliers(values, at):
     return torch.cat((values.contiguous().view(torch.uint8), positions), -1).flatten(1)
 
 
-def quantize(x, code, block=0, transpose=False, key=None, stream=0, scales=None, dither=False):
-    """See gradmill.ops.quant.quantize; ``dither`` is how fused_step rounds second moments."""
+def quantize(x, code, block=0, transpose=False, key=None, stream=0, scales=None, dither=False, first=0):
+    """See gradmill.ops.quant.quantize; ``dither`` is how fused_step rounds second moments, ``first`` a shard's first element."""
     format = Format(code, block)
     x = (x.t() if transpose else x).to(torch.float32).contiguous()
     rows, columns = x.shape
@@ -234,10 +236,10 @@ def quantize(x, code, block=0, transpose=False, key=None, stream=0, scales=None,
     blocks = _blocks(x, block)
     words = None
     if dither:
-        words = dither_words(key, stream, rows, columns, block, x.device)
+        words = dither_words(key, stream, rows, columns, block, x.device, first)
     elif key is not None:
         seed, step = key.tolist()
-        words = _blocks(philox.words(seed, step, stream, 0, x.numel(), x.device).view(rows, columns), block)
+        words = _blocks(philox.words(seed, step, stream, first, x.numel(), x.device).view(rows, columns), block)
     zeros = x.new_empty(0, dtype=torch.uint8)
     rest = blocks
     if code == "int4_outlier":
@@ -328,16 +330,63 @@ def round_bf16_stochastic(x, words):
     return torch.where(out >= 0x8000, out - 0x10000, out).to(torch.int16).view(torch.bfloat16)
 
 
-def store(values, format, key=None, stream=0, dither=False):
-    """values (rows, columns) fp32 in ``format`` as (codes, scales, zeros); the last two are None for plain floats.
+def split_float(x, code, words=None):
+    """fp32 x in two pieces: the 16-bit float nearest to it (ties away from zero) and the low bits that lacks.
 
-    With a key, rounding is stochastic for bf16 and the blocked codes."""
+    The magnitude is an integer q that continues the 16-bit float's bits by 8 or 16 more. With 8, q is rounded stochastically
+    by ``words``; 16 hold fp32 exactly for bfloat16; for float16 from 2^-17 on, below that q (2^-40 each) is truncated."""
+    high_dtype, low_dtype = SPLIT[code]
+    low = 8 * low_dtype.itemsize
+    sign, mag = _bits(x) >> 31 << 15, _bits(x) & 0x7FFFFFFF
+    words = torch.zeros_like(mag) if words is None else words
+    if high_dtype == torch.bfloat16:
+        q, plain = mag + (words >> 24) >> 8 if low == 8 else mag, mag < 0x7F800000
+        special = mag >> 16 | torch.where(mag > 0x7F800000, 0x40, 0)
+    else:
+        normal = (mag - 0x38000000 + (words >> 27)) >> 5 if low == 8 else (mag - 0x38000000) << 3
+        small = mag < 0x38800000
+        y = torch.where(small, _from_bits(mag), 0) * 2.0 ** (24 + low) + ((words >> 8).to(torch.float32) * 2.0 ** -24 if low == 8 else 0)
+        q, plain = torch.where(small, y.to(torch.int64), normal), mag < 0x477FF000
+        special = torch.where(mag > 0x7F800000, 0x7E00, 0x7C00)
+    high = torch.where(plain, q + (1 << low - 1) >> low, special) | sign
+    return _wrapped(high, torch.int16).view(high_dtype), _wrapped(torch.where(plain, q & (1 << low) - 1, 0), low_dtype)
+
+
+def join_float(high, low, code):
+    """The fp32 value of split_float's pieces."""
+    bits = 8 * SPLIT[code][1].itemsize
+    high, low = high.contiguous().view(torch.int16).to(torch.int64) & 0xFFFF, low.to(torch.int64) & (1 << bits) - 1
+    sign, mag = high >> 15 << 31, high & 0x7FFF
+    top = mag - torch.where(mag > 0, low >> bits - 1, 0)  # a weight set to 0 elsewhere has stale low bits
+    q = top << bits | low
+    if code.startswith("bf16"):
+        return _from_bits(q << 16 - bits | sign)
+    small = q.to(torch.float32) * 2.0 ** -(24 + bits)
+    normal = (q << 5 if bits == 8 else q >> 3) + 0x38000000
+    return _from_bits(torch.where(top >= 0x7C00, 0x7F800000 | mag << 13, torch.where(top < 0x400, _bits(small), normal)) | sign)
+
+
+def _wrapped(x, dtype):
+    """int64 -> the integer dtype of the same low bits."""
+    return x.to(torch.uint8) if dtype == torch.uint8 else torch.where(x >= 0x8000, x - 0x10000, x).to(torch.int16)
+
+
+def store(values, format, key=None, stream=0, dither=False, first=0):
+    """values (rows, columns) fp32 in ``format`` as (codes, scales, zeros); the last two are None for plain floats, and for
+    weights in two pieces None and the low bits.
+
+    With a key, rounding is stochastic for bf16, the blocked codes and low bits of 8; ``first`` is a shard's first element."""
     if format.blocked:
-        codes, scales, zeros = quantize(values, format.code, format.block, key=key, stream=stream, dither=dither)
+        codes, scales, zeros = quantize(values, format.code, format.block, key=key, stream=stream, dither=dither, first=first)
         return codes, scales, zeros
-    if format.code == "bf16" and key is not None:
+    words = None
+    if key is not None and format.code in ("bf16", *SPLIT):
         seed, step = key.tolist()
-        words = philox.words(seed, step, stream, 0, values.numel(), values.device).view(values.shape)
+        words = philox.words(seed, step, stream, first, values.numel(), values.device).view(values.shape)
+    if format.code in SPLIT:
+        high, low = split_float(values, format.code, words)
+        return high, None, low
+    if words is not None:
         return round_bf16_stochastic(values, words), None, None
     return values.to(FLOAT_DTYPES.get(format.code, torch.float32)), None, None
 

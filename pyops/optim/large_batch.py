@@ -1,0 +1,90 @@
+"""Rules for large batches: a tensor's step is scaled by norms of the whole tensor (LAMB, LARS)."""
+from __future__ import annotations
+
+from gradmill.optim._base import FusedOptimizer, local, measured
+from gradmill.optim.adamw import check_betas, check_eps, check_lr_and_decay
+
+
+def norms(tensors) -> list[float]:
+    """L2 norms, of whole tensors where they are sharded."""
+    return measured(tensors)[:, 0].sqrt().tolist()
+
+
+class LAMB(FusedOptimizer):
+    """LAMB: Adam's update, with the decay in it, scaled to the norm of its weight.
+
+    Source: You et al., "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes", Algorithm 2: with u the
+    update m^ / (sqrt(v^) + eps) + weight_decay w, w <- w - lr phi(|w|) / |u| u; phi is the identity, and the ratio is 1 where
+    a norm is 0. The update of one group exists as fp32 for the length of a step. Norms are summed in double in a fixed order.
+
+    Args:
+        params, lr, betas, eps, weight_decay: the paper's, lr 1e-3, eps 1e-6, weight_decay 0.01.
+        max_trust_ratio: None, or the largest |w| / |u| taken.
+        maximize, options: see :class:`gradmill.optim.FusedOptimizer`.
+
+    Raises:
+        ValueError: for hyperparameters out of range. TypeError: for parameters of another dtype than float32,
+            bfloat16 or float16. RuntimeError at step for sparse gradients.
+    """
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.01, *, max_trust_ratio=None, maximize=False, **options):
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, max_trust_ratio=max_trust_ratio),
+                         maximize=maximize, **options)
+
+    def check_group(self, group):
+        check_lr_and_decay(group)
+        check_eps(group)
+        check_betas(group)
+        if group["max_trust_ratio"] is not None and not group["max_trust_ratio"] > 0:
+            raise ValueError(f"max_trust_ratio is {group['max_trust_ratio']!r}; it must be None or positive")
+
+    def rule(self, group):
+        return "lamb"
+
+    def _step_group(self, group, items, factor):
+        updates = [self.value(item.owner, item.state) for item in items]  # a copy of each weight, which the rule turns into its update
+        before = norms(updates)
+        self.apply_rule(group, [item._replace(param=local(u)) for item, u in zip(items, updates)], factor)
+        cap = float("inf") if group["max_trust_ratio"] is None else group["max_trust_ratio"]
+        ratios = [min(w / u, cap) if w > 0 and u > 0 else 1.0 for w, u in zip(before, norms(updates))]
+        lr = float(group["lr"])
+        self.apply_rule({**group, "maximize": False}, [item._replace(grad=local(u), options={"lr": lr * r}) for item, u, r in zip(items, updates, ratios)],
+                        1.0, rule="sgd", decay=False)
+
+
+class LARS(FusedOptimizer):
+    """LARS: momentum SGD whose rate is scaled, tensor by tensor, to the norms of weight and gradient.
+
+    Source: You et al., "Large Batch Training of Convolutional Networks", Algorithm 1: with the local rate
+    r = trust_coefficient |w| / (|g| + weight_decay |w|), v <- momentum v + lr r (g + weight_decay w), w <- w - v. The ratio
+    is 1 where a norm is 0.
+
+    Args:
+        params, lr, momentum, weight_decay: the paper's (momentum 0.9, weight_decay 5e-4).
+        trust_coefficient: the paper's eta, 0.001; None in a group (biases and norms, as is usual) takes plain SGD steps.
+        maximize, options: see :class:`gradmill.optim.FusedOptimizer`.
+
+    Raises: as :class:`LAMB`.
+    """
+
+    def __init__(self, params, lr=0.1, momentum=0.9, weight_decay=5e-4, *, trust_coefficient=1e-3, maximize=False, **options):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust_coefficient=trust_coefficient),
+                         maximize=maximize, **options)
+
+    def check_group(self, group):
+        check_lr_and_decay(group)
+        if not 0.0 <= group["momentum"] < 1.0:
+            raise ValueError(f"Invalid momentum value: {group['momentum']}")
+        if group["trust_coefficient"] is not None and not group["trust_coefficient"] > 0:
+            raise ValueError(f"trust_coefficient is {group['trust_coefficient']!r}; it must be None or positive")
+
+    def rule(self, group):
+        return "lars"
+
+    def _step_group(self, group, items, factor):
+        if group["trust_coefficient"] is not None and items:
+            weights, grads = norms([self.value(item.owner, item.state) for item in items]), norms([item.owner.grad for item in items])
+            decay, lr = group["weight_decay"], float(group["lr"])
+            rates = [lr * (group["trust_coefficient"] * w / (abs(factor) * g + decay * w) if w > 0 and g > 0 else 1.0) for w, g in zip(weights, grads)]
+            items = [item._replace(options={"lr": rate}) for item, rate in zip(items, rates)]
+        self.apply_rule(group, items, factor)

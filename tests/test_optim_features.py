@@ -1,0 +1,627 @@
+"""What the optimizers share beyond a rule: clipping, non-finite gradients, norms' rules, weights in two pieces, released
+gradients, groups from names."""
+import copy
+import io
+import pickle
+from math import sqrt
+
+import pytest
+import torch
+
+from gradmill import QuantizedWeight, optim
+from gradmill.formats import FLOAT_DTYPES, SPLIT
+from gradmill.optim import LAMB, LARS, VRGD, AdamW, Lion, StableSPAM, param_groups, release_gradients
+from gradmill.reference.quant import join_float, split_float
+
+from .conftest import FLT_MAX, LEVELS, SPECIAL, assert_same_bits, running
+
+SHAPES = [(70, 130), (130,), (66, 64), (8, 3, 3, 3), (), (0,)]
+CLASSES = {"AdamW": AdamW, "Lion": Lion, "LAMB": LAMB, "LARS": LARS, "StableSPAM": StableSPAM}
+#: Every other optimizer, with what it needs to take a step here.
+OTHERS = {"Adam": {}, "SGD": {"momentum": 0.9}, "Adagrad": {}, "AdaGradNorm": {}, "CLASSP": {"threshold": 0.01}, "AdaBelief": {"rectify": False},
+          "DiffGrad": {}, "Grams": {}, "Muon": {}, "AuON": {}, "HybridAuON": {}, "SWATS": {}, "STEPAdam": {}, "Sophia": {},
+          "QGaLoreAdamW": {}}
+STATES = ("fp32", "bf16", "fp8", "int8", "int4")
+
+
+def parameters(seed=0, dtype=torch.float32, shapes=SHAPES):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.nn.Parameter(torch.randn(s, generator=g).to(dtype)) for s in shapes]
+
+
+def give_gradients(params, seed, scale=1.0):
+    g = torch.Generator().manual_seed(seed)
+    for p in params:
+        p.grad = (scale * torch.randn(p.shape, generator=g)).to(p.dtype)
+
+
+def close(params, others, rtol=1e-5, atol=1e-6):
+    for p, q in zip(params, others):
+        torch.testing.assert_close(p.detach(), q.detach(), rtol=rtol, atol=atol)
+
+
+# --- clipping ---------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("limit", [0.3, 1e6])
+def test_max_grad_norm_is_torchs_clipping_in_the_step(limit):
+    ours, theirs = parameters(), parameters()
+    groups = lambda ps: [{"params": ps[:2]}, {"params": ps[2:], "lr": 0.03, "weight_decay": 0.2}]
+    a, b = AdamW(groups(ours), lr=0.01, max_grad_norm=limit), torch.optim.AdamW(groups(theirs), lr=0.01)
+    for step in range(6):
+        give_gradients(ours, step, 10.0 ** (step - 3)), give_gradients(theirs, step, 10.0 ** (step - 3))
+        before = [p.grad.clone() for p in ours]
+        norm = torch.nn.utils.clip_grad_norm_(theirs, limit)
+        a.step(), b.step()
+        assert a.grad_norm == pytest.approx(float(norm), rel=1e-5)
+        assert_same_bits([p.grad for p in ours], before)
+        close(ours, theirs)
+
+
+def test_clipping_counts_every_dtype_and_the_gradscalers_scale():
+    params = parameters(dtype=torch.bfloat16, shapes=[(66, 64)]) + parameters(shapes=[(5,)])
+    other = copy.deepcopy(params)
+    a, b = Lion(params, max_grad_norm=0.5, seed=1), Lion(other, seed=1)
+    give_gradients(params, 1), give_gradients(other, 1)
+    norm = sqrt(sum(float((p.grad.double() ** 2).sum()) for p in params))
+    a.grad_scale, a.found_inf = torch.tensor(4.0), torch.tensor(0.0)
+    b.grad_scale, b.found_inf = torch.tensor(4.0 * norm / 4 / 0.5), torch.tensor(0.0)
+    a.step(), b.step()
+    assert a.grad_norm == pytest.approx(norm / 4, rel=1e-6)
+    close(params, other, rtol=2 ** -8)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", CLASSES)
+def test_non_finite_gradients_are_skipped_or_raised_with_nothing_changed(name, bad):
+    for policy in ("skip", "raise"):
+        params = parameters()
+        optimizer = CLASSES[name](params, states="int8", min_quantized_numel=1, on_nonfinite=policy)
+        for step in range(3):
+            give_gradients(params, step)
+            optimizer.step()
+        before = copy.deepcopy(([p.detach() for p in params], optimizer.state_dict()))
+        params[3].grad.view(-1)[7] = bad
+        if policy == "raise":
+            with pytest.raises(FloatingPointError, match=r"\(8, 3, 3, 3\)"):
+                optimizer.step()
+        else:
+            optimizer.step()
+        assert_same_bits(([p.detach() for p in params], optimizer.state_dict()), before)
+        give_gradients(params, 9)
+        optimizer.step()
+        assert not torch.equal(params[0].detach(), before[0][0])
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = AdamW([p])
+    p.grad = torch.tensor([1.0, bad, 1.0])
+    optimizer.step()
+    assert p.isnan().tolist() == [False, True, False]  # propagate: as torch
+
+
+@pytest.mark.parametrize("options, match", [(dict(max_grad_norm=0.0), "max_grad_norm is 0.0"), (dict(on_nonfinite="stop"), "on_nonfinite is 'stop'"),
+                                            (dict(master_weight_bits=16), "master_weight_bits is 16")])
+def test_bad_options_are_refused_by_name(options, match):
+    with pytest.raises(ValueError, match=match):
+        AdamW(parameters(), **options)
+
+
+def test_copies_keep_the_optimizers_own_options():
+    optimizer = AdamW(parameters(), max_grad_norm=2.0, on_nonfinite="skip")
+    for other in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        assert (other.max_grad_norm, other.on_nonfinite) == (2.0, "skip")
+
+
+# --- rules with norms -------------------------------------------------------------------------------------
+def adam_moments(m, v, g, betas, step):
+    m, v = betas[0] * m + (1 - betas[0]) * g, betas[1] * v + (1 - betas[1]) * g * g
+    return m, v, m / (1 - betas[0] ** step), v / (1 - betas[1] ** step)
+
+
+def follow(optimizer, params, rule, steps=12, scale=lambda step: 1.0, tolerance=1e-5):
+    """rule(memory, p, g, step) -> p in float64, against the optimizer."""
+    mine, memory = [p.detach().double() for p in params], [{} for _ in params]
+    for step in range(1, steps + 1):
+        give_gradients(params, step, scale(step))
+        mine = [rule(state, p, q.grad.double(), step) for state, p, q in zip(memory, mine, params)]
+        optimizer.step()
+        for p, q in zip(mine, params):
+            torch.testing.assert_close(q.detach().double(), p, rtol=tolerance, atol=tolerance)
+
+
+def test_lamb_follows_the_paper():
+    def rule(s, p, g, step):
+        m, v, m_hat, v_hat = adam_moments(s.get("m", 0), s.get("v", 0), g, (0.9, 0.999), step)
+        s.update(m=m, v=v)
+        u = m_hat / (v_hat.sqrt() + 1e-6) + 0.1 * p
+        ratio = p.norm() / u.norm() if p.norm() > 0 and u.norm() > 0 else 1.0
+        return p - 0.02 * ratio * u
+    params = parameters()
+    params[1].data.zero_()  # no norm yet: ratio 1
+    follow(LAMB(params, lr=0.02, weight_decay=0.1), params, rule)
+
+
+def test_lars_follows_the_paper():
+    def rule(s, p, g, step):
+        ratio = 0.02 * p.norm() / (g.norm() + 0.01 * p.norm()) if p.norm() > 0 and g.norm() > 0 else 1.0
+        s["v"] = 0.8 * s.get("v", 0) + 0.5 * ratio * (g + 0.01 * p)
+        return p - s["v"]
+    params = parameters()
+    follow(LARS(params, lr=0.5, momentum=0.8, weight_decay=0.01, trust_coefficient=0.02), params, rule)
+
+
+@pytest.mark.parametrize("reset", [None, 5])
+def test_stable_spam_follows_the_paper(reset):
+    def rule(s, p, g, step):
+        if reset is not None and s.get("t", 0) == reset:
+            s.update(t=0, m=0, v=0)
+        s["t"] = s.get("t", 0) + 1
+        if not g.numel():
+            return p
+        s["M"] = 0.99 * s.get("M", 0) + (1 - 0.99) * g.abs().max()
+        limit = s["M"] / (1 - 0.99 ** step)
+        g = torch.where(g.abs() > limit, g * limit / g.abs().max(), g)
+        n = g.norm()
+        s["a"], s["b"] = 0.7 * s.get("a", 0) + 0.3 * n, 0.9 * s.get("b", 0) + 0.1 * n * n
+        g = g / n * (s["a"] / (1 - 0.7 ** step)) / ((s["b"] / (1 - 0.9 ** step)).sqrt() + 1e-8)
+        s["m"], s["v"], m_hat, v_hat = adam_moments(s.get("m", 0), s.get("v", 0), g, (0.9, 0.999), s["t"])
+        return p * (1 - 0.01 * 0.1) - 0.01 * m_hat / (v_hat.sqrt() + 1e-8)
+    params = parameters()
+    follow(StableSPAM(params, lr=0.01, weight_decay=0.1, theta=0.99, reset_every=reset), params, rule,
+           scale=lambda step: 100.0 if step % 4 == 0 else 1.0, tolerance=3e-5)
+
+
+def test_an_element_goes_on_after_its_gradient_spiked():
+    """Adam's second moment remembers the spike and the element stands still; Stable-SPAM clips it to what was usual."""
+    moves = {}
+    for cls in (AdamW, StableSPAM):
+        p = torch.nn.Parameter(torch.zeros(64, 64))
+        optimizer = cls([p], lr=0.01, betas=(0.9, 0.999), weight_decay=0.0)
+        for step in range(150):
+            p.grad = torch.randn(64, 64)
+            p.grad[0, 0] = -1e4 if step == 29 else 1.0
+            if step == 130:
+                before = p.detach().clone()
+            optimizer.step()
+        moves[cls] = float((p.detach() - before)[0, 0].abs())
+    assert moves[StableSPAM] > 5 * moves[AdamW]
+
+
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_vrgd_weighs_by_what_shards_agree_on(ema):
+    p = torch.nn.Parameter(torch.randn(20, 30))
+    optimizer = VRGD(torch.optim.SGD([p], lr=0.1), ema=ema)
+    average = torch.zeros(20, 30, dtype=torch.float64)
+    for step in range(1, 4):
+        before, grads = p.detach().double(), torch.randn(4, 20, 30) + 0.5
+        for g in grads:
+            p.grad = g.clone()
+            optimizer.accumulate()
+        assert p.grad is None
+        g = grads.double()
+        ratio = g.mean(0) ** 2 / ((g ** 2).mean(0) - g.mean(0) ** 2 + 1e-12)
+        ratio = (ratio / ratio.mean()).clamp(0.1, 1)
+        average = 0.9 * average + 0.1 * ratio
+        optimizer.step()
+        want = before - 0.1 * (ratio if ema is None else average / (1 - 0.9 ** step)) * g.mean(0)
+        torch.testing.assert_close(p.detach().double(), want, rtol=1e-4, atol=1e-5)
+        if step == 2:
+            again = VRGD(torch.optim.SGD([p], lr=0.1), ema=ema)
+            again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            optimizer = again
+    with pytest.raises(RuntimeError, match="0 times"):
+        optimizer.step()
+    with pytest.raises(ValueError, match="floor"):
+        VRGD(torch.optim.SGD([p], lr=0.1), floor=2.0)
+
+
+@pytest.mark.parametrize("states", STATES)
+@pytest.mark.parametrize("name", (*CLASSES, *OTHERS))
+def test_every_optimizer_steps_every_format_and_resumes(name, states):
+    cls, options, shapes = getattr(optim, name), OTHERS.get(name, {}), SHAPES[:3:2] if name in ("Muon", "AuON", "HybridAuON") else SHAPES[:3]
+    for kind in ("fp32", "bf16", "fp16", "int8", 24, 32):
+        def make():
+            params = parameters(dtype=FLOAT_DTYPES.get(kind, torch.bfloat16 if kind in (24, 32) else torch.float32), shapes=shapes)
+            if kind == "int8":
+                params[0] = torch.nn.Parameter(QuantizedWeight.quantize(params[0].detach(), "int8"))
+            return params, cls(params, states=states, min_quantized_numel=1, seed=4, master_weight_bits=kind if kind in (24, 32) else None, **options)
+        params, optimizer = make()
+        start = copy.deepcopy([p.detach() for p in params])
+        for step in range(4):
+            give_gradients(params, step)
+            optimizer.step()
+        assert all(not torch.equal(p.detach().float(), q.float()) and p.detach().float().isfinite().all() for p, q in zip(params, start))
+        file = io.BytesIO()
+        torch.save({"params": params, "optimizer": optimizer.state_dict()}, file)
+        file.seek(0)
+        saved = torch.load(file, weights_only=True)
+        _, other = make()
+        for p, q in zip([p for g in other.param_groups for p in g["params"]], saved["params"]):
+            p.data = q.data
+        other.load_state_dict(saved["optimizer"])
+        others = [p for g in other.param_groups for p in g["params"]]
+        for step in range(4, 7):
+            give_gradients(params, step), give_gradients(others, step)
+            optimizer.step(), other.step()
+        assert_same_bits([p.detach() for p in others], [p.detach() for p in params], kind)
+
+
+# --- weights in two pieces --------------------------------------------------------------------------------
+def wide(n=20000):
+    """Values of every magnitude, both signs."""
+    return torch.randn(n) * 2.0 ** torch.randint(-45, 45, (n,))
+
+
+def test_pieces_worked_out_by_hand():
+    x = torch.tensor([1.0, 1 + 2 ** -8, 1 + 2 ** -7 + 2 ** -9, -(1 + 2 ** -23)])
+    high, low = split_float(x, "bf16+16")
+    assert high.tolist() == [1.0, 1 + 2 ** -7, 1 + 2 ** -7, -1.0]   # a tie goes away from zero
+    assert (low.int() & 0xFFFF).tolist() == [0, 0x8000, 0x4000, 1]
+    high, low = split_float(torch.tensor([1 + 2 ** -11, 2 ** -24 * 1.5, 65504.0, 65519.0, 65520.0]), "fp16+16")
+    assert high.tolist() == [1 + 2 ** -10, 2 ** -23, 65504.0, 65504.0, float("inf")]
+    assert (low.int() & 0xFFFF).tolist() == [0x8000, 0x8000, 0, 0x7800, 0]
+
+
+@pytest.mark.parametrize("code", SPLIT)
+def test_two_pieces_hold_what_is_claimed(code):
+    dtype = SPLIT[code][0]
+    x = wide() if dtype == torch.bfloat16 else wide().clamp(-65000, 65000)
+    for words in (None, torch.randint(2 ** 32, x.shape)):
+        high, low = split_float(x, code, words)
+        back = join_float(high, low, code)
+        if code == "bf16+16":
+            assert_same_bits(back, x)
+        elif code == "bf16+8":  # 15 fraction bits, rounded either way
+            assert ((back - x).abs() <= 2.0 ** -15 * x.abs()).all()
+        elif code == "fp16+16":
+            exact = x.abs() >= 2.0 ** -17
+            assert_same_bits(back[exact], x[exact])
+            assert ((back - x).abs() < 2.0 ** -40).all()
+        else:
+            assert ((back.double() - x.double()).abs() <= (2.0 ** -18 * x.abs().double()).clamp(min=2.0 ** -32)).all()
+        # the 16-bit piece is a nearest 16-bit float of what the two hold
+        assert ((high.double() - back.double()).abs() <= (back.to(dtype).double() - back.double()).abs()).all()
+
+
+@pytest.mark.parametrize("code", SPLIT)
+def test_two_pieces_of_special_values(code):
+    x = torch.tensor(SPECIAL)
+    for words in (torch.zeros(len(x), dtype=torch.int64), torch.full((len(x),), 2 ** 32 - 1)):
+        high, low = split_float(x, code, words)
+        back = join_float(high, low, code)
+        assert torch.equal(back.isnan(), x.isnan())
+        assert (back[x.isinf()] == x[x.isinf()]).all() and (back[x == 0] == 0).all()
+        assert torch.equal(back[~x.isnan()].signbit(), x[~x.isnan()].signbit())
+    assert join_float(*split_float(torch.tensor([FLT_MAX]), "bf16+16"), "bf16+16").item() == FLT_MAX
+    # a weight that was set to zero from outside has stale low bits: it must not turn into a nan
+    for zero in (0.0, -0.0):
+        stale = torch.full((1,), -1, dtype=SPLIT[code][1]) if code.endswith("16") else torch.full((1,), 255, dtype=torch.uint8)
+        value = join_float(torch.tensor([zero], dtype=SPLIT[code][0]), stale, code)
+        assert value.abs() < 1e-6
+
+
+@pytest.mark.parametrize("code", ["bf16+8", "fp16+8"])
+def test_eight_low_bits_are_rounded_without_bias(code):
+    words = torch.randint(2 ** 32, (200000,))
+    for value in (1.00001, 3.7e-6, 1e-7):
+        x = torch.full(words.shape, value)
+        back = join_float(*split_float(x, code, words), code).double()
+        step = float(back.max() - back.min())
+        assert step > 0 and abs(float(back.mean()) - float(x[0])) < 5 * step / sqrt(len(x))
+
+
+@pytest.mark.parametrize("name", ["AdamW", "LAMB", "LARS", "StableSPAM"])
+def test_bf16_weights_with_16_more_bits_train_as_fp32_bit_for_bit(name):
+    half, full = parameters(dtype=torch.bfloat16), [torch.nn.Parameter(p.detach().float()) for p in parameters(dtype=torch.bfloat16)]
+    a, b = CLASSES[name](half, lr=0.01, master_weight_bits=32), CLASSES[name](full, lr=0.01)
+    for step in range(6):
+        give_gradients(half, step)
+        for p, q in zip(half, full):
+            q.grad = p.grad.float()
+        a.step(), b.step()
+        assert_same_bits([a.value(p) for p in half], [p.detach() for p in full], step)
+    assert all((p.detach().float() - q.detach()).abs().max() <= 2.0 ** -8 * q.detach().abs().max() for p, q in zip(half, full) if p.numel())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_24_bit_weights_move_by_updates_too_small_for_16(dtype):
+    """An update of a 50th of an ulp a step, 100 steps: plain fp16 stays where it is, 24 bits arrive."""
+    p = torch.nn.Parameter(torch.ones(5000, dtype=dtype))
+    optimizer = LARS([p], lr=2.0 ** (-7 if dtype == torch.bfloat16 else -10) / 50, momentum=0.0, weight_decay=0.0, trust_coefficient=None,
+                     master_weight_bits=24, seed=0)
+    p.grad = -torch.ones_like(p)
+    for _ in range(100):
+        optimizer.step()
+    moved = optimizer.value(p).double() - 1
+    want = 100 * optimizer.param_groups[0]["lr"]
+    assert abs(float(moved.mean()) / want - 1) < 0.01 and (moved / want - 1).abs().max() < 0.5
+
+
+def test_full_precision_state_dict_and_converting_low_bits_on_load():
+    model = torch.nn.Sequential(torch.nn.Linear(66, 70), torch.nn.LayerNorm(70)).bfloat16()
+    model[1].float()
+    params = list(model.parameters())
+    optimizer = AdamW(params, lr=0.01, master_weight_bits=32, seed=0)
+    give_gradients(params, 1)
+    optimizer.step()
+    full = optimizer.full_precision_state_dict(model)
+    assert set(full) == set(model.state_dict()) and all(v.dtype == torch.float32 for v in full.values())
+    assert_same_bits(full["0.weight"].bfloat16().float(), model[0].weight.detach().float())
+    assert not torch.equal(full["0.weight"], model[0].weight.detach().float())
+    for bits, exact in ((32, True), (24, False), (None, False)):
+        again = AdamW(params, lr=1.0, master_weight_bits=bits)
+        again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        assert again.param_groups[0]["master_weight_bits"] == bits
+        error = (again.value(params[0]) - full["0.weight"]).abs().max()
+        assert error == 0 if exact else error <= 2.0 ** (-15 if bits == 24 else -8) * full["0.weight"].abs().max()
+    damaged = copy.deepcopy(optimizer.state_dict())
+    damaged["state"][0]["low_bits"] = damaged["state"][0]["low_bits"][:-1]
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(optim.CheckpointError, match="low_bits"):
+        optimizer.load_state_dict(damaged)
+    assert_same_bits(optimizer.state_dict(), before)
+
+
+# --- options as tensors, options that change --------------------------------------------------------------
+@pytest.mark.parametrize("name", CLASSES)
+def test_lr_and_betas_may_be_tensors(name):
+    sides = []
+    for tensors in (False, True):
+        params = parameters()
+        wrap = torch.tensor if tensors else lambda x: x
+        options = {"lr": wrap(0.015625)}
+        if name != "LARS":
+            options["betas"] = (wrap(0.875), wrap(0.96875))
+        optimizer = CLASSES[name](params, **options)
+        for step in range(3):
+            give_gradients(params, step)
+            optimizer.step()
+            optimizer.param_groups[0]["lr"] *= 0.5
+        sides.append([p.detach() for p in params])
+    assert_same_bits(*sides)
+
+
+def test_amsgrad_set_on_a_live_group_starts_its_maximum_then():
+    params = parameters()
+    optimizer = AdamW(params, states="int8", min_quantized_numel=1)
+    give_gradients(params, 0)
+    optimizer.step()
+    optimizer.param_groups[0]["amsgrad"] = True
+    optimizer.step()
+    assert "max_exp_avg_sq_codes" in optimizer.state[params[0]] and "max_exp_avg_sq" in optimizer.state[params[1]]
+    assert_same_bits(optimizer.state[params[1]]["max_exp_avg_sq"], optimizer.state[params[1]]["exp_avg_sq"])
+    optimizer.param_groups[0]["amsgrad"] = False
+    optimizer.step()
+
+
+# --- groups from names ------------------------------------------------------------------------------------
+def test_param_groups_from_name_patterns():
+    model = torch.nn.ModuleDict({"embed": torch.nn.Embedding(10, 4), "block": torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4)),
+                                 "head": torch.nn.Linear(4, 10, bias=False)})
+    model["head"].weight = model["embed"].weight  # tied: once
+    model["block"][0].bias.requires_grad_(False)
+    groups = param_groups(model, {"embed*": {"states": "fp32"}, "*.1.*": {"weight_decay": 0.0}})
+    assert [len(g["params"]) for g in groups] == [1, 2, 1]
+    assert groups[0]["states"] == "fp32" and groups[1]["weight_decay"] == 0.0 and set(groups[2]) == {"params"}
+    optimizer = AdamW(groups, states="int8")
+    assert [g["states"] for g in optimizer.param_groups] == ["fp32", "int8", "int8"]
+    with pytest.raises(ValueError, match="'nothing\\*'"):
+        param_groups(model, {"nothing*": {}})
+    with pytest.raises(TypeError, match="dict"):
+        param_groups(model, {"embed*": "fp32"})
+
+
+# --- gradients released as they arrive --------------------------------------------------------------------
+def small_model(seed=0):
+    torch.manual_seed(seed)
+    return torch.nn.Sequential(torch.nn.Linear(66, 80), torch.nn.Tanh(), torch.nn.Linear(80, 80), torch.nn.Tanh(), torch.nn.Linear(80, 3)).bfloat16()
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_released_gradients_give_the_same_bits(name):
+    sides = []
+    for released in (False, True):
+        model = small_model()
+        frozen = model[2].bias.requires_grad_(False)
+        optimizer = CLASSES[name](model.parameters(), lr=0.01, states="int8", min_quantized_numel=1, seed=3)
+        handle = release_gradients(model, optimizer) if released else None
+        torch.manual_seed(9)
+        for _ in range(5):
+            optimizer.zero_grad()
+            model(torch.randn(7, 66).bfloat16()).float().square().mean().backward()
+            assert not released or all(p.grad is None for p in model.parameters())
+            optimizer.step()
+        sides.append([p.detach() for p in model.parameters()])
+        assert frozen not in optimizer.state or not optimizer.state[frozen]
+    assert_same_bits(*sides)
+    handle.remove()
+    model(torch.randn(7, 66).bfloat16()).float().square().mean().backward()
+    assert model[0].weight.grad is not None
+    assert_same_bits([p.detach() for p in model.parameters()], sides[1])
+    with release_gradients(model, optimizer):
+        pass
+
+
+def test_what_released_gradients_cannot_be_combined_with():
+    model = small_model()
+    for options in (dict(max_grad_norm=1.0), dict(on_nonfinite="skip"), dict(on_nonfinite="raise")):
+        with pytest.raises(ValueError, match="max_grad_norm"):
+            release_gradients(model, AdamW(model.parameters(), **options))
+    with pytest.raises(TypeError, match="SGD"):
+        release_gradients(model, torch.optim.SGD(model.parameters()))
+    optimizer = AdamW(model.parameters())
+    handle = release_gradients(model, optimizer)
+    with pytest.raises(ValueError, match="already"):
+        release_gradients(model, optimizer)
+    x = torch.randn(7, 66).bfloat16()
+    model(x).sum().backward()
+    with pytest.raises(RuntimeError, match="accumulated"):
+        model(x).sum().backward()
+    optimizer.step()
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(model(x).sum()).backward()
+    with pytest.raises((RuntimeError, AssertionError), match="GradScaler|inf checks"):
+        scaler.step(optimizer)
+    handle.remove()
+
+
+# --- every backend ----------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", CLASSES)
+def test_optimizers_give_the_same_bits_in_every_backend(name):
+    def run():
+        params = parameters(dtype=torch.bfloat16)
+        optimizer = CLASSES[name](params, states="int4", min_quantized_numel=1, seed=4, master_weight_bits=24, max_grad_norm=0.7)
+        for step in range(3):
+            give_gradients(params, step)
+            optimizer.step()
+        return [p.detach() for p in params], optimizer.state_dict()["state"]
+    with running("reference"):
+        want = run()
+    for level in LEVELS:
+        with running(level):
+            assert_same_bits(run(), want, level)
+
+
+# --- files ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("states", STATES)
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_safetensors_file_resumes_bit_equal(name, states, tmp_path):
+    params = parameters(dtype=torch.bfloat16)
+    make = lambda ps, lr: CLASSES[name]([{"params": ps[:2], "lr": torch.tensor(lr)}, {"params": ps[2:]}], states=states, min_quantized_numel=1,
+                                        seed=6, master_weight_bits=24)
+    optimizer = make(params, 0.01)
+    for step in range(3):
+        give_gradients(params, step)
+        optimizer.step()
+    optim.save_optimizer(optimizer, tmp_path / "o.safetensors")
+    assert [f.name for f in tmp_path.iterdir()] == ["o.safetensors"]
+    others = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    other = make(others, 0.5)
+    optim.load_optimizer(other, tmp_path / "o.safetensors")
+    assert_same_bits(other.state_dict(), optimizer.state_dict())
+    for step in range(3, 6):
+        give_gradients(params, step), give_gradients(others, step)
+        optimizer.step(), other.step()
+    assert_same_bits([p.detach() for p in others], [p.detach() for p in params])
+
+
+def test_bad_files_are_refused_and_change_nothing(tmp_path, monkeypatch):
+    from safetensors.torch import save_file
+    params = parameters()
+    optimizer = AdamW(params, states="int8", min_quantized_numel=1)
+    give_gradients(params, 1)
+    optimizer.step()
+    good = tmp_path / "good"
+    optim.save_optimizer(optimizer, good)
+    before = copy.deepcopy(optimizer.state_dict())
+    data = good.read_bytes()
+    files = {"cut": data[:-100], "header cut": data[:40], "empty": b"", "noise": bytes(range(256)) * 20,
+             "version": data.replace(b'"gradmill_format":"1"', b'"gradmill_format":"9"')}
+    assert files["version"] != data
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(optim.CheckpointError, match="'9'" if name == "version" else name.split()[0]):
+            optim.load_optimizer(optimizer, tmp_path / name)
+    save_file({"a": torch.ones(3)}, tmp_path / "other")
+    with pytest.raises(optim.CheckpointError, match="gradmill_format is None"):
+        optim.load_optimizer(optimizer, tmp_path / "other")
+    with pytest.raises(FileNotFoundError):
+        optim.load_optimizer(optimizer, tmp_path / "missing")
+    small = AdamW(parameters(shapes=[(70, 130)]))
+    with pytest.raises(ValueError, match="doesn't match"):
+        optim.load_optimizer(small, good)
+    with pytest.raises(optim.CheckpointError):
+        optim.load_optimizer(Lion(parameters()), good)
+    assert_same_bits(optimizer.state_dict(), before)
+    # an interrupted write leaves the old file and nothing beside it
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    with pytest.raises(OSError, match="disk full"):
+        optim.save_optimizer(optimizer, good)
+    assert good.read_bytes() == data and not [f for f in tmp_path.iterdir() if f.suffix == ".tmp"]
+
+
+# --- other projects' checkpoints --------------------------------------------------------------------------
+def by_table(x, table, block, most):
+    """bitsandbytes' and torchao's way: the nearest entry of a table, blocks over the flat tensor. (codes, scales, values)"""
+    flat = torch.nn.functional.pad(x.flatten(), (0, -x.numel() % block)).view(-1, block)
+    scales = flat.abs().amax(1)
+    codes = ((flat / scales.clamp(min=1e-30)[:, None])[..., None] - table).abs().argmin(-1)
+    values = (table[codes] * scales[:, None]).flatten()[:x.numel()].view(x.shape)
+    return codes.flatten()[:x.numel()].to(torch.uint8).view(x.shape), scales, values
+
+
+TABLES = [torch.linspace(-1, 1, 256), torch.linspace(0, 1, 256)]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("block", [256, 2048])
+@pytest.mark.parametrize("states", STATES)
+def test_a_bitsandbytes_checkpoint_loads(states, block, nested):
+    params = parameters(shapes=[(70, 130), (5,)])
+    m, v = torch.randn(70, 130) * 0.1, torch.rand(70, 130) * 0.01
+    state, values = {"step": 7}, []
+    for number, (x, table) in enumerate(((m, TABLES[0]), (v, TABLES[1])), 1):
+        codes, scales, value = by_table(x, table, block, 1)
+        state.update({f"state{number}": codes, f"qmap{number}": table, f"absmax{number}": scales})
+        values.append(value)
+    if nested:
+        state = {"step": 7, "__bnb_optimizer_quant_state__": {k: t for k, t in state.items() if k != "step"}}
+    small = {"step": 7, "state1": torch.ones(5), "state2": torch.full((5,), 2.0)}
+    group = dict(lr=0.3, betas=(0.8, 0.9), eps=1e-7, weight_decay=0.1, alpha=0.0, params=[0, 1])
+    saved = {"state": {0: state, 1: small}, "param_groups": [group]}
+    kept = copy.deepcopy(saved)
+    optimizer, plain = AdamW(params, states=states, min_quantized_numel=1), AdamW(params)
+    optimizer.load_state_dict(saved), plain.load_state_dict(saved)
+    assert_same_bits(saved, kept)
+    assert_same_bits([plain.state[params[0]][k] for k in ("exp_avg", "exp_avg_sq")], values)
+    assert plain.state[params[1]]["exp_avg"].tolist() == [1.0] * 5 and float(plain.state[params[0]]["step"]) == 7
+    assert optimizer.param_groups[0]["lr"] == 0.3 and optimizer.param_groups[0]["states"] == states
+    assert ("exp_avg_codes" in optimizer.state[params[0]]) == (states in ("fp8", "int8", "int4"))
+    give_gradients(params, 1)
+    optimizer.step()
+    inner = kept["state"][0].get("__bnb_optimizer_quant_state__", kept["state"][0])
+    for damage in (lambda s: s.pop("absmax1"), lambda s: s.update(absmax1=s["absmax1"][:-1]), lambda s: s.update(state2=s["state2"][:-1]),
+                   lambda s: s.update(qmap2=s["qmap2"][:17]), lambda s: s.pop("state2")):
+        bad = copy.deepcopy(kept)
+        damage(bad["state"][0].get("__bnb_optimizer_quant_state__", bad["state"][0]))
+        before = copy.deepcopy(optimizer.state_dict())
+        with pytest.raises(optim.CheckpointError, match="state 0"):
+            optimizer.load_state_dict(bad)
+        assert_same_bits(optimizer.state_dict(), before)
+    assert inner["state1"].dtype == torch.uint8
+
+
+@pytest.mark.parametrize("name", ["AdamW8bit", "AdamW4bit", "AdamWFp8"])
+def test_a_torchao_checkpoint_loads(name):
+    torchao = pytest.importorskip("torchao.optim")
+    params, other = parameters(shapes=[(64, 256), (7,)]), parameters(shapes=[(64, 256), (7,)])
+    theirs = getattr(torchao, name)(other, lr=0.01)
+    give_gradients(other, 1)
+    theirs.step()
+    for states in ("fp32", "int8", "int4"):
+        ours = AdamW(params, states=states)
+        ours.load_state_dict(theirs.state_dict())
+        if states == "fp32":
+            for p, q in zip(params, other):
+                value = theirs.state[q]["exp_avg_sq"]
+                value = value.dequantize() if hasattr(value, "tensor_attrs") else value
+                torch.testing.assert_close(ours.state[p]["exp_avg_sq"], value.float(), rtol=0, atol=0)
+        give_gradients(params, 2)
+        ours.step()
+
+
+@pytest.mark.parametrize("name", ["Adam8bit", "Lion8bit"])
+def test_bitsandbytes_own_checkpoint_loads(name):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    other = parameters(shapes=[(64, 256), (7,)])
+    theirs = getattr(bitsandbytes.optim, name)(other, lr=0.01)
+    give_gradients(other, 1)
+    theirs.step()
+    params = [torch.nn.Parameter(q.detach().clone()) for q in other]
+    ours = (AdamW if "Adam" in name else Lion)(params, states="int8")
+    ours.load_state_dict(theirs.state_dict())
+    m = theirs.state[other[1]]["state1"]
+    assert_same_bits(ours.state[params[1]]["exp_avg"], m.float())
+    give_gradients(params, 2), give_gradients(other, 2)
+    ours.step(), theirs.step()
+    close(params, other, atol=0.02)
