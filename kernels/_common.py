@@ -30,11 +30,12 @@ NONE = tl.constexpr(-1)  # no such operand
 #: Codes that straddle bytes, or are corrected by position: no kernel here, their ops run the reference.
 UNALIGNED = ("uint3", "int3", "int4_outlier")
 # What the codes are, by number: tuples, because every launch compares the globals its kernel uses.
-_BITS = tuple(cached(code).bits for code in CODES)
-_ZERO_POINT = tuple(cached(code).has_zero_point for code in CODES)
-_SIGNED = tuple(code.startswith("int") for code in CODES)
-_TOPS = tuple(TOPS.get(code, 0.0) for code in CODES)
-_SMALL_FLOATS = tuple(SMALL_FLOATS.get(code, (0, 0)) for code in CODES)
+_NUMBERED = [{n: code for code, n in CODES.items()}.get(n, "fp32") for n in range(max(CODES.values()) + 1)]  # numbers without a code count as fp32
+_BITS = tuple(cached(code).bits for code in _NUMBERED)
+_ZERO_POINT = tuple(cached(code).has_zero_point for code in _NUMBERED)
+_SIGNED = tuple(code.startswith("int") for code in _NUMBERED)
+_TOPS = tuple(TOPS.get(code, 0.0) for code in _NUMBERED)
+_SMALL_FLOATS = tuple(SMALL_FLOATS.get(code, (0, 0)) for code in _NUMBERED)
 NEAREST, STOCHASTIC, DITHER = (tl.constexpr(i) for i in range(3))  # how a blocked operand is rounded
 
 #: Every launch: multiply and add must not fuse (Triton 3.9 warns that the default will change, so it is explicit).
