@@ -57,7 +57,8 @@ def tenants(ctx):
     dense = ctx.once(lambda: [ctx.randn(n, n) for _ in range(count)])
 
     def run(i):
-        return ops.matmul_tenants(x(), F.linear(x(), base()), bits(), alphas, index, n)
+        y = ops.matmul_scaled(x(), None, None, "fp32", 0, base(), None, None, "fp32", 0, n, False, None, torch.float32)  # as nn.BitDeltaLinear
+        return ops.matmul_tenants(x(), y, bits(), alphas, index, n)
     return Bench(f"{count} tenants at batch {count}, {n}x{n}: one dense product and signs", Work(4.0 * n * n + count * n * n / 8, 4.0 * count * n * n, "read"), [
         ours(lambda: run), baseline("torch fp32, a dense layer each", lambda: lambda i: [F.linear(x()[t:t + 1], dense()[t]) for t in range(count)])])
 

@@ -1,6 +1,7 @@
-"""Evidence for docs/one_bit.md, on scikit-learn's digits: python bench/one_bit.py. Not timed."""
+"""Evidence for docs/one_bit.md, on scikit-learn's digits: python bench/one_bit.py."""
 from __future__ import annotations
 
+import copy
 import dataclasses
 import statistics
 
@@ -61,7 +62,6 @@ def delta(x, y, xt, yt):
         torch.manual_seed(seed)
         base = train(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 256), torch.nn.ReLU(), torch.nn.Linear(256, 256), torch.nn.ReLU(), torch.nn.Linear(256, 10)),
                      x, y, 15, 1e-3)
-        import copy
         tuned = train(copy.deepcopy(base), torch.cat((x, x.rot90(1, (1, 2)))), torch.cat((y, y)), 6, 3e-4)
         side, label = torch.cat((xt, xt.rot90(1, (1, 2)))), torch.cat((yt, yt))
         small = bitdelta.compress(base, tuned)

@@ -95,6 +95,8 @@ def test_a_batch_of_tenants_is_each_tenant_alone():
     for i, t in enumerate(tenants.tolist()):
         want = base(x[i:i + 1]) if t < 0 else models[t](x[i:i + 1])
         torch.testing.assert_close(y[i:i + 1], want, rtol=1e-5, atol=1e-5)
+    with torch.no_grad(), bitdelta.serving(tenants):  # another product of few rows
+        torch.testing.assert_close(many(x[:, 0]), y[:, 0].detach(), rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="one for each row"), bitdelta.serving(torch.tensor([0, 1])):
         many(x)
     with pytest.raises(ValueError, match="compress with others='base'"):

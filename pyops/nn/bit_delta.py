@@ -7,7 +7,11 @@ import contextvars
 import torch
 
 from gradmill.autograd.bit_delta import BitDelta
+from gradmill.formats import float_code
 from gradmill.ops.binary import pack_signs
+from gradmill.ops.matmul import matmul_scaled
+
+FEW_ROWS = 16  # up to here gradmill's own fp32 product of a CPU is faster than torch's: 8 rows, 4096 x 4096: 7.7 ms against 10.5 (AVX2), 5.8 against 9.9 (AVX-512)
 
 _tenants: contextvars.ContextVar[torch.Tensor | None] = contextvars.ContextVar("gradmill_tenants", default=None)
 
@@ -70,7 +74,12 @@ class BitDeltaLinear(torch.nn.Module):
             raise ValueError(f"BitDeltaLinear: tenants has shape {tuple(tenants.shape)}; it must be ({batch},), one for each row of the batch")
         rows = x.reshape(-1, self.in_features)
         tenants = tenants.repeat_interleave(rows.shape[0] // max(batch, 1))
-        base = torch.nn.functional.linear(rows, self.weight.to(rows.dtype) if not torch.is_autocast_enabled(x.device.type) else self.weight)
+        code = float_code(self.weight.dtype)
+        if len(rows) <= FEW_ROWS and x.device.type == "cpu" and rows.dtype == self.weight.dtype and self.weight.is_contiguous() and not (
+                torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")):
+            base = matmul_scaled(rows.contiguous(), None, None, code, 0, self.weight, None, None, code, 0, self.in_features, False, None, rows.dtype)
+        else:
+            base = torch.nn.functional.linear(rows, self.weight.to(rows.dtype) if not torch.is_autocast_enabled(x.device.type) else self.weight)
         y = BitDelta.apply(rows.to(base.dtype), base, self.bits, self.alphas, tenants)
         if self.biases is not None:
             own = self.biases.index_select(0, tenants.clamp(min=0).to(x.device)).to(y.dtype)

@@ -5,6 +5,7 @@ namespace gradmill {
 #define GM_EMPTY(level)                          \
   extern const QuantKernels quant_##level{};     \
   extern const MatmulKernels matmul_##level{};   \
+  extern const ConvKernels conv_##level{};       \
   extern const OptimKernels optim_##level{};     \
   extern const ProjectionKernels projection_##level{}; \
   extern const BinaryKernels binary_##level{}; \
