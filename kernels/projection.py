@@ -12,11 +12,12 @@ import torch
 import triton
 import triton.language as tl
 
-from gradmill.formats import CODES, Format, float_code
+from gradmill.formats import CODES, FLOAT_DTYPES, Format, float_code
 from gradmill.kernels._common import (INTERPRETING, KEY_ARGUMENTS, LAUNCH, NONE, STOCHASTIC, as_bits, block_parameters, differs, joined,
                                       key_words, load_floats, load_operand, measure, power_of_two, ready, run_scales, seed_of, store_piece, store_scales)
-from gradmill.kernels.matmul import fitting, launch_packed, weight_tile
+from gradmill.kernels.matmul import fitting, float_matmul, launch_packed, weight_tile
 from gradmill.kernels.optim import store_param
+from gradmill.reference import projection as reference
 
 WIDEST = 256     # columns of a tile; a longer block is worked off in chunks, in two passes
 ROWS = 16        # weight rows of a tile
@@ -25,6 +26,8 @@ DEPTH = 32       # basis vectors at a time
 
 def project(grad, codes, scales, zeros, code, block, left):
     """See gradmill.ops.projection.project: grad B^T, or B grad computed as (grad^T B^T)^T through strides."""
+    if code in FLOAT_DTYPES:  # the vendor's library
+        return float_matmul(codes, grad, True, None, torch.float32) if left else float_matmul(grad, codes, False, None, torch.float32)
     d = grad.shape[0 if left else 1]
     shape = (codes.shape[0], grad.shape[1]) if left else (grad.shape[0], codes.shape[0])
     out = grad.new_empty(shape, dtype=torch.float32)
@@ -120,6 +123,9 @@ def back_kernel(weight, weight_scales, weight_zeros, update, codes, scales, zero
 def project_back(weight, weight_scales, weight_zeros, weight_code, weight_block, columns, update, codes, scales, zeros, code, block,
                  left, scalars, key, stream, residual=None, residual_scales=None):
     """See gradmill.ops.projection.project_back."""
+    if code in FLOAT_DTYPES:  # rare: no kernel decodes plain floats
+        return reference.project_back(weight, weight_scales, weight_zeros, weight_code, weight_block, columns, update, codes, scales, zeros,
+                                      code, block, left, scalars, key, stream, residual, residual_scales)
     format, rows = Format(weight_code, weight_block), weight.shape[0] if weight.dim() > 1 else 1
     if not rows * columns:
         return

@@ -116,10 +116,8 @@ def check_other_placements_are_refused_by_name():
     except TypeError as error:
         assert "first dimension" in str(error)
     p = torch.nn.Parameter(shard(torch.ones(16, 16)))
-    optimizer = QGaLoreAdamW([{"params": [p], "rank": 4}])
-    p.grad = shard(torch.ones(16, 16))
     try:
-        optimizer.step()
+        QGaLoreAdamW([{"params": [p], "rank": 4}])
         raise AssertionError("projected")
     except TypeError as error:
         assert "cannot be projected" in str(error)

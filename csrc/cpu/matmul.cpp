@@ -477,7 +477,7 @@ void packed_matmul(const PackedMatmulArgs& p) {
 bool exact(const Matrix& m) { return (m.code == kInt8 || m.code == kInt7) && m.block == 0; }
 
 void grouped_matmul(const GroupedArgs& g) {
-  if (g.experts == 0) return;
+  if (g.experts <= 0) return;
   if (exact(g.a) && exact(g.b)) {
     Int8MatmulArgs* const p = static_cast<Int8MatmulArgs*>(malloc(static_cast<size_t>(g.experts) * sizeof(Int8MatmulArgs)));
     if (!p) abort();

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import torch
 
-from gradmill.formats import CODES, STATE_CODES, STEPPED, cached, float_code
+from gradmill.formats import CODES, FLOAT_DTYPES, STATE_CODES, STEPPED, cached, float_code
 from gradmill.ops._registry import Op, key_tuple, native_module, reject, require_key, require_matrix, where
 from gradmill.ops.optim import _check_stored
 from gradmill.ops.quant import FLOATS, check_packed, matrix_tuple
@@ -11,11 +11,19 @@ from gradmill.reference import projection as reference
 
 
 # --- project ----------------------------------------------------------------------------------------------
+def _check_vectors(op, codes, scales, zeros, code, block, side, rank=None):
+    """A basis (rank, side): packed, or plain floats, whose scales and zeros are not looked at."""
+    if code in FLOAT_DTYPES:
+        require_matrix(op, "basis codes", codes, (FLOAT_DTYPES[code],), (rank, side), contiguous=True)
+    else:
+        check_packed(op, "basis ", codes, scales, zeros, code, block, side, rank)
+
+
 def _check_project(grad, codes, scales, zeros, code, block, left):
     if code not in STEPPED:
         reject("project", "code", code, f"one of {', '.join(STEPPED)}")
     require_matrix("project", "grad", grad, FLOATS)
-    check_packed("project", "basis ", codes, scales, zeros, code, block, grad.shape[0 if left else 1])
+    _check_vectors("project", codes, scales, zeros, code, block, grad.shape[0 if left else 1])
     if codes.device != grad.device:
         reject("project", "basis codes", codes, f"on {grad.device}")
 
@@ -41,7 +49,7 @@ project = Op(
     order={"cpu": ("native", "triton", "reference"), "cuda": ("native", "triton", "reference")})
 project.__doc__ = """project(grad, codes, scales, zeros, code, block, left) -> fp32
 
-Basis B (rank, d) packed, rows are the basis vectors. right: grad (m, d) -> grad B^T (m, rank); left: grad (d, n) ->
+Basis B (rank, d) packed, or plain floats (code fp32, bf16 or fp16; scales and zeros any tensors), rows are the basis vectors. right: grad (m, d) -> grad B^T (m, rank); left: grad (d, n) ->
 B grad (rank, n). fp32 accumulation straight from the packed codes."""
 
 
@@ -57,7 +65,7 @@ def _check_back(weight, weight_scales, weight_zeros, weight_code, weight_block, 
     rows = weight.shape[0] if weight.dim() > 1 else 1
     require_matrix(op, "update", update, (torch.float32,), device=weight.device, contiguous=True)
     d = rows if left else columns
-    check_packed(op, "basis ", codes, scales, zeros, code, block, d, update.shape[0 if left else 1])
+    _check_vectors(op, codes, scales, zeros, code, block, d, update.shape[0 if left else 1])
     if update.shape[1 if left else 0] != (columns if left else rows):
         reject(op, "update", update, f"({codes.shape[0]}, {columns})" if left else f"({rows}, {codes.shape[0]})")
     if not (weight.is_contiguous()):

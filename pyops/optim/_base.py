@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from gradmill.formats import SPLIT, Format, cached
 from gradmill.ops._registry import describe, short
 from gradmill.ops.optim import MAX_SCALARS, as_matrix_shape, fused_step, measure
 from gradmill.ops.quant import FLOATS, dequantize, quantize
+from gradmill.optim.projection import QUEUE, Projected, Projection
 from gradmill.optim.rules import RULES
 from gradmill.reference.optim import as_matrix
 from gradmill.reference.quant import join_float
@@ -33,7 +34,7 @@ MIN_ROW = 64           # rows shorter than this stay fp32: a scale per row would
 
 
 # Group options that say how states are stored: a loaded checkpoint does not change them.
-STORAGE = ("states", "min_quantized_numel", "master_weight_bits", "rank", "bits", "group_size")
+STORAGE = ("states", "min_quantized_numel", "master_weight_bits", "projection")
 
 #: What a step does with a nan or an inf in any gradient.
 ON_NONFINITE = ("propagate", "skip", "raise")
@@ -157,7 +158,8 @@ class FusedOptimizer(Optimizer):
     (smaller tensors keep fp32 states), ``master_weight_bits`` (None; 24 or 32: bf16 and fp16 parameters have 8 or 16 bits
     more in the state, ``low_bits``, and step as fp32: exactly with bf16 and 32, within 2^-15 of the value with bf16 and 24
     and 2^-18 with fp16 and 24, rounded stochastically; fp16 and 32 are exact from 2^-17 on), ``maximize``, ``seed`` (default
-    ``torch.initial_seed()``). Of torch.optim's arguments ``foreach`` and ``fused`` are accepted and ignored (the step is
+    ``torch.initial_seed()``), ``projection`` (None or a :class:`gradmill.optim.Projection`: matrices take the rule's step in a
+    subspace, and their weight decay is decoupled whatever the rule). Of torch.optim's arguments ``foreach`` and ``fused`` are accepted and ignored (the step is
     always fused), ``capturable`` and ``differentiable`` refused if True.
 
     For the optimizer as a whole, attributes too: ``max_grad_norm`` (None; else all gradients together are scaled down to
@@ -173,7 +175,7 @@ class FusedOptimizer(Optimizer):
     _step_supports_amp_scaling = True  # GradScaler hands us grad_scale and found_inf instead of unscaling itself
 
     def __init__(self, params, defaults: dict, *, states="fp32", min_quantized_numel=4096, master_weight_bits=None, maximize=False, seed=None,
-                 max_grad_norm=None, on_nonfinite="propagate", foreach=None, fused=None, capturable=False, differentiable=False):
+                 projection=None, max_grad_norm=None, on_nonfinite="propagate", foreach=None, fused=None, capturable=False, differentiable=False):
         for name, value in (("capturable", capturable), ("differentiable", differentiable)):
             if value:
                 raise ValueError(f"{type(self).__name__}: {name}=True is not supported; gradmill's step is already fused, and runs outside autograd")
@@ -187,7 +189,7 @@ class FusedOptimizer(Optimizer):
             raise TypeError(f"seed is {seed!r}; it must be an int or None")
         seed = (seed & 0xFFFFFFFFFFFFFFFF) - (1 << 64 if seed & (1 << 63) else 0)  # as an int64 holds it
         super().__init__(params, {**defaults, "states": states, "min_quantized_numel": min_quantized_numel,
-                                  "master_weight_bits": master_weight_bits, "maximize": maximize, "seed": seed})
+                                  "master_weight_bits": master_weight_bits, "maximize": maximize, "seed": seed, "projection": projection})
 
     # --- what a subclass says -----------------------------------------------------------------------------
     def rule(self, group: dict) -> str:
@@ -211,6 +213,9 @@ class FusedOptimizer(Optimizer):
                     if not self.steps_shards:
                         raise TypeError(f"a parameter of shape {tuple(p.shape)} is a DTensor; {type(self).__name__}'s step needs whole tensors")
                     check_placements(p)
+                    if self._projection(p, group) is not None:
+                        raise TypeError(f"a DTensor parameter of shape {tuple(p.shape)} cannot be projected: a basis needs the whole gradient; "
+                                        "set projection (rank) to None")
         except Exception:
             self.param_groups.pop()
             raise
@@ -220,7 +225,24 @@ class FusedOptimizer(Optimizer):
             raise ValueError(f"states is {group['states']!r}; it must be one of {', '.join(STATES)}")
         if group.setdefault("master_weight_bits") not in (None, 24, 32):
             raise ValueError(f"master_weight_bits is {group['master_weight_bits']!r}; it must be None, 24 or 32")
+        projection = group.setdefault("projection")
+        if not (projection is None or isinstance(projection, Projection)):
+            raise TypeError(f"projection is {projection!r}; it must be None or a gradmill.optim.Projection")
+        if projection is not None and type(self)._step_group is not FusedOptimizer._step_group:
+            raise ValueError(f"{type(self).__name__} needs whole gradients, so it takes no projection")
+        if projection is not None and group["master_weight_bits"] is not None:
+            raise ValueError(f"master_weight_bits is {group['master_weight_bits']}; it must be None in a group that is projected")
         self.check_group(group)
+
+    def _projection(self, p, group) -> Projection | None:
+        """How p is projected, if it is."""
+        projection = group["projection"]
+        return projection if projection is not None and projection.rank_of(p.shape) else None
+
+    def _stepped(self, p, group) -> torch.Tensor:
+        """A tensor like what the rule steps: p itself, or its projection."""
+        projection = self._projection(p, group)
+        return p if projection is None else torch.empty(projection.compressed(p.shape), dtype=torch.float32, device=p.device)
 
     def _rng_id(self, p) -> int:
         """The parameter's order of first appearance, which numbers its random bits."""
@@ -279,8 +301,12 @@ class FusedOptimizer(Optimizer):
         state = self.state[p]
         state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
         state["rng_id"] = self._rng_id(p)
-        self._new_states(state, group, p)
-        if group["master_weight_bits"] is not None and p.dtype in LOW_BITS and not isinstance(p, QuantizedWeight):
+        self._new_states(state, group, self._stepped(p, group))
+        projection = self._projection(p, group)
+        if projection is not None:
+            state["refresh_interval"], state["next_refresh"] = projection.refresh_every, 1
+            state["cosines"] = torch.zeros(0, dtype=torch.float32, device="cpu")
+        elif group["master_weight_bits"] is not None and p.dtype in LOW_BITS and not isinstance(p, QuantizedWeight):
             state["low_bits"] = self._no_low_bits(p, group)
 
     # --- the step -----------------------------------------------------------------------------------------
@@ -346,7 +372,7 @@ class FusedOptimizer(Optimizer):
         rules, rule = self.__dict__.setdefault("_stepped_rules", {}), self.rule(group)
         if rules.get(id(group), rule) != rule:
             for item in items:
-                self._new_states(item.state, group, item.owner)
+                self._new_states(item.state, group, self._stepped(item.owner, group))
         rules[id(group)] = rule
 
     def _check_gradient(self, p):
@@ -360,7 +386,36 @@ class FusedOptimizer(Optimizer):
 
     def _step_group(self, group: dict, items: list[Item], factor: float):
         self._complete(group, items)
-        self.apply_rule(group, items, factor)
+        projected = [item for item in items if "next_refresh" in item.state]
+        self._step_items(group, [item for item in items if "next_refresh" not in item.state] if projected else items, factor)
+        parts = [Projected(group["projection"], item, group) for item in projected]
+        compressed = []
+        for part, item in zip(parts, projected):
+            part.refresh(self)
+            low = part.project()
+            compressed.append(Item(torch.empty_like(low), low, item.state, item.step - item.state.get("moments_since", 0), owner=item.owner))
+        if compressed:
+            self._step_items(group, compressed, factor, param_code="delta", decay=False)
+        lr = float(group["lr"])
+        for part, (update, low, *_) in zip(parts, compressed):
+            part.back(low, update, factor * (-1.0 if group["maximize"] else 1.0), lr, 1 - lr * group.get("weight_decay", 0.0))
+
+    def _step_items(self, group, items, factor, **options):
+        """The rule on tensors, or on their projections; options are apply_rule's."""
+        self.apply_rule(group, items, factor, **options)
+
+    def map_moments(self, group, state, columns, first, second=None):
+        """Each state m of a matrix with so many columns becomes first(m), a second moment second(m), where given; fp32 in between."""
+        rule = RULES[self.rule(group)]
+        for name, code in zip(rule.states, rule.state_codes):
+            change = second if second is not None and code == "square8" else first
+            if f"{name}_codes" in state:
+                codes, scales = state[f"{name}_codes"], state[f"{name}_scales"]
+                format = stored_format(code, codes, columns)
+                value = dequantize(codes, scales, scales.new_empty(0, dtype=torch.uint8), format.code, format.block, columns, torch.float32)
+                state[f"{name}_codes"], state[f"{name}_scales"], _ = quantize(change(value), format.code, format.block)
+            else:
+                state[name] = change(state[name].to(torch.float32)).to(state[name].dtype).contiguous()
 
     def apply_rule(self, group: dict, items: list[Item], factor: float, *, rule=None, lr=None, param_code=None, decay=True):
         """Steps ``items`` by a rule (default: the group's), one native call for all that share formats, step and device. An
@@ -427,12 +482,20 @@ class FusedOptimizer(Optimizer):
         return out
 
     # --- checkpoints --------------------------------------------------------------------------------------
+    def state_dict(self):
+        """torch's, a projection as a dict of its options."""
+        out = super().state_dict()
+        for group in out["param_groups"]:
+            if isinstance(group.get("projection"), Projection):
+                group["projection"] = asdict(group["projection"])
+        return out
+
     def load_state_dict(self, state_dict):
         """Loads a state_dict of this optimizer, or of torch's, bitsandbytes' (block-wise 8 bit or 32) or torchao's optimizer of
         the same rule.
 
         As in torch the checkpoint's hyperparameters win, but how states are stored is this optimizer's choice
-        (``states``, ``min_quantized_numel``, for projections also ``rank``, ``bits`` and ``group_size``): what was saved
+        (``states``, ``min_quantized_numel``, ``master_weight_bits``, ``projection``): what was saved
         in another format is converted. Quantised states keep their dtypes (torch's own method would cast codes to the
         parameter's dtype). Raises :class:`CheckpointError` for a state that does not fit its parameter or is another
         optimizer's; the optimizer is then as it was.
@@ -488,7 +551,13 @@ class FusedOptimizer(Optimizer):
         if not step >= 0:
             raise CheckpointError(f"state {index}: step is {saved['step']!r}; it must be one number of at least 0")
         saved["step"] = torch.tensor(step, dtype=torch.float32, device="cpu")
-        self._adopt_states(saved, p, group, index)
+        projection = self._projection(p, group)
+        if projection is None and "next_refresh" in saved:
+            raise CheckpointError(f"state {index} is a projected one; its parameter of shape {tuple(p.shape)} is not projected here")
+        if projection is None:
+            self._adopt_states(saved, p, group, index)
+        else:
+            self._adopt_projected(saved, projection, p, group, index)
         self._adopt_low_bits(saved, p, group, index)
         foreign = {n for rule in RULES.values() for n in rule.states} - set(RULES[self.rule(group)].states)
         foreign = sorted(k for k in saved if k.removesuffix("_codes").removesuffix("_scales") in foreign)
@@ -527,6 +596,34 @@ class FusedOptimizer(Optimizer):
             if low.shape == wanted.shape:
                 wanted = low
         saved["low_bits"] = wanted
+
+    def _adopt_projected(self, saved, projection: Projection, p, group, index):
+        """The states of a projected parameter, its basis and when it is refreshed; of galore-torch too, whose state holds a projector."""
+        rows, columns = p.shape[0], p.shape[1:].numel()
+        side, rank = rows if projection.left(rows, columns) else columns, projection.rank_of(p.shape)
+        if "projector" in saved:
+            vectors = getattr(saved.pop("projector"), "ortho_matrix", None)
+            if not (projection.stored and isinstance(vectors, torch.Tensor)):
+                raise CheckpointError(f"state {index}: a projector without one basis, or basis {projection.basis!r}, cannot be converted")
+            vectors = vectors.t() if projection.left(rows, columns) else vectors
+            if tuple(vectors.shape) != (rank, side):
+                raise CheckpointError(f"state {index}: projector has a basis of shape {tuple(vectors.shape)}; it must be {(rank, side)}")
+            saved.update(refresh_interval=projection.refresh_every, refreshed_at=1, cosines=torch.zeros(0), next_refresh=1 - int(-saved["step"] // projection.refresh_every)
+                         * projection.refresh_every)
+            saved.update(projection.packed(vectors.detach().to(p.device, torch.float32).contiguous()))
+        if "next_refresh" not in saved:
+            raise CheckpointError(f"state {index} is not projected; its parameter of shape {tuple(p.shape)} is, with rank {projection.rank}")
+        self._adopt_states(saved, self._stepped(p, group), group, index)
+        for name, dtypes, shape in projection.basis_tensors(rank, side):
+            if saved["step"] > 0 or name in saved:
+                saved[name] = self._adopt_tensor(saved, name, dtypes, shape, p.device, index)
+        cosines = saved.get("cosines")
+        length = min(len(cosines), QUEUE) if isinstance(cosines, torch.Tensor) and cosines.dim() == 1 else 0
+        saved["cosines"] = self._adopt_tensor(saved, "cosines", (torch.float32,), (length,), "cpu", index)
+        for name, least in (("refresh_interval", 1), ("next_refresh", 1), ("refreshed_at", 0), ("moments_since", 0)):
+            value = saved.get(name, least if name in ("refreshed_at", "moments_since") and not (name == "refreshed_at" and saved["step"] > 0) else None)
+            if not isinstance(value, int) or value < least:
+                raise CheckpointError(f"state {index}: {name} is {saved.get(name)!r}; it must be an int of at least {least}")
 
     def _adopt_states(self, saved, like, group, index):
         rows, columns = as_matrix_shape(like)

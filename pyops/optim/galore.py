@@ -27,10 +27,13 @@ class GaLoreAdamW(AdamW):
     PROJECTION = dict(basis="svd", bits=32, refresh_every=200, scale=0.25, stagger=False)
 
     def __init__(self, params, lr=1e-3, betas=None, eps=1e-8, weight_decay=0.0, amsgrad=False, *, rank=None, states=None, **options):
-        self._projection = {"rank": rank, **self.PROJECTION, **{k: options.pop(k) for k in FIELDS if k in options}}
+        self._projection_options = {"rank": rank, **self.PROJECTION, **{k: options.pop(k) for k in FIELDS if k in options}}
         if rank is None:  # what is wrong is said now, not when a group sets its rank
-            self._made({**self._projection, "rank": 1})
+            self._made({**self._projection_options, "rank": 1})
         super().__init__(params, lr, self.BETAS if betas is None else betas, eps, weight_decay, amsgrad, states=states or self.STATES, **options)
+
+    def __getstate__(self):
+        return {**super().__getstate__(), "_projection_options": self._projection_options}
 
     @staticmethod
     def _made(options: dict) -> Projection | None:
@@ -40,7 +43,7 @@ class GaLoreAdamW(AdamW):
         chosen = {k: param_group[k] for k in FIELDS if k in param_group}
         group = {k: v for k, v in param_group.items() if k not in chosen}
         if group.get("projection") is None:
-            group["projection"] = self._made({**self._projection, **chosen})
+            group["projection"] = self._made({**self._projection_options, **chosen})
         elif chosen:
             raise ValueError(f"a group has a projection and {', '.join(chosen)}: give one or the other")
         super().add_param_group(group)

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -121,6 +121,23 @@ class Projection:
         """Whether the basis is stored as vectors."""
         return self.basis in ("svd", "subspace")
 
+    def packed(self, vectors: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The state's tensors for a basis (rank, side) fp32."""
+        if not self.format.blocked:
+            return {"basis_codes": vectors.to(self.format.code_dtype)}
+        return dict(zip(("basis_codes", "basis_scales", "basis_zeros"), quantize(vectors, self.format.code, self.format.block)))
+
+    def basis_tensors(self, rank: int, side: int) -> list[tuple]:
+        """(name, dtypes, shape) of what a state holds of the basis."""
+        if not self.stored:
+            return [] if self.basis == "random" else [("basis_indices", (torch.int64,), (rank,))]
+        format = self.format
+        if not format.blocked:
+            return [("basis_codes", (format.code_dtype,), (rank, side))]
+        blocks = (rank, format.blocks(side))
+        return [("basis_codes", (format.code_dtype,), (rank, format.code_columns(side))), ("basis_scales", (torch.float32,), blocks),
+                ("basis_zeros", (torch.uint8,), blocks)]
+
 
 FIELDS = tuple(f.name for f in fields(Projection))
 
@@ -178,7 +195,7 @@ def random_indices(rank: int, n: int, seed: int, step: int, stream: int) -> torc
 class Projected:
     """A projected parameter for the time of one step: what its state holds, in the words of the paper."""
 
-    def __init__(self, projection: Projection, owner, item, group):
+    def __init__(self, projection: Projection, item, group: dict):
         self.projection, self.state, self.item, self.group = projection, item.state, item, group
         self.grad = as_matrix(item.grad)
         self.left = projection.left(*self.grad.shape)
@@ -221,17 +238,17 @@ class Projected:
         old = self.basis() if p.moments == "rotate" or p.adaptive or p.basis == "subspace" else None
         if old is not None and not torch.isfinite(old).all():
             old = None  # a nan gradient spoilt it: start again
-        first = "refreshed_at" not in state
+        first, columns = "refreshed_at" not in state, p.compressed(self.grad.shape)[1]
         new = self._new_basis(old)
         if new is not None and p.adaptive and old is not None:
             self._adapt(new, old)
         if not first and p.moments == "reset":
             state["moments_since"] = step - 1
-            optimizer._map_moments(self.group, state, self.item.param, torch.zeros_like)
+            optimizer.map_moments(self.group, state, columns, torch.zeros_like)
         elif old is not None and p.moments == "rotate":
             rotation = self.basis() @ old.t()
             move = (lambda m, r: r @ m) if self.left else (lambda m, r: m @ r.t())
-            optimizer._map_moments(self.group, state, self.item.param, lambda m: move(m, rotation), lambda v: move(v, rotation.square()))
+            optimizer.map_moments(self.group, state, columns, lambda m: move(m, rotation), lambda v: move(v, rotation.square()))
         interval = state["refresh_interval"]
         if first and p.stagger and interval > 1:  # the first intervals end at different steps
             count = max(1, sum(len(g["params"]) for g in optimizer.param_groups))
@@ -261,10 +278,7 @@ class Projected:
         else:
             key = torch.tensor([seed, step], dtype=torch.int64, device="cpu")
             new = subspace_basis(g, old, self.rank, p.iterations + (old is None), self.left, key, self.stream)
-        if p.format.blocked:
-            state["basis_codes"], state["basis_scales"], state["basis_zeros"] = quantize(new, p.format.code, p.format.block)
-        else:
-            state["basis_codes"] = new.to(p.format.code_dtype)
+        state.update(p.packed(new))
         return new
 
     def _adapt(self, new, old):

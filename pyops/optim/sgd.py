@@ -34,16 +34,16 @@ class SGD(FusedOptimizer):
     def rule(self, group):
         return "sgd_momentum" if group["momentum"] else "sgd"
 
-    def _step_group(self, group, items, factor):
+    def _step_items(self, group, items, factor, **options):
         if group["momentum"] and group["dampening"]:
             first = [item for item in items if item.step == 1 or not _has_buffer(item.state)]
         else:
             first = []  # a buffer of zeros does the same
         for item in items:
             if group["momentum"] and not _has_buffer(item.state):  # momentum was 0 until now
-                self._new_states(item.state, group, item.owner)
-        self.apply_rule({**group, "dampening": 0.0}, first, factor)
-        self.apply_rule(group, [item for item in items if not any(item is other for other in first)], factor)
+                self._new_states(item.state, group, self._stepped(item.owner, group))
+        self.apply_rule({**group, "dampening": 0.0}, first, factor, **options)
+        self.apply_rule(group, [item for item in items if not any(item is other for other in first)], factor, **options)
 
     # torch's state has no step, and a buffer only after a step with momentum.
     def _adopt(self, saved, p, group, index):

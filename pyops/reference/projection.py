@@ -13,10 +13,14 @@ from gradmill.reference import optim, philox
 from gradmill.reference.quant import dequantize
 
 
+def _basis(codes, scales, zeros, code, block, side):
+    return dequantize(codes, scales, zeros, code, block, side, torch.float64) if Format(code).blocked else codes.to(torch.float64)
+
+
 def project(grad, codes, scales, zeros, code, block, left):
     """See gradmill.ops.projection.project."""
     d = grad.shape[0] if left else grad.shape[1]
-    basis = dequantize(codes, scales, zeros, code, block, d, torch.float64)
+    basis = _basis(codes, scales, zeros, code, block, d)
     grad = grad.to(torch.float64)
     return (basis @ grad if left else grad @ basis.t()).to(torch.float32)
 
@@ -28,7 +32,7 @@ def project_back(weight, weight_scales, weight_zeros, weight_code, weight_block,
     decay, alpha = scalars.tolist()
     matrix = optim.as_matrix(weight)
     d = matrix.shape[0] if left else columns
-    basis = dequantize(codes, scales, zeros, code, block, d, torch.float64)
+    basis = _basis(codes, scales, zeros, code, block, d)
     back = (basis.t() @ update.double() if left else update.double() @ basis).to(torch.float32)
     old = optim.load(matrix, weight_scales, weight_zeros, format, columns)
     rounding = key if weight_code not in ("fp32", "fp16") else None
