@@ -353,3 +353,24 @@ def test_damaged_projected_checkpoints_are_refused_and_change_nothing(key, value
         optimizer.load_state_dict(damaged)
     assert all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
                for a, b in zip(optimizer.state_dict()["state"][0].values(), good["state"][0].values()))
+
+
+@pytest.mark.parametrize("shape", [(12, 8), (8, 12)], ids=str)
+def test_a_galore_torch_state_loads_and_goes_on(shape):
+    """Its state holds a projector object with an ortho_matrix: (rank, columns) to the right, (rows, rank) to the left."""
+    from types import SimpleNamespace
+    start, grads = torch.randn(shape), gradients(shape, 5, 4)
+    options = dict(lr=1e-2, rank=3, refresh_every=3)
+    w = torch.nn.Parameter(start.clone())
+    ours = GaLoreAdamW([w], **options)
+    run(ours, w, grads[:2])
+    state, left = ours.state[w], shape[0] < shape[1]
+    basis = state["basis_codes"]
+    theirs = {"step": 2, "exp_avg": state["exp_avg"].clone(), "exp_avg_sq": state["exp_avg_sq"].clone(),
+              "projector": SimpleNamespace(ortho_matrix=basis.t().clone() if left else basis.clone())}
+    saved = ours.state_dict()
+    group = {k: saved["param_groups"][0][k] for k in ("lr", "betas", "eps", "weight_decay")}
+    again = torch.nn.Parameter(w.detach().clone())
+    resumed = GaLoreAdamW([again], **options)
+    resumed.load_state_dict({"state": {0: theirs}, "param_groups": [{**group, "params": [0], "rank": 3, "update_proj_gap": 3, "scale": 0.25}]})
+    assert torch.equal(run(ours, w, grads[2:]), run(resumed, again, grads[2:]))
