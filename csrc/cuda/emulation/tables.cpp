@@ -2,14 +2,13 @@
 #include "../../cpu/kernels.h"
 
 namespace gradmill {
-#define GM_EMPTY(level)                          \
-  extern const QuantKernels quant_##level{};     \
-  extern const MatmulKernels matmul_##level{};   \
-  extern const ConvKernels conv_##level{};       \
-  extern const OptimKernels optim_##level{};     \
+#define GM_EMPTY(level)                                \
+  extern const QuantKernels quant_##level{};           \
+  extern const ConvKernels conv_##level{};             \
+  extern const MatmulKernels matmul_##level{};         \
+  extern const OptimKernels optim_##level{};           \
   extern const ProjectionKernels projection_##level{}; \
-  extern const BinaryKernels binary_##level{}; \
-  extern const ConvKernels conv_##level{};
+  extern const BinaryKernels binary_##level{};
 GM_EMPTY(portable)
 GM_EMPTY(avx2)
 GM_EMPTY(avx512)
