@@ -218,16 +218,7 @@ def test_tenants_and_threads_do_not_change_a_row():
                 assert_same_bits(ops.matmul_tenants(x, torch.zeros(11, 70), bits, alphas, tenants, 300), want)
 
 
-# --- torch.library ----------------------------------------------------------------------------------------
-def test_opcheck():
-    x = torch.randn(9, 20)
-    (a, sa), (p, scales, offsets) = pack_signs(x), pack_planes(x, 3)
-    for op, args in ((pack_signs, (x, True, True)), (pack_planes, (x, 4, True, key(1, 2), 3)), (matmul_binary, (a, a, 20, sa, sa, x[:, 0].contiguous(), torch.bfloat16)),
-                     (matmul_planes, (p, a, 20, scales, offsets, sa, torch.float32)),
-                     (ops.matmul_tenants, (x, torch.randn(9, 9), torch.stack([a, a]), torch.ones(2), torch.arange(9) % 2, 20))):
-        torch.library.opcheck(op._overload, args)
-
-
+# --- refusals ----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("call, error, words", [
     (lambda: pack_signs(torch.randn(3, 4).double()), TypeError, "pack_signs: x is float64"),
     (lambda: pack_signs(torch.randn(3)), ValueError, "pack_signs: x"),

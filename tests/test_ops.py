@@ -4,7 +4,7 @@ import torch
 import gradmill
 from gradmill import BackendError, use_backend
 from gradmill.formats import FORMATS, Format
-from gradmill.ops import OPS, dequantize, fake_quantize, fake_quantize_backward, fused_step, hadamard, matmul_int8, matmul_packed, project, project_back, quantize, quantize_grouped, subspace_basis
+from gradmill.ops import OPS, dequantize, fake_quantize, fake_quantize_backward, fused_step, hadamard, matmul_int8, matmul_packed, pack_planes, pack_signs, project, project_back, quantize, quantize_grouped, subspace_basis
 from gradmill.optim.rules import RULES
 from gradmill.reference.optim import RULES as REFERENCE_RULES
 
@@ -44,6 +44,15 @@ def samples():
         yield "quantize", (x.abs(), code, 8)
         yield "dequantize", (*quantize(x.abs(), code, 8), code, 8, 12, torch.bfloat16)
     yield "quantize", (x, "e4m3", 0, False, None, 0, torch.ones(5, 1))
+    (bits, means), (planes, scales, offsets) = pack_signs(x, mean=True), pack_planes(x, 3)
+    yield "pack_signs", (x,)
+    yield "pack_signs", (x, True, True)
+    yield "pack_planes", (x, 3)
+    yield "pack_planes", (x, 4, True, key(1, 2), 3)
+    yield "matmul_binary", (bits, bits, 12, means, means, None, torch.float32)
+    yield "matmul_binary", (bits, bits, 12, means, means, x[:, 0].contiguous(), torch.bfloat16)
+    yield "matmul_planes", (planes, bits, 12, scales, offsets, means, torch.float32)
+    yield "matmul_tenants", (x, torch.randn(5, 5), torch.stack([bits, bits]), torch.ones(2), torch.arange(5) % 2, 12)
     yield "quantize", (x, "e2m1", 4, True, key(1, 2), 3, torch.ones(12, 2))
     fp8, fp4 = quantize(x, "e4m3"), quantize(torch.randn(7, 12), "e2m1", 8)
     yield "matmul_scaled", (*fp8[:2], None, "e4m3", 0, *fp4, "e2m1", 8, 12, False, torch.randn(7), torch.float32)
