@@ -76,7 +76,6 @@ class Profile:
             if _registry.profiler is not None:
                 raise RuntimeError("gradmill.profile: another profile runs already; only one can, because it watches all threads")
             _registry.profiler = self
-        self._hook = torch.nn.modules.module.register_module_forward_pre_hook(self._see_layer)
         _synchronize()
         self._started = time.perf_counter()
         return self
@@ -85,7 +84,6 @@ class Profile:
         _synchronize()
         self.wall += time.perf_counter() - self._started
         _registry.profiler = None
-        self._hook.remove()
         with self._lock:
             self._settle()
             self.rows = sorted(self._rows.values(), key=lambda row: -row.seconds)
@@ -93,13 +91,20 @@ class Profile:
                 row.share = row.seconds / self.wall
         self.hints = [*_backend_hints(self.rows), *_machine_hints(self.rows), *_recipe_hints(self._layers)]
 
-    # --- called by the ops ------------------------------------------------------------------------------------
+    # --- called by ops and layers -------------------------------------------------------------------------------
     def start(self, op, device, args, kwargs) -> "_Call":
         calls = self._here.__dict__.setdefault("calls", [])
         call = _Call(self, op, device, args, kwargs, calls)
         calls.append(call)
         call.start()
         return call
+
+    def see(self, layer: "gradmill.nn.Linear"):
+        """Called by a layer's forward: an op does not know its recipe."""
+        if layer.weight.device.type == "cpu":
+            key = layer.recipe.name, layer.in_features, layer.out_features
+            with self._lock:
+                self._layers[key] = self._layers.get(key, 0) + 1
 
     def _add(self, call: "_Call"):
         with self._lock:
@@ -123,12 +128,6 @@ class Profile:
         row.bytes_read += call.read
         row.bytes_written += call.written
 
-    def _see_layer(self, layer, _):
-        if isinstance(layer, gradmill.nn.Linear) and not torch.compiler.is_compiling() and layer.weight.device.type == "cpu":
-            key = layer.recipe.name, layer.in_features, layer.out_features
-            with self._lock:
-                self._layers[key] = self._layers.get(key, 0) + 1
-
     # --- what it says -----------------------------------------------------------------------------------------
     def __str__(self) -> str:
         from rich.console import Console
@@ -142,24 +141,23 @@ class Profile:
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(title=f"gradmill.profile: {_seconds(self.wall)} of wall time", title_justify="left", box=None, padding=(0, 2, 0, 0),
+        table = Table(title=f"gradmill.profile: {_seconds(self.wall)} of wall time", title_justify="left", box=None, padding=(0, 1, 0, 0),
                       header_style="bold")
         table.add_column("op", overflow="fold")
-        for name in ("calls", "time", "per call", "of wall", "read", "written", "B/s"):
+        for name in ("calls", "time", "per call", "of wall", "bytes", "B/s"):
             table.add_column(name, justify="right", no_wrap=True)
-        table.add_column("backend", overflow="fold")
+        table.add_column("runs in", no_wrap=True)
         for row in self.rows:
             rate = _amount(row.bytes / row.seconds) + "/s" if row.seconds > 0 else ""
             table.add_row(row.op, f"{row.calls:,}", _seconds(row.seconds), _seconds(row.seconds / row.calls), f"{100 * row.share:.1f}%",
-                          _amount(row.bytes_read), _amount(row.bytes_written), rate, f"{row.backend}, {row.device}")
+                          _amount(row.bytes), rate, f"{row.backend}, {row.device}")
         total = sum(row.seconds for row in self.rows)
-        share = 100 * total / self.wall if self.wall else 0.0
-        table.add_row("all", f"{sum(row.calls for row in self.rows):,}", _seconds(total), "", f"{share:.1f}%",
-                      _amount(sum(row.bytes_read for row in self.rows)), _amount(sum(row.bytes_written for row in self.rows)), style="bold")
+        table.add_row("all", f"{sum(row.calls for row in self.rows):,}", _seconds(total), "", f"{100 * total / self.wall if self.wall else 0:.1f}%",
+                      _amount(sum(row.bytes for row in self.rows)), style="bold")
         console.print(table)
         for hint in self.hints:
             console.print(Text(f"! {hint}", style="yellow"))
-        console.print(Text("Bytes: each tensor argument read once, what is changed in place and every result written once.", style="dim"))
+        console.print(Text("bytes: each tensor argument read once, what changes in place and each result written once", style="dim"))
 
 
 _entering = threading.Lock()

