@@ -210,3 +210,13 @@ def test_command_refuses_what_it_cannot_run(program, capsys):
 
     assert cli.main(["profile", *program]) == 2
     assert "gradmill profile: error" in capsys.readouterr().err
+
+
+def test_command_runs_a_module(tmp_path):
+    (tmp_path / "helper.py").write_text("word = 'near'")
+    (tmp_path / "training.py").write_text(SCRIPT.format(end="raise SystemExit(3)"))
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONSAFEPATH"}
+    result = subprocess.run([sys.executable, "-P" if sys.version_info >= (3, 11) else "-s", "-m", "gradmill", "profile", "--", "python", "-m", "training", "7"],
+                            capture_output=True, text=True, timeout=240, cwd=tmp_path,
+                            env={**environment, "PYTHONPATH": str(tmp_path), "PYTHONIOENCODING": "utf-8"})
+    assert result.returncode == 3 and "argv ['7'] __main__ near" in result.stdout and "quantize" in result.stdout, result.stderr
