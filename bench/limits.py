@@ -52,7 +52,7 @@ def describe(device: str) -> dict:
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "environment": {k: os.environ[k] for k in sorted({k for e in ISA_ENVIRONMENT.values() for k in e} | {"TORCH_BLAS_PREFER_CUBLASLT"})
                         if k in os.environ},
-        "command": " ".join(["python", *sys.argv]), "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "command": " ".join(["python bench/run.py", *sys.argv[1:]]), "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
     }
     if device == "cuda":
         p = torch.cuda.get_device_properties(0)
@@ -81,7 +81,9 @@ def cache_bytes() -> int:
 
 
 def commit() -> str | None:
-    """The checkout's commit, + if a tracked file differs from it."""
+    """The checkout's commit, + if a tracked file differs from it; None where this folder was installed."""
+    if not (HERE.parent / "pyproject.toml").exists():
+        return None
     try:
         return subprocess.run(["git", "-C", str(HERE), "describe", "--always", "--dirty=+", "--abbrev=10", "--exclude=*"], capture_output=True,
                               text=True, timeout=10, check=True).stdout.strip()

@@ -5,7 +5,9 @@
     python bench/run.py --full --json OUT.json --markdown OUT.md
     python bench/run.py --isa avx2                         gradmill and torch both held to AVX2
     python bench/run.py --device cuda
+    python bench/run.py --from OUT.json --html OUT.html    a page of an earlier run
 
+`gradmill bench` is the same command, also where only the wheel is installed.
 docs/benchmarks.md says how to read what it prints.
 """
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import json
 import os
 import pathlib
 import sys
@@ -32,6 +35,7 @@ def package():
 
 def arguments(argv=None):
     parser = argparse.ArgumentParser(prog="python bench/run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("families", nargs="?", metavar="FAMILY", default="", help="the same as --family FAMILY")
     parser.add_argument("--family", default="", help="comma-separated: quant, matmul, conv, optim, projection, binary (default: all)")
     parser.add_argument("--case", default="", help="only cases whose name contains this")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -44,6 +48,8 @@ def arguments(argv=None):
     parser.add_argument("--tiny", action="store_true", help="toy sizes: shows that everything runs, measures nothing")
     parser.add_argument("--json", metavar="FILE", help="everything, every sample")
     parser.add_argument("--markdown", metavar="FILE", help="the tables, for docs")
+    parser.add_argument("--html", metavar="FILE", help="one self-contained page: ratios, rooflines")
+    parser.add_argument("--from", dest="source", metavar="JSON", help="measure nothing: make --html of an earlier run's --json")
     parser.add_argument("--list", action="store_true", help="name the cases and stop")
     parser.set_defaults(pace="default")
     return parser.parse_args(argv)
@@ -69,9 +75,17 @@ def main() -> int:
     package()
     from rich.console import Console
 
-    from gradmill_bench import limits as machine, report, runner
+    from gradmill_bench import limits as machine, page, report, runner
+    if args.source:
+        try:
+            text = page.page(json.loads(pathlib.Path(args.source).read_text()))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            print(f"--from {args.source}: no run's JSON ({runner.explain(error)})", file=sys.stderr)
+            return 2
+        report.write(args.html or str(pathlib.Path(args.source).with_suffix(".html")), text)
+        return 0
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
-    families = tuple(f for f in args.family.split(",") if f) or runner.FAMILIES
+    families = tuple(f for f in (args.family or args.families).split(",") if f) or runner.FAMILIES
     unknown = [f for f in families if f not in runner.FAMILIES]
     if unknown:
         console.print(f"--family {','.join(unknown)}: there are {', '.join(runner.FAMILIES)}")
@@ -129,8 +143,11 @@ def main() -> int:
     console.print(f"\n[dim]median of interleaved samples; spread: half the interquartile range; a ratio is the median over"
                   f"\nrounds of the other's time by gradmill's in the same round; tie: the ratio's interquartile range is"
                   f"\nwider than the difference. {settings['took_s']:.0f} s.[/dim]")
+    data = report.as_data(facts, limits, after, cap, settings, results)
     if args.json:
-        report.write(args.json, report.dumps(report.as_data(facts, limits, after, cap, settings, results)))
+        report.write(args.json, report.dumps(data))
+    if args.html:
+        report.write(args.html, page.page(data))
     if args.markdown:
         report.write(args.markdown, report.markdown(facts, limits, after, cap_notes, settings, results))
     return 130 if stopped else 1 if any(r.failed for r in results) else 0

@@ -35,6 +35,7 @@ import torch
 from . import limits as machine
 
 FAMILIES = ("quant", "matmul", "conv", "optim", "projection", "binary")
+DISTURBED = 0.05  # share of the processors that others may have during a job
 SAMPLE = 0.002  # seconds: a shorter call is timed several times in a row
 
 
@@ -226,7 +227,7 @@ class Result:
 
     @property
     def disturbed(self) -> bool:
-        return self.others is not None and self.others > 0.05
+        return self.others is not None and self.others > DISTURBED
 
     def find(self, kind: str) -> list[Timed]:
         return [e for e in self.entries if e.kind == kind and not e.reason]

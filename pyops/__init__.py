@@ -10,10 +10,11 @@ from gradmill import bitdelta, formats, functional, nn, ops, optim, qat, recipes
 from gradmill.convert import convert
 from gradmill.ops import BackendError, use_backend
 from gradmill.optim import CheckpointError
+from gradmill.profile import profile
 from gradmill.weight import QuantizedWeight, nbytes
 
 __version__ = "0.1.0"
 
 
 __all__ = ["BackendError", "CheckpointError", "QuantizedWeight", "bitdelta", "convert", "formats", "functional", "nbytes", "nn", "ops",
-           "optim", "qat", "recipes", "use_backend", "__version__"]
+           "optim", "profile", "qat", "recipes", "use_backend", "__version__"]

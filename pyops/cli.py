@@ -1,8 +1,10 @@
-"""The gradmill command: ``gradmill info`` and ``gradmill demo``."""
+"""The gradmill command: ``gradmill info``, ``demo``, ``profile`` and ``bench``."""
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import pathlib
 import sys
 
 
@@ -12,7 +14,7 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(prog="gradmill", description="Custom kernels that make PyTorch training cheaper.")
     parser.add_argument("--version", action="version", version=f"gradmill {gradmill.__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="{info,demo}")
+    commands = parser.add_subparsers(dest="command", metavar="{info,demo,profile,bench}")
     info = commands.add_parser("info", help="what was compiled, what this machine has, where each op runs (the default)",
                                description="What was compiled, what this machine has, and in which backend each op runs.")
     info.add_argument("--json", action="store_true", help="print JSON, for programs")
@@ -40,13 +42,34 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     demo.add_argument("--text", metavar="PATH", help="a file or folder to learn instead of Python's standard library")
     demo.add_argument("--out", metavar="FOLDER", default=d.out, help="where demo.json and demo.png go (default ./%(default)s)")
+
+    profile = commands.add_parser(
+        "profile", help="run your program and show what gradmill's ops cost in it", usage="gradmill profile [-h] [--] [python] SCRIPT|-m MODULE ...",
+        description="Runs a script or a module as python would, in this process, and prints at its end, also after an exception, a table per "
+                    "gradmill op: calls, time, share of the wall time, bytes, backend, and what could be faster. The exit code is the program's.")
+    profile.add_argument("program", nargs=argparse.REMAINDER, help="-- python train.py --lr 1e-3")
+    commands.add_parser("bench", help="gradmill, torch and peers, interleaved, with the machine's limits (gradmill bench --help)", add_help=False)
     return parser
+
+
+def _bench(arguments: list[str]) -> int:
+    """Runs bench/run.py, the wheel's or the checkout's, in a Python of its own: it sets thread counts before torch is loaded."""
+    here = pathlib.Path(__file__).resolve().parent
+    for script in (here / "bench" / "run.py", here.parent / "bench" / "run.py"):
+        if script.with_name("runner.py").exists():
+            sys.stdout.flush()
+            os.execv(sys.executable, [sys.executable, *(["-P"] if getattr(sys.flags, "safe_path", False) else []), str(script), *arguments])
+    print(f"gradmill bench: error: bench/run.py is neither in {here} nor beside it: reinstall gradmill", file=sys.stderr)
+    return 2
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     from rich.console import Console
 
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["bench"]:
+        return _bench(argv[1:])
     parser = _parser()
     arguments = parser.parse_args(argv)
     console = Console()
@@ -63,6 +86,14 @@ def main(argv: list[str] | None = None) -> int:
         except KeyboardInterrupt:
             print("\ngradmill demo: stopped; files of this run that are there are whole", file=sys.stderr)
             return 130
+    if arguments.command == "profile":
+        from gradmill.profile import run
+
+        try:
+            return run(arguments.program[arguments.program[:1] == ["--"]:], console)
+        except ValueError as error:
+            print(f"gradmill profile: error: {error}", file=sys.stderr)
+            return 2
     from gradmill import info
 
     if getattr(arguments, "json", False):

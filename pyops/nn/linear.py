@@ -5,6 +5,7 @@ import torch
 
 from gradmill import functional, recipes
 from gradmill.nn._layer import RecipeLayer
+from gradmill.ops import _registry
 
 
 class Linear(RecipeLayer, torch.nn.Linear):
@@ -51,6 +52,8 @@ class Linear(RecipeLayer, torch.nn.Linear):
         return new
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.compiler.is_compiling() and (profiler := _registry.profiler) is not None:
+            profiler.see(self)
         return functional.linear(x, self.weight, self.bias, self.recipe, **self._steps, amax_history=self._buffers.get("amax_history"))
 
     def kept_bytes(self) -> tuple[int, int]:

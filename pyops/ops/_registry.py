@@ -19,6 +19,8 @@ library = torch.library.Library("gradmill", "DEF")
 OPS: dict[str, "Op"] = {}
 
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("gradmill_backend", default=None)
+#: The gradmill.profile.Profile that watches every op in every thread, or None.
+profiler = None
 
 
 class BackendError(RuntimeError):
@@ -124,10 +126,16 @@ class Op:
 
     def _runner(self, device):
         def run(*args, **kwargs):
-            self.check(*args, **kwargs)
-            if self.values is not None:
-                self.values(*args, **kwargs)
-            return self.function(device)(*args, **kwargs)
+            watched, result = None if (watcher := profiler) is None else watcher.start(self, device, args, kwargs), None
+            try:
+                self.check(*args, **kwargs)
+                if self.values is not None:
+                    self.values(*args, **kwargs)
+                result = self.function(device)(*args, **kwargs)
+                return result
+            finally:
+                if watched is not None:
+                    watched.stop(result)
         return run
 
     def status(self, device: str) -> dict[str, str]:
