@@ -117,10 +117,9 @@ def adjusted(a, b, ga, gb, scaling, ridge):
     """(hA, hB) for batches a, ga (layers, rank, inputs), b, gb (layers, outputs, rank) and scaling (layers, 1, 1)."""
     values_a, vectors_a = _eigen(a @ a.mT, ridge)
     values_b, vectors_b = _eigen(b.mT @ b, ridge)
-    # s^-2 (B^T B)^-1 gA, and the same from the right for gB.
-    low_a = vectors_b @ ((vectors_b.mT @ ga) / values_b[:, :, None]) / scaling ** 2
-    low_b = (gb @ vectors_a) / values_a[:, None] @ vectors_a.mT / scaling ** 2
-    inside = vectors_b @ ((vectors_b.mT @ (b.mT @ low_b)) / values_b[:, :, None])
+    inverse_a, inverse_b = ((vectors / values[:, None]) @ vectors.mT for values, vectors in ((values_a, vectors_a), (values_b, vectors_b)))
+    low_a, low_b = (inverse_b / scaling ** 2) @ ga, gb @ (inverse_a / scaling ** 2)
+    inside = inverse_b @ (b.mT @ low_b)
     right = vectors_b.mT @ (low_a @ a.mT) @ vectors_a
     x = -vectors_b @ (right / (values_b[:, :, None] + values_a[:, None])) @ vectors_a.mT
     first = (b == 0).all(2).all(1)[:, None, None]  # then gA = 0, and so is everything but low_b: unless something else was added to gA
