@@ -1,4 +1,4 @@
-"""The gradmill command: ``gradmill info``, ``demo``, ``profile`` and ``bench``."""
+"""The gradmill command: ``gradmill info``, ``demo``, ``memory``, ``profile`` and ``bench``."""
 from __future__ import annotations
 
 import argparse
@@ -10,11 +10,13 @@ import sys
 
 def _parser() -> argparse.ArgumentParser:
     import gradmill
+    from gradmill import memory
     from gradmill.demo import OPTIMIZERS, Options, recipe_names
+    from gradmill.optim._base import STATES
 
     parser = argparse.ArgumentParser(prog="gradmill", description="Custom kernels that make PyTorch training cheaper.")
     parser.add_argument("--version", action="version", version=f"gradmill {gradmill.__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="{info,demo,profile,bench}")
+    commands = parser.add_subparsers(dest="command", metavar="{info,demo,memory,profile,bench}")
     info = commands.add_parser("info", help="what was compiled, what this machine has, where each op runs (the default)",
                                description="What was compiled, what this machine has, and in which backend each op runs.")
     info.add_argument("--json", action="store_true", help="print JSON, for programs")
@@ -43,6 +45,20 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--text", metavar="PATH", help="a file or folder to learn instead of Python's standard library")
     demo.add_argument("--out", metavar="FOLDER", default=d.out, help="where demo.json and demo.png go (default ./%(default)s)")
 
+    m = commands.add_parser(
+        "memory", help="bytes that training a LLaMA takes for weights, gradients and optimizer states",
+        description="Counts the bytes of weights, gradients and optimizer states of a configuration, exactly and before anything is trained. "
+                    "Activations are not counted.")
+    ranks = ", ".join(f"{name} {shape.rank}" for name, shape in memory.LLAMA.items())
+    m.add_argument("--model", choices=list(memory.LLAMA), required=True, help="sizes as in GaLore's paper, vocabulary 32000")
+    m.add_argument("--optimizer", choices=list(memory.OPTIMIZERS), default="qgalore", help="default %(default)s")
+    m.add_argument("--weights", choices=memory.WEIGHTS, default="bf16",
+                   help="int8: linear layers but the head in INT8, the rest and all gradients bf16 (default %(default)s)")
+    m.add_argument("--rank", type=_rank, help=f"of a projection; below 1 a fraction of the side (defaults: {ranks}; frugal 0.25)")
+    m.add_argument("--states", choices=STATES, help="how optimizer states are stored (default: the optimizer's own)")
+    m.add_argument("--bits", type=int, choices=[4, 8, 16, 32], help="of a projection's basis (default: the optimizer's own)")
+    m.add_argument("--release-gradients", action="store_true", help="gradients live one at a time, as gradmill.optim.release_gradients frees them")
+    m.add_argument("--json", action="store_true", help="print JSON, for programs")
     profile = commands.add_parser(
         "profile", help="run your program and show what gradmill's ops cost in it", usage="gradmill profile [-h] [--] [python] SCRIPT|-m MODULE ...",
         description="Runs a script or a module as python would, in this process, and prints at its end, also after an exception, a table per "
@@ -61,6 +77,11 @@ def _bench(arguments: list[str]) -> int:
             os.execv(sys.executable, [sys.executable, *(["-P"] if getattr(sys.flags, "safe_path", False) else []), str(script), *arguments])
     print(f"gradmill bench: error: bench/run.py is neither in {here} nor beside it: reinstall gradmill", file=sys.stderr)
     return 2
+
+
+def _rank(text: str) -> int | float:
+    """A whole rank, or a fraction."""
+    return int(text) if text.isdecimal() else float(text)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -94,6 +115,22 @@ def main(argv: list[str] | None = None) -> int:
         except ValueError as error:
             print(f"gradmill profile: error: {error}", file=sys.stderr)
             return 2
+    if arguments.command == "memory":
+        from gradmill import memory
+
+        options = vars(arguments)
+        options.pop("command")
+        as_json = options.pop("json")
+        try:
+            plan = memory.plan(**options)
+        except ValueError as error:
+            print(f"gradmill memory: error: {error}", file=sys.stderr)
+            return 2
+        if as_json:
+            print(json.dumps(plan.to_dict(), indent=2))
+        else:
+            plan.show(console)
+        return 0
     from gradmill import info
 
     if getattr(arguments, "json", False):

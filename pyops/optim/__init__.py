@@ -10,6 +10,7 @@ from gradmill.optim.large_batch import LAMB, LARS
 from gradmill.optim.lion import Lion
 from gradmill.optim.muon import AuON, HybridAuON, Muon, newton_schulz
 from gradmill.optim.galore import DCTAdamW, FiraAdamW, FrugalAdamW, GaLoreAdamW, QGaLoreAdamW
+from gradmill.optim.orthogonal import project_normal, project_out
 from gradmill.optim.projection import Projection, param_groups_for_projection
 from gradmill.optim.sgd import SGD
 from gradmill.optim.sophia import Sophia, gauss_newton_bartlett, hutchinson
@@ -22,4 +23,5 @@ __all__ = ["AdaBelief", "AdaGradNorm", "Adagrad", "Adam", "AdamW", "AuON", "CLAS
            "FedSpeed", "FiraAdamW", "FrugalAdamW", "FusedOptimizer", "GaLoreAdamW", "Grams", "HybridAuON", "LAMB", "LARS", "Lion",
            "Muon", "Projection", "QGaLoreAdamW", "SGD", "STEPAdam", "SWATS", "Sophia", "StableSPAM", "VRGD", "XGrad",
            "gauss_newton_bartlett", "hutchinson", "load_optimizer", "newton_schulz", "norm_test", "param_groups",
-           "param_groups_for_projection", "release_gradients", "save_optimizer", "state_nbytes"]
+           "param_groups_for_projection", "project_normal", "project_out", "release_gradients", "save_optimizer",
+           "state_nbytes"]
