@@ -86,9 +86,9 @@ def biper(x, y, xt, yt):
         two_stages.binarize(model)
         rows.append(test(model, xt, yt))
         rows.append(test(train(model.train(), x, y, 8, 2e-3), xt, yt))
-        want = model(xt)
+        want = model(xt).detach()
         two_stages.pack(model)
-        assert torch.equal(model(xt), want)
+        assert torch.equal(model(xt), want), "packed, the same"
         print(f"| {seed} | " + " | ".join(f"{loss:.3f}, {100 * accuracy:.1f} %" for loss, accuracy in rows) + " |")
     w = torch.cat(weights)
     print(f"\n| omega (weights' deviation {w.std():.3f}) | mean (sin - sign)^2 | best scale, share of sin's energy |\n| --- | --- | --- |")

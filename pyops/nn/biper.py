@@ -28,6 +28,19 @@ class Sign(torch.autograd.Function):
         return d, None
 
 
+class Infers(torch.autograd.Function):
+    """y, which was made of x. A gradient that ended here in silence would leave the layers before it untrained: backward says so."""
+
+    @staticmethod
+    def forward(ctx, x, y, layer):
+        ctx.layer = layer
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, d):
+        raise RuntimeError(f"{ctx.layer} only infers and has no gradient; train the layer before gradmill.biper.pack")
+
+
 class _Products:
     """What the trained and the packed form of either layer share: ``_signs``, and one of ``_multiply`` and ``_multiply_packed``."""
 
@@ -155,9 +168,9 @@ class _Binary(_Products):
         return new
 
     def _forward(self, x):
-        if torch.is_grad_enabled() and x.requires_grad:
-            raise RuntimeError(f"{type(self).__name__} only infers; its input requires a gradient: use torch.no_grad(), or train the layer before gradmill.biper.pack")
-        return self._multiply_packed(Sign.apply(self._prepare(x), False), self.alpha.to(torch.float32), self.bias)
+        with torch.no_grad():
+            y = self._multiply_packed(Sign.apply(self._prepare(x), False), self.alpha.to(torch.float32), self.bias)
+        return Infers.apply(x, y, type(self).__name__)
 
 
 class BiPerLinear(_Linear, _BiPer, torch.nn.Linear):
