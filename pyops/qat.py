@@ -158,7 +158,8 @@ def _find_blocks(model, blocks) -> dict[str, torch.nn.Module]:
     if isinstance(blocks, str):
         found = dict(model.named_modules()).get(blocks)
         if not isinstance(found, (torch.nn.ModuleList, torch.nn.Sequential)):
-            raise ValueError(f"blocks is {blocks!r}; it must be the name of a ModuleList or Sequential of model{'' if found is None else f', not of a {type(found).__name__}'}")
+            found = "" if found is None else f", not of a {type(found).__name__}"
+            raise ValueError(f"blocks is {blocks!r}; it must be the name of a ModuleList or Sequential of model{found}")
         blocks = found
     blocks = list(blocks)
     known = {m: n for n, m in model.named_modules()}
@@ -172,7 +173,8 @@ def _find_blocks(model, blocks) -> dict[str, torch.nn.Module]:
         for path, module in model.named_modules():
             for n, p in module._parameters.items() if module not in inside else ():
                 if id(p) in own:
-                    raise ValueError(f"block {known[block]!r} shares its weights with {path + '.' + n if path else n!r}, outside of it; it cannot be trained alone")
+                    other = f"{path}.{n}" if path else n
+                    raise ValueError(f"block {known[block]!r} shares its weights with {other!r}, outside of it; it cannot be trained alone")
     return {known[block]: block for block in blocks}
 
 

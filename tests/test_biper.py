@@ -71,8 +71,9 @@ def test_packed_linear_is_the_simulated_one(shape, dtype):
     assert model[0].bits.shape == (7, -(-shape[-1] // 8)) and not list(model.parameters())[:-1]
 
 
-@pytest.mark.parametrize("kwargs", [dict(padding=1), dict(padding=(2, 0), stride=(1, 2), dilation=(1, 2)), dict(groups=3, bias=False), dict(padding="same", kernel_size=(2, 3)),
-                                    dict(padding=1, padding_mode="reflect"), dict(padding=2, padding_mode="circular", groups=3), dict(kernel_size=1)])
+@pytest.mark.parametrize("kwargs", [
+    dict(padding=1), dict(padding=(2, 0), stride=(1, 2), dilation=(1, 2)), dict(groups=3, bias=False), dict(padding="same", kernel_size=(2, 3)),
+    dict(padding=1, padding_mode="reflect"), dict(padding=2, padding_mode="circular", groups=3), dict(kernel_size=1)])
 def test_packed_convolution_is_the_simulated_one(kwargs):
     model = torch.nn.Sequential(BiPerConv2d(6, 9, **{"kernel_size": 3, **kwargs}))
     biper.binarize(model.eval())

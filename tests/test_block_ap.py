@@ -78,7 +78,12 @@ def test_chains_are_kept_in_step_and_no_training_is_rounding_to_nearest(trained)
 def test_rates_follow_the_paper(trained, monkeypatch):
     rates = []
     step = gradmill.optim.AdamW.step
-    monkeypatch.setattr(gradmill.optim.AdamW, "step", lambda self: (rates.append([g["lr"] for g in self.param_groups] + [g["weight_decay"] for g in self.param_groups]), step(self))[1])
+
+    def watched(self):
+        rates.append([g[key] for key in ("lr", "weight_decay") for g in self.param_groups])
+        return step(self)
+
+    monkeypatch.setattr(gradmill.optim.AdamW, "step", watched)
     block_ap(copy.deepcopy(trained), text(4), 2, progress=False)
     assert len(rates) == 2 * 2 * 4 and rates[0] == pytest.approx([2e-5, 1e-4, 0, 0]) and rates[8] == rates[0]
     assert rates[4][:2] == pytest.approx([2e-5 * 0.525, 1e-4 * 0.525]) and rates[7] == sorted(rates[:8])[0]
