@@ -1,15 +1,16 @@
-"""Evidence for docs/one_bit.md, on scikit-learn's digits: python bench/one_bit.py."""
+"""Evidence for docs/one_bit.md, on scikit-learn's digits and the demo's text: python bench/one_bit.py [one_bit] [delta] [biper] [block_ap]."""
 from __future__ import annotations
 
 import copy
 import dataclasses
 import statistics
+import sys
 
 import torch
 import torch.nn.functional as F
 
 import gradmill
-from gradmill import bitdelta, recipes
+from gradmill import biper as two_stages, bitdelta, demo, qat, recipes
 
 
 def digits():
@@ -71,9 +72,64 @@ def delta(x, y, xt, yt):
         print(f"| {seed} | " + " | ".join(f"{loss:.3f}, {100 * accuracy:.1f} %" for loss, accuracy in row) + " |")
 
 
+def biper(x, y, xt, yt):
+    """A network in floats, then BiPer's two stages from the same start; what sin(omega W) is away from its sign over the float network's weights."""
+    weights = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = cnn()
+        plain = train(copy.deepcopy(model), x, y, 8, 2e-3)
+        weights += [plain[i].weight.detach().flatten().double() for i in (3, 6)]
+        two_stages.convert(model)
+        rows = [test(plain, xt, yt)]
+        rows.append(test(train(model.train(), x, y, 8, 2e-3), xt, yt))
+        two_stages.binarize(model)
+        rows.append(test(model, xt, yt))
+        rows.append(test(train(model.train(), x, y, 8, 2e-3), xt, yt))
+        want = model(xt).detach()
+        two_stages.pack(model)
+        assert torch.equal(model(xt), want), "packed, the same"
+        print(f"| {seed} | " + " | ".join(f"{loss:.3f}, {100 * accuracy:.1f} %" for loss, accuracy in rows) + " |")
+    w = torch.cat(weights)
+    print(f"\n| omega (weights' deviation {w.std():.3f}) | mean (sin - sign)^2 | best scale, share of sin's energy |\n| --- | --- | --- |")
+    for omega in (1, 5, 10, 20, 40, 80, 160):
+        wave = (omega * w).sin()
+        size, energy = wave.abs().mean(), wave.square().mean()
+        print(f"| {omega} | {1 - 2 * size + energy:.3f} | {1 - size.square() / energy:.3f} |")
+
+
+def block_ap():
+    """A small byte-level model, its blocks in 2 bits: rounded to nearest and trained."""
+    text, held_out, _ = demo.read_text(None)
+    windows = lambda source, count: torch.stack([torch.frombuffer(bytearray(source[i:i + 65]), dtype=torch.uint8).long()
+                                                 for i in torch.randint(0, len(source) - 65, (count,)).tolist()])
+    batches = lambda source, count: [(w[:, :-1], w[:, 1:]) for w in windows(source, 16 * count).split(16)]
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = demo.LanguageModel(128, 2, 64)
+        optimizer = gradmill.optim.AdamW(model.parameters(), lr=2e-3)
+        for batch in batches(text, 300):
+            model(*batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        data, unseen, ours, rates = batches(text, 128), batches(held_out, 32), [], ((None, 1e-4), (2e-4, 1e-3))
+        for epochs, (lr, steps_lr) in ((0, rates[0]), (2, rates[0]), (2, rates[1])):
+            small = copy.deepcopy(model)
+            report = qat.block_ap(small, data, 2, 64, epochs=epochs, lr=lr, steps_lr=steps_lr, progress=False)
+            ours.append((small, list(report.blocks.values())[-1].after))
+        with torch.no_grad():
+            losses = [statistics.mean(m(*batch).item() for batch in unseen) for m in (model, *(m for m, _ in ours))]
+        print(f"| {seed} | {losses[0]:.3f} | " + " | ".join(f"{loss:.3f} ({last:.4f})" for loss, (_, last) in zip(losses[1:], ours)) + " |", flush=True)
+
+
 if __name__ == "__main__":
     data = digits()
-    print("| gradients | test accuracy, mean of 3 seeds | each |\n| --- | --- | --- |")
-    one_bit(*data)
-    print("\n| seed | base | fine-tuned | BitDelta, scales as they come | scales distilled |\n| --- | --- | --- | --- | --- |")
-    delta(*data)
+    for job, title, arguments in (
+            (one_bit, "| gradients | test accuracy, mean of 3 seeds | each |\n| --- | --- | --- |", data),
+            (delta, "| seed | base | fine-tuned | BitDelta, scales as they come | scales distilled |\n| --- | --- | --- | --- | --- |", data),
+            (biper, "| seed | floats, 8 epochs | stage 1, 8 epochs | its signs | stage 2, 8 more |\n| --- | --- | --- | --- | --- |", data),
+            (block_ap, "| seed | full precision | 2 bits, rounded to nearest | Block-AP | Block-AP, lr 2e-4 and 1e-3 |\n| --- | --- | --- | --- | --- |", ())):
+        if not sys.argv[1:] or job.__name__ in sys.argv[1:]:
+            print(title)
+            job(*arguments)
+            print()
