@@ -199,7 +199,8 @@ def test_what_is_kept_is_counted_exactly_and_never_more_than_torch_keeps(name, k
     x, seen = torch.randn(1, 128, side, side), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t) or t, lambda t: t):
         layer(x)  # x needs no gradient: only what dW needs is kept
-    kept = sum(nbytes(t) for t in seen if t.dtype != torch.int64 and not any(t.numel() == p.numel() for p in layer.parameters()))
+    kept = sum(nbytes(t) for t in seen if t.dtype not in (torch.int64, torch.float64)  # random keys and draws
+               and not any(t.numel() == p.numel() for p in layer.parameters()))
     assert layer.kept_bytes() == (x.nbytes, kept) and kept <= x.nbytes
     if name in better:
         assert kept < 0.6 * x.nbytes
