@@ -103,7 +103,7 @@ def prepared(model: nn.Module, recipe: str) -> nn.Module:
 
 
 # --- task: the demo's language model ----------------------------------------------------------------------
-STEPS = 300
+STEPS = 200
 
 
 @functools.lru_cache(maxsize=None)
@@ -113,7 +113,7 @@ def texts():
 
 @functools.lru_cache(maxsize=None)
 def trained_demo(recipe: str, seed: int) -> demo.Half:
-    options = demo.Options(steps=STEPS, recipe="none" if recipe in ("fp32", NOISE) else recipe, optimizer="adamw", width=128, depth=4, seed=seed, threads=1)
+    options = demo.Options(steps=STEPS, recipe="none" if recipe in ("fp32", NOISE) else recipe, optimizer="adamw", width=128, depth=2, seed=seed, threads=1)
     half = demo.Half("gradmill", options.checked(), *texts())
     if recipe == NOISE:
         prepared(half.model, recipe)
@@ -143,7 +143,7 @@ Convolutions 1-16-16-32 (3x3, the third of stride 2) and 32-16 (1x1), each with 
 but the head is converted, the first convolution included. {EPOCHS} epochs over 1198 images of 8x8 in batches of {BATCH}, gradmill's AdamW with fp32 states,
 one-cycle rate up to {LR:g}, weight decay 0.01; 599 images held out, cross-entropy."""),
          "language": Task(language, "The demo's language model in every recipe", f"""\
-A LLaMA-style byte-level model (width 128, 4 blocks, 0.9 million parameters) on Python's standard library; the blocks' linear layers are
+A LLaMA-style byte-level model (width 128, 2 blocks, 0.5 million parameters) on Python's standard library; the blocks' linear layers are
 converted. {STEPS} steps of 8 x 128 bytes, gradmill's AdamW with fp32 states at the demo's rate; cross-entropy over {demo.VALIDATION_WINDOWS} held-out windows.""")}
 
 

@@ -264,8 +264,16 @@ def test_groups_take_linear_layers_but_the_head():
     m = model()
     projected, rest = param_groups_for_projection(m, 4, basis="svd")
     assert {id(p) for p in projected["params"]} == {id(m.attention.q.weight), id(m.attention.o.weight), id(m.mlp.weight)}
-    assert len(rest["params"]) + len(projected["params"]) == len(list(m.parameters())) and projected["projection"] == Projection(4, "svd")
+    assert len(rest["params"]) + len(projected["params"]) == len(list(m.parameters())) and projected["rank"] == 4
     optimizer = Lion([projected, rest], lr=1e-3)
+    assert optimizer.param_groups[0]["projection"] == Projection(4, "svd") and optimizer.param_groups[1]["projection"] is None
+    with pytest.raises(ValueError, match="bits but no rank"):
+        Lion([{"params": [m.mlp.weight], "bits": 8}])
+    with pytest.raises(ValueError, match="projection and rank"):
+        Lion([{"params": [m.mlp.weight], "rank": 8, "projection": Projection(4)}])
+    fira = FiraAdamW(param_groups_for_projection(m, 4), rank=2)  # the class's own settings, but for what the groups say; the rest stays whole
+    assert fira.param_groups[0]["projection"].residual == "fira" and fira.param_groups[0]["projection"].rank == 4
+    assert fira.param_groups[1]["projection"] is None
     for p in m.parameters():
         p.grad = torch.randn_like(p)
     optimizer.step()

@@ -13,6 +13,7 @@ from gradmill.formats import SPLIT, Format, cached
 from gradmill.ops._registry import describe, short
 from gradmill.ops.optim import MAX_SCALARS, as_matrix_shape, fused_step, measure
 from gradmill.ops.quant import FLOATS, dequantize, quantize
+from gradmill.optim.projection import FIELDS as PROJECTION_FIELDS
 from gradmill.optim.projection import QUEUE, Projected, Projection
 from gradmill.optim.rules import RULES
 from gradmill.reference.optim import as_matrix
@@ -159,7 +160,7 @@ class FusedOptimizer(Optimizer):
     more in the state, ``low_bits``, and step as fp32: exactly with bf16 and 32, within 2^-15 of the value with bf16 and 24
     and 2^-18 with fp16 and 24, rounded stochastically; fp16 and 32 are exact from 2^-17 on), ``maximize``, ``seed`` (default
     ``torch.initial_seed()``), ``projection`` (None or a :class:`gradmill.optim.Projection`: matrices take the rule's step in a
-    subspace, and their weight decay is decoupled whatever the rule). Of torch.optim's arguments ``foreach`` and ``fused`` are accepted and ignored (the step is
+    subspace, and their weight decay is decoupled whatever the rule; a group may give ``rank`` and other options of Projection instead). Of torch.optim's arguments ``foreach`` and ``fused`` are accepted and ignored (the step is
     always fused), ``capturable`` and ``differentiable`` refused if True.
 
     For the optimizer as a whole, attributes too: ``max_grad_norm`` (None; else all gradients together are scaled down to
@@ -172,6 +173,7 @@ class FusedOptimizer(Optimizer):
 
     steps_shards = True  #: False in a subclass whose step is not a function of each row and of norms that ``measured`` takes
     max_grad_norm, on_nonfinite, grad_norm = None, "propagate", None
+    _projection_options: dict = {}  # what a group's ``rank`` alone means (galore.py)
     _step_supports_amp_scaling = True  # GradScaler hands us grad_scale and found_inf instead of unscaling itself
 
     def __init__(self, params, defaults: dict, *, states="fp32", min_quantized_numel=4096, master_weight_bits=None, maximize=False, seed=None,
@@ -201,6 +203,15 @@ class FusedOptimizer(Optimizer):
 
     # --- parameters ---------------------------------------------------------------------------------------
     def add_param_group(self, param_group):
+        chosen = {k: param_group[k] for k in PROJECTION_FIELDS if k in param_group}
+        if chosen:  # rank and what else says how to project: the same as a projection
+            if param_group.get("projection") is not None:
+                raise ValueError(f"a group has a projection and {', '.join(chosen)}: give one or the other")
+            options = {**self._projection_options, **chosen}
+            if "rank" not in options:
+                raise ValueError(f"a group has {', '.join(chosen)} but no rank: it would not be projected")
+            param_group = {k: v for k, v in param_group.items() if k not in chosen}
+            param_group["projection"] = None if options["rank"] is None else Projection(**options)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:

@@ -28,26 +28,15 @@ class GaLoreAdamW(AdamW):
 
     def __init__(self, params, lr=1e-3, betas=None, eps=1e-8, weight_decay=0.0, amsgrad=False, *, rank=None, states=None, **options):
         self._projection_options = {"rank": rank, **self.PROJECTION, **{k: options.pop(k) for k in FIELDS if k in options}}
-        if rank is None:  # what is wrong is said now, not when a group sets its rank
-            self._made({**self._projection_options, "rank": 1})
+        Projection(**{**self._projection_options, "rank": 1 if rank is None else rank})  # what is wrong is said now, not when a group sets its rank
         super().__init__(params, lr, self.BETAS if betas is None else betas, eps, weight_decay, amsgrad, states=states or self.STATES, **options)
 
     def __getstate__(self):
         return {**super().__getstate__(), "_projection_options": self._projection_options}
 
-    @staticmethod
-    def _made(options: dict) -> Projection | None:
-        return None if options["rank"] is None else Projection(**options)
-
     def add_param_group(self, param_group):
-        chosen = {k: param_group[k] for k in FIELDS if k in param_group}
-        group = {k: v for k, v in param_group.items() if k not in chosen}
-        if group.get("projection") is None:
-            group["projection"] = self._made({**self._projection_options, **chosen})
-        elif chosen:
-            raise ValueError(f"a group has a projection and {', '.join(chosen)}: give one or the other")
-        super().add_param_group(group)
-        projection = group["projection"]
+        super().add_param_group({"rank": self._projection_options["rank"], **param_group} if "projection" not in param_group else param_group)
+        projection = self.param_groups[-1]["projection"]
         small = [tuple(p.shape) for p in self.param_groups[-1]["params"] if projection and p.dim() >= 2 and not projection.rank_of(p.shape)]
         if small:
             warnings.warn(f"rank {projection.rank} is not below the smaller side of {len(small)} parameters (the first of shape {small[0]}): "

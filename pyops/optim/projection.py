@@ -354,7 +354,7 @@ class Projected:
 
 # --- groups -----------------------------------------------------------------------------------------------
 def param_groups_for_projection(model: torch.nn.Module, rank: int | float, filter=None, **options) -> list[dict]:
-    """Two parameter groups: the matrices of the model's linear layers, with a :class:`Projection`, and everything else.
+    """Two parameter groups: the matrices of the model's linear layers, with ``rank`` and ``options``, and everything else.
 
     As GaLore does, only attention and MLP weights are projected: of every nn.Linear (and gradmill.nn.Linear) but the head (a layer
     named as ``gradmill.convert`` names heads) and those whose weight is an embedding's.
@@ -362,7 +362,8 @@ def param_groups_for_projection(model: torch.nn.Module, rank: int | float, filte
     Args:
         model, rank: the model; rank as in Projection.
         filter: ``filter(name, layer)`` in place of that choice.
-        options: Projection's other arguments.
+        options: Projection's other arguments; what is left out is as the optimizer has it (FiraAdamW's residual, say), for
+            optimizers without a projection of their own as Projection has it.
     """
     from gradmill.convert import HEAD_NAMES
 
@@ -376,4 +377,4 @@ def param_groups_for_projection(model: torch.nn.Module, rank: int | float, filte
     if not chosen:
         raise ValueError(f"no linear layer of the model has both sides larger than rank {rank}")
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
-    return [{"params": list(chosen.values()), "projection": projection}, *([{"params": rest}] if rest else [])]
+    return [{"params": list(chosen.values()), "rank": rank, **options}, *([{"params": rest, "rank": None}] if rest else [])]
