@@ -15,7 +15,7 @@ OPERANDS = (*BOTH_WAYS, *FLOAT_DTYPES)
 
 def _check_offs(op, offs, device):
     if offs.dtype != torch.int32:
-        reject(op, "offs", offs, "int32", TypeError)
+        reject(op, "offs", offs, "int32: where each expert's tokens end, counts.cumsum(0).to(torch.int32)", TypeError)
     if offs.dim() != 1:
         reject(op, "offs", offs, "1-D: where each expert's tokens end")
     if offs.device != device:

@@ -62,7 +62,8 @@ class _MatrixOptimizer(FusedOptimizer):
         for p in self.param_groups[-1]["params"]:
             if p.ndim != 2:
                 self.param_groups.pop()
-                raise ValueError(f"{type(self).__name__} only supports 2D parameters whereas we found a parameter with size: {p.size()}")
+                raise ValueError(f"{type(self).__name__} only supports 2D parameters whereas we found a parameter with size: {p.size()}; "
+                                 "give embeddings, norms and biases to an optimizer of their own, AdamW say")
 
     def check_group(self, group):
         check_lr_and_decay(group)

@@ -59,7 +59,8 @@ class VRGD:
     def step(self):
         """Weighs the shards' mean gradients and steps the wrapped optimizer."""
         if self._shards < 2:
-            raise RuntimeError(f"accumulate() was called {self._shards} times since the last step; VRGD needs the gradients of at least 2 shards")
+            raise RuntimeError(f"accumulate() was called {self._shards} times since the last step or zero_grad (do not clear between shards); "
+                               "VRGD needs the gradients of at least 2 shards")
         self._steps += 1
         for p, (total, squares) in self._sums.items():
             mean, square = total / self._shards, squares / self._shards
