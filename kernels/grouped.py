@@ -74,7 +74,7 @@ def quantize_kernel(x, offs, codes, scales, experts, tokens, columns, block, roo
         part = load_strided(x, row, col + done, limit, stride_row, stride_column, P2)
         part_absmax, low_part, high_part = measure(part, tl.arange(0, P2)[None, :] < limit[:, None])
         absmax = tl.maximum(absmax, part_absmax)
-    at = columns.to(tl.int64) * first + row * per_row + (number - first)
+    at = tl.cast(columns, tl.int64) * first + row * per_row + (number - first)
     scale, zero = block_parameters(absmax, low, high, CODE)
     if GIVEN:
         given = tl.load(scales + at, mask=inside, other=0.0)

@@ -157,13 +157,30 @@ def test_bfloat16_and_differing_models():
 def test_examples_of_the_docs_page(tmp_path):
     """docs/one_bit.md's blocks run as they stand."""
     blocks = re.findall(r"```python\n(.*?)```", (Path(__file__).parent.parent / "docs/one_bit.md").read_text(), re.S)
-    assert len(blocks) == 2
+    assert len(blocks) == 4
     base, finetuned = pair()
     batches, x = [torch.randn(8, 70)], torch.randn(4, 70)
     for name in ("a", "b"):
         bitdelta.save(bitdelta.compress(base, finetuned, others="base"), tmp_path / name)
     names = dict(torch=torch, gradmill=gradmill, base=base, finetuned=finetuned, batches=batches, x=x, paths=[tmp_path / "a", tmp_path / "b"])
-    for block in blocks:
+    for block in blocks[:2]:
         exec(block.replace('"tenant.safetensors"', repr(str(tmp_path / "c"))), names)
     assert type(names["model"][2]) is gradmill.nn.Linear and type(names["model"][4]) is torch.nn.Linear
     assert names["y"].shape == (4, 10) and torch.allclose(names["y"][3:], base(x[3:]), atol=1e-5) and (tmp_path / "c").exists()
+
+    class Layers(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = torch.nn.ModuleList(torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Tanh()) for _ in range(2))
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    def plain():
+        return torch.nn.Sequential(torch.nn.Linear(20, 16), torch.nn.LayerNorm(16), torch.nn.Linear(16, 16), torch.nn.LayerNorm(16), torch.nn.Linear(16, 4))
+    exec(blocks[2], names := {"gradmill": gradmill, "model": plain()})
+    assert type(names["model"][2]) is gradmill.nn.BinaryLinear and type(names["model"][0]) is torch.nn.Linear
+    exec(blocks[3], names := {"gradmill": gradmill, "model": Layers(), "batches": [torch.randn(4, 64)]})
+    assert names["model"].layers[0][0].recipe.name == "w2"

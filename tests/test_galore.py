@@ -88,7 +88,7 @@ def by_hand(w, grads, left, basis_of, *, lr, betas=(0.9, 0.999), eps=1e-8, weigh
 
 def leading(rank, left):
     def basis_of(g, step):
-        u, _, vh = torch.linalg.svd(g, full_matrices=False)
+        u, _, vh = torch.linalg.svd(g.float(), full_matrices=False)  # in fp32: signs are LAPACK's choice, and kept moments depend on them
         return u[:, :rank].t() if left else vh[:rank]
     return basis_of
 
