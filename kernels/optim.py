@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from gradmill.formats import CODES, Format, float_code
-from gradmill.kernels._common import (BF16, DELTA, DITHER, LAUNCH, NEAREST, NONE, STOCHASTIC, block_parameters, block_scales, differs,
+from gradmill.kernels._common import (BF16, DITHER, LAUNCH, NEAREST, NONE, STOCHASTIC, block_parameters, block_scales, differs,
                                       is_blocked, is_square, joined, load_floats, load_operand, load_split, low_bits, magnitude as magnitude_bits,
                                       measure, power_of_two, ready, rounding_words, run_scales, store_blocks, store_floats, store_piece,
                                       store_scales, store_split, warps_for)
@@ -60,30 +60,6 @@ def lion(p, g, m, unused1, unused2, h):
     p = p * tl.load(h + 1) - tl.load(h + 4) * sign(m + tl.load(h + 2) * (g - m))
     m = m + tl.load(h + 3) * (g - m)
     return p, m, unused1, unused2
-
-
-@triton.jit
-def descend(p, g, unused1, unused2, unused3, h):
-    return p - tl.load(h + 1) * g, unused1, unused2, unused3
-
-
-@triton.jit
-def lamb(p, g, m, v, unused, h):
-    m = m + tl.load(h + 2) * (g - m)
-    v = v * tl.load(h + 3) + (tl.load(h + 4) * g) * g
-    p = tl.load(h + 1) * p + tl.load(h + 5) * tl.div_rn(m, tl.sqrt_rn(v) * tl.load(h + 6) + tl.load(h + 7))
-    return p, m, v, unused
-
-
-@triton.jit
-def lars(p, g, m, unused1, unused2, h):
-    m = tl.load(h + 2) * m + tl.load(h + 3) * (g + tl.load(h + 1) * p)
-    return p - m, m, unused1, unused2
-
-
-@triton.jit
-def stable_spam(p, g, m, v, unused, h):
-    return adamw(p, tl.load(h + 10) * tl.where(tl.abs(g) > tl.load(h + 8), tl.load(h + 9) * g, g), m, v, unused, h)
 
 
 @triton.jit

@@ -194,13 +194,30 @@ def test_any_basis_and_residual_trains_and_resumes_bit_equal(basis, bits, residu
 
 
 @pytest.mark.parametrize("optimizer, options", [(Lion, {}), (SGD, dict(momentum=0.9)), (SGD, {}), (AdamW, dict(amsgrad=True))])
-def test_any_elementwise_rule_takes_a_projection(optimizer, options):
-    w, target = torch.nn.Parameter(torch.zeros(20, 12)), torch.randn(20, 2) @ torch.randn(2, 12)
-    made = optimizer([w], lr=1e-2, weight_decay=0.0, projection=Projection(4, bits=8, group_size=4, scale=1.0, refresh_every=5), **options)
-    for _ in range(300):
+@pytest.mark.parametrize("shape", [(20, 12), (12, 20)], ids=str)
+def test_any_elementwise_rule_takes_a_projection(optimizer, options, shape):
+    """The weight moves by what the rule itself makes of R, projected back: a fixed basis, and the rule on R as a weight of its own."""
+    left, grads = shape[0] < shape[1], [torch.randn(shape) for _ in range(8)]
+    w = torch.nn.Parameter(torch.randn(shape))
+    start = w.detach().clone()
+    run(made := optimizer([w], lr=1e-2, weight_decay=0.0, projection=Projection(4, "svd", 32, scale=0.5), **options), w, grads)
+    basis = made.state[w]["basis_codes"]
+    low = torch.nn.Parameter(torch.zeros((4, shape[1]) if left else (shape[0], 4)))
+    run(optimizer([low], lr=1e-2, weight_decay=0.0, **options), low, [basis @ g if left else g @ basis.t() for g in grads])
+    moved = basis.t() @ low.detach() if left else low.detach() @ basis
+    assert (w.detach() - start - 0.5 * moved).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("basis", ["svd", "subspace"])
+def test_a_gradient_in_the_span_is_stepped_whole(basis):
+    """w - target has rank 2: SGD at rate 1/2 in the leading subspace of rank 4 halves it at every step."""
+    target, offset = torch.randn(20, 12), torch.randn(20, 2) @ torch.randn(2, 12)
+    w = torch.nn.Parameter(target + offset)
+    made = SGD([w], lr=0.5, projection=Projection(4, basis, 32, scale=1.0, refresh_every=3))
+    for _ in range(6):
         w.grad = (w - target).detach()
         made.step()
-    assert (w - target).norm() < 0.7 * target.norm()
+    assert torch.allclose(w.detach() - target, offset / 64, atol=1e-4)
 
 
 # --- moments, intervals -----------------------------------------------------------------------------------

@@ -221,8 +221,9 @@ class Projected:
             return dct_vectors(state["basis_indices"], self.side)
         return torch.nn.functional.one_hot(state["basis_indices"], self.side).to(torch.float32)
 
+    @functools.cached_property
     def packed(self) -> tuple:
-        """The basis as project and project_back take it: (codes, scales, zeros, code, block)."""
+        """The basis as project and project_back take it, after the refresh: (codes, scales, zeros, code, block)."""
         p, state = self.projection, self.state
         if p.stored and p.format.blocked:
             return state["basis_codes"], state["basis_scales"], state["basis_zeros"], p.format.code, p.format.block
@@ -296,14 +297,14 @@ class Projected:
         g = self.grad
         if self.projection.basis == "coordinate":
             return g.index_select(0 if self.left else 1, self.state["basis_indices"]).to(torch.float32)
-        return project(g, *self.packed(), self.left)
+        return project(g, *self.packed, self.left)
 
     def back(self, low: torch.Tensor, update: torch.Tensor, factor: float, lr: float, decay: float):
         """Moves the weight by the rule's ``update`` of R = ``low``, and by the residual. factor: on the gradient, maximize's sign included."""
-        p, state = self.projection, self.state
+        p = self.projection
         before, after = (1.0, decay) if p.decay_after else (decay, 1.0)
         alpha, residual, scales = p.scale, None, None
-        packed = self.packed()
+        packed = self.packed
         if p.residual == "sign":
             residual = self.grad.to(torch.float32, copy=True)
             self._back(residual, low, packed, 1.0, -1.0)
