@@ -326,11 +326,14 @@ def test_degenerate_gradients_leave_finite_weights(named, grad):
 @pytest.mark.parametrize("named", NAMED)
 def test_a_nan_gradient_shows_and_the_next_refresh_recovers_the_basis(named):
     w = torch.nn.Parameter(torch.randn(12, 8))
-    optimizer = named([w], lr=1e-2, rank=3)
+    optimizer = named([w], lr=1e-2, rank=3, refresh_every=1)
     w.grad = torch.randn(12, 8)
     w.grad[2, 3] = math.nan
     optimizer.step()
     assert not torch.isfinite(w).all()
+    w.grad = torch.randn(12, 8)
+    optimizer.step()
+    assert all(torch.isfinite(value.float()).all() for name, value in optimizer.state[w].items() if name.startswith("basis_"))
 
 
 def test_maximize_and_grad_scale_are_seen_by_the_residual():

@@ -5,8 +5,7 @@ import pickle
 import pytest
 import torch
 
-import gradmill
-from gradmill import functional, recipes
+from gradmill import functional
 from gradmill.formats import FORMATS, Format
 from gradmill.nn import GroupedLinear, Linear
 from gradmill.ops import matmul_grouped, matmul_int8, matmul_scaled, quantize, quantize_grouped

@@ -58,7 +58,7 @@ def test_the_queue_of_cosines_is_all_that_a_long_run_adds():
 def test_released_gradients_live_one_at_a_time():
     """The most bytes of gradients that are there at once, counted as backward goes."""
     layers = torch.nn.Sequential(*[torch.nn.Linear(n, m, bias=False) for n, m in ((40, 70), (70, 90), (90, 30))])
-    made, live, peak = GaLoreAdamW(layers.parameters()), {}, []
+    made, peak = GaLoreAdamW(layers.parameters()), []
     for p in layers.parameters():  # hooks run in the order of their making: this one before the release
         p.register_post_accumulate_grad_hook(lambda p: peak.append(sum(q.grad.nbytes for q in layers.parameters() if q.grad is not None)))
     release_gradients(layers, made)
