@@ -625,3 +625,95 @@ def test_bitsandbytes_own_checkpoint_loads(name):
     give_gradients(params, 2), give_gradients(other, 2)
     ours.step(), theirs.step()
     close(params, other, atol=0.02)
+
+
+# --- a step repeated without its checks -------------------------------------------------------------------
+def mixed_parameters():
+    """fp32, bf16 and fp16, matrices and vectors: several launches in one group."""
+    return [p for dtype in (torch.float32, torch.bfloat16, torch.float16) for p in parameters(dtype=dtype, shapes=[(70, 130), (130,), ()])]
+
+
+def recorded(optimizer, monkeypatch):
+    """A list that gets, at every step, whether the first group's step was a repetition."""
+    repeat, found = optimizer._repeat, []
+
+    def wrapper(group, *rest):
+        result = repeat(group, *rest)
+        if group is optimizer.param_groups[0]:
+            found.append(result)
+        return result
+    monkeypatch.setattr(optimizer, "_repeat", wrapper)
+    return found
+
+
+def interfere(kind, optimizer, params):
+    """Something between two steps that a repetition has to notice."""
+    group, p = optimizer.param_groups[0], params[0]
+    if kind == "state replaced":
+        optimizer.state[p]["exp_avg_scales"] = optimizer.state[p]["exp_avg_scales"] * 2
+    elif kind == "state moved":
+        optimizer.state[p]["exp_avg_scales"].data = optimizer.state[p]["exp_avg_scales"].clone() * 2
+    elif kind == "state forgotten":
+        optimizer.state[p].clear()
+    elif kind == "step set":
+        optimizer.state[p]["step"] = torch.tensor(40.0)
+    elif kind == "weight replaced":
+        p.data = p.data.clone() + 1
+    elif kind == "gradient transposed":
+        p.grad = p.grad.t().contiguous().t()
+    elif kind == "gradient missing":
+        p.grad = None
+    elif kind == "hyperparameters":
+        group.update(lr=0.3, betas=(0.5, 0.7), weight_decay=0.0, eps=0.1, maximize=True, seed=7)
+    elif kind == "amsgrad":
+        group["amsgrad"] = True
+    elif kind == "loaded":
+        saved = copy.deepcopy(optimizer.state_dict())
+        saved["state"][0]["exp_avg_scales"] *= 3
+        optimizer.load_state_dict(saved)
+    elif kind == "group":
+        more = torch.nn.Parameter(torch.ones(3))
+        more.grad = torch.ones(3)
+        optimizer.add_param_group({"params": [more], "lr": 0.5})
+
+
+@pytest.mark.parametrize("kind", ["nothing", "state replaced", "state moved", "state forgotten", "step set", "weight replaced", "gradient transposed",
+                                  "gradient missing", "hyperparameters", "amsgrad", "loaded", "group"])
+def test_a_repeated_step_is_the_step(kind, monkeypatch):
+    ours, theirs = mixed_parameters(), mixed_parameters()
+    a, b = (AdamW(ps, lr=0.01, states="int8", min_quantized_numel=1, seed=3) for ps in (ours, theirs))
+    monkeypatch.setattr(b, "_repeat", lambda *_: False)
+    repeated = recorded(a, monkeypatch)
+    for step in range(8):
+        for optimizer, params in ((a, ours), (b, theirs)):
+            give_gradients(params, step)
+            if step == 4:
+                interfere(kind, optimizer, params)
+            optimizer.step()
+        assert_same_bits(ours, theirs)
+        assert_same_bits([t for s in a.state.values() for t in s.values() if isinstance(t, torch.Tensor)],
+                         [t for s in b.state.values() for t in s.values() if isinstance(t, torch.Tensor)])
+    assert repeated[:4] == [False, False, True, True] and repeated[4] == (kind in ("nothing", "hyperparameters", "group")) and repeated[7]
+
+
+@pytest.mark.parametrize("name", ["SGD", "Lion", "Grams", "Adagrad"])
+def test_a_repeated_step_keeps_versions_and_obeys_use_backend(name, monkeypatch):
+    from gradmill import use_backend
+    params = parameters(shapes=[(70, 130), (130,)])
+    optimizer = getattr(optim, name)(params, **OTHERS.get(name, {}))
+    repeated = recorded(optimizer, monkeypatch)
+    for step in range(3):
+        give_gradients(params, step)
+        optimizer.step()
+    assert repeated[2]
+    monkeypatch.undo()
+    versions = [p._version for p in params]
+    give_gradients(params, 5)
+    twin = copy.deepcopy((params, optimizer))
+    assert not hasattr(twin[1], "_plans")  # it would hold the first one's tensors
+    give_gradients(twin[0], 5)
+    optimizer.step()
+    assert all(p._version > v for p, v in zip(params, versions))
+    with use_backend("reference"):
+        twin[1].step()
+    close(params, twin[0])

@@ -16,33 +16,43 @@
 namespace gradmill {
 namespace {
 
+// States held as fp32 or bf16, in vectors.
+inline vf load_state(const float* p) { return load(p); }
+inline vf load_state(const uint16_t* p) { return (vf)(widened(p) << 16); }
+inline void store_state(float* p, vf x) { store(p, x); }
+inline void store_state(uint16_t* p, vf x) {  // float_to_bf16
+  const vu u = (vu)x, rounded = (u + (u >> 16 & 1u) + 0x7fffu) >> 16;
+  store_narrowed(p, (u & 0x7fffffffu) > 0x7f800000u ? u >> 16 | 0x40u : rounded);
+}
+
 // Written in vectors: left to gcc, a rule with a branch on a scalar (CLASSP's power) stays scalar, ten times slower.
-template <class R>
-void apply_rule(float* p, const float* g, float* s0, float* s1, float* s2, int64_t n, const float* scalars) {
+template <class R, class State>
+void apply_rule(float* p, const float* g, void* s0, void* s1, void* s2, int64_t n, const float* scalars) {
   float h[kMaxScalars];
   for (int i = 0; i < kMaxScalars; ++i) h[i] = scalars[i];  // known not to alias: stays in registers
-  float* const states[kMaxStates] = {s0, s1, s2};
-  auto apply = [&](float* weight, const float* grad, float* const* state, int64_t i) __attribute__((always_inline)) {
+  State* const states[kMaxStates] = {static_cast<State*>(s0), static_cast<State*>(s1), static_cast<State*>(s2)};
+  auto apply = [&](float* weight, const float* grad, State* const* state, int64_t i) __attribute__((always_inline)) {
     vf w = load(weight + i), s[kMaxStates] = {};
 #pragma GCC unroll 3
-    for (int k = 0; k < R::states; ++k) s[k] = load(state[k] + i);
+    for (int k = 0; k < R::states; ++k) s[k] = load_state(state[k] + i);
     R::apply(w, load(grad + i) * h[0], s[0], s[1], s[2], h);
     store(weight + i, w);
 #pragma GCC unroll 3
-    for (int k = 0; k < R::states; ++k) store(state[k] + i, s[k]);
+    for (int k = 0; k < R::states; ++k) store_state(state[k] + i, s[k]);
   };
   const int64_t whole = n / W * W, rest = n - whole;
   for (int64_t i = 0; i < whole; i += W) apply(p, g, states, i);
   if (rest) {  // a tail shorter than a vector works on zero-padded copies
-    const size_t bytes = static_cast<size_t>(rest) * 4;
-    float weight[W] = {}, grad[W] = {}, copies[kMaxStates][W] = {};
-    float* const state[kMaxStates] = {copies[0], copies[1], copies[2]};
-    memcpy(weight, p + whole, bytes);
-    memcpy(grad, g + whole, bytes);
-    for (int k = 0; k < R::states; ++k) memcpy(copies[k], states[k] + whole, bytes);
+    const size_t count = static_cast<size_t>(rest);
+    float weight[W] = {}, grad[W] = {};
+    State copies[kMaxStates][W] = {};
+    State* const state[kMaxStates] = {copies[0], copies[1], copies[2]};
+    memcpy(weight, p + whole, count * 4);
+    memcpy(grad, g + whole, count * 4);
+    for (int k = 0; k < R::states; ++k) memcpy(copies[k], states[k] + whole, count * sizeof(State));
     apply(weight, grad, state, 0);
-    memcpy(p + whole, weight, bytes);
-    for (int k = 0; k < R::states; ++k) memcpy(states[k] + whole, copies[k], bytes);
+    memcpy(p + whole, weight, count * 4);
+    for (int k = 0; k < R::states; ++k) memcpy(states[k] + whole, copies[k], count * sizeof(State));
   }
 }
 
@@ -56,60 +66,86 @@ constexpr int kSquares<Classp> = 1;
 template <>
 constexpr int kSquares<DiffGrad> = 2;
 
-// Codes of 4 bits, low nibble first, a byte each and back; a last odd one's neighbour is 0.
-inline void unpack_nibbles(const uint8_t* __restrict from, int64_t n, uint8_t* __restrict to) {
-  for (int64_t i = 0; i < n / 2; ++i) to[2 * i] = from[i] & 15, to[2 * i + 1] = from[i] >> 4;
-  if (n % 2) to[n - 1] = from[n / 2] & 15;
-}
-inline void pack_nibbles(const uint8_t* __restrict from, int64_t n, uint8_t* __restrict to) {
-  for (int64_t i = 0; i < n / 2; ++i) to[i] = static_cast<uint8_t>(from[2 * i] | from[2 * i + 1] << 4);
-  if (n % 2) to[n / 2] = from[n - 1];
+// W codes of BITS bits to and from lanes, and what a code stands for.
+template <int BITS>
+inline vu codes_at(const uint8_t* p) { return BITS == 4 ? widened_nibbles(p) : widened(p); }
+template <int BITS>
+inline void store_codes(uint8_t* p, vu x) { BITS == 4 ? store_narrowed_nibbles(p, x) : store_narrowed(p, x); }
+
+template <int CODE>
+inline vf decoded(vu q, float scale) {
+  typedef OffsetFloat<CODE> F;
+  constexpr int sign = 31 - (kBits<CODE> - 1);
+  const vf y = (vf)(((F::root ? q : q & F::last) << F::shift) + 0x3f800000u) - 1.0f;
+  if (!F::root) return (vf)((vu)y | (q & (F::last + 1u)) << sign) * scale;
+  const vf r = y * scale;
+  return r * r;
 }
 
-// The same for states in their 8-bit codes (kSquares), by far the commonest. One pass over
-// a block decodes, applies the rule and measures the new blocks, a second encodes them from L1; codes are widened and
-// narrowed in registers, and the root that the rule took of a second moment is kept, because its code stores the root.
-// Written in vectors: in a loop of mixed widths gcc falls back to 16-byte vectors, and separate widening passes cost
-// as many stores as the work itself. In L1, one core of a Zen 4, AVX-512: fp32 states 0.29 ns an element; these 1.0 in
-// the general path's seven passes, 0.80 auto-vectorised with widening passes, 0.71 so (AVX2: 0.32, 0.92).
-//
-// 4-bit codes (moment4, square4) take the same way, a byte each in a buffer beside it.
+// A state's codes of one block as values: 16 of them fit a table in registers, made once a block.
+template <int CODE>
+struct StateDecoder {
+  float scale = 0.0f;
+  Table16 table;
+  inline void set(float x) {
+    scale = x;
+    if (kBits<CODE> == 4)
+      for (int i = 0; i < 16 / W; ++i) table.part[i] = decoded<CODE>(lane_numbers() + static_cast<uint32_t>(i * W), x);
+  }
+  inline vf operator()(vu q) const { return kBits<CODE> == 4 ? table[q] : decoded<CODE>(q, scale); }
+};
+
+// The dither words' offsets of consecutive blocks, block `at` on: philox_word of each one's first element, many at a time
+// (one by one they took 0.07 of int8's 0.75 ns an element).
+struct DitherOffsets {
+  const Key& key;
+  int64_t first, block;
+  int64_t begin = 0, end = 0;  // the blocks that words[] holds
+  uint32_t words[4 * kGroups];
+  inline DitherOffsets(const Key& k, int64_t element, int64_t size) : key(k), first(element + static_cast<int64_t>(k.first)), block(size) {}
+  inline uint32_t operator[](int64_t at) {
+    const uint64_t element = static_cast<uint64_t>(first + at * block);
+    if (block % 4) return philox_word(key, element - key.first);
+    if (at >= end) philox_groups(key, element >> 2, words, static_cast<uint64_t>(block) >> 2), begin = at, end = at + kGroups;
+    return words[4 * (at - begin) + static_cast<int64_t>(element & 3)];
+  }
+};
+
+// The same for states in their 8- or 4-bit codes (kSquares), by far the commonest. One pass over
+// a block decodes, applies the rule and measures the new block, a second encodes it from L1; the root that the rule took of
+// a second moment is kept, because its code stores the root. Written in vectors: in a loop of mixed widths gcc falls back
+// to 16-byte vectors. AdamW in L2, one core of a Zen 4, ns an element, AVX-512 / AVX2: fp32 states 0.31 / 0.33, bound by root
+// and division; int8 0.62 / 0.88; int4 0.65 / 0.95. Tried and dropped: a block's codes made inside the next block's pass
+// (0.68 / 1.05: the loop does not fit the schedulers, and spills with 16 registers).
 template <class R, int MOMENT, int SQUARE>
 void apply_rule_coded(float* p, const float* g, const Matrix* states, int64_t row, int64_t col, int64_t n, float* scratch,
                       const Key& dither, const float* scalars) {
+  constexpr int bits = kBits<MOMENT>;
   typedef OffsetFloat<MOMENT> M;
   typedef OffsetFloat<SQUARE> S;
-  constexpr bool packed = MOMENT == kMoment4;
   float h[kMaxScalars];
   for (int i = 0; i < kMaxScalars; ++i) h[i] = scalars[i];
   constexpr auto square = [](int s) { return (kSquares<R> >> s & 1) != 0; };
   const int64_t block = states[0].block, padded = (block + W - 1) / W * W;
+  DitherOffsets offsets(dither, row * states[0].cols + col, block);
   for (int64_t at = 0; at < n; at += block) {
     const int64_t part = n - at < block ? n - at : block, index = row * states[0].blocks_per_row() + (col + at) / block;
-    uint8_t *codes[kMaxStates] = {}, *stored[kMaxStates] = {};
-    float scales[kMaxStates] = {};
+    const int64_t whole = part / W * W, rest = part - whole;
+    uint8_t* codes[kMaxStates] = {};
+    StateDecoder<MOMENT> moments[kMaxStates];
+    StateDecoder<SQUARE> squares[kMaxStates];
     vu absmax[kMaxStates] = {};
 #pragma GCC unroll 3
     for (int s = 0; s < R::states; ++s) {
-      codes[s] = stored[s] = reinterpret_cast<uint8_t*>(tile_address(states[s], row, col + at));
-      if (packed) {
-        codes[s] = reinterpret_cast<uint8_t*>(scratch + kMaxStates * padded) + s * padded;
-        unpack_nibbles(stored[s], part, codes[s]);
-      }
-      scales[s] = states[s].scales[index];
+      codes[s] = reinterpret_cast<uint8_t*>(tile_address(states[s], row, col + at));
+      square(s) ? squares[s].set(states[s].scales[index]) : moments[s].set(states[s].scales[index]);
     }
-    auto apply = [&](float* weight, const float* grad, uint8_t* const* from, int64_t i) __attribute__((always_inline)) {
+    auto apply = [&](float* weight, const float* grad, const uint8_t* const* from, int64_t byte, int64_t i) __attribute__((always_inline)) {
       vf w = load(weight), state[kMaxStates] = {};
 #pragma GCC unroll 3
       for (int s = 0; s < R::states; ++s) {
-        const vu q = widened(from[s]);
-        const vf y = (vf)(((square(s) ? q : q & M::last) << (square(s) ? S::shift : M::shift)) + 0x3f800000u) - 1.0f;
-        if (!square(s)) {
-          state[s] = (vf)((vu)y | (q & (M::last + 1u)) << (packed ? 28 : 24)) * scales[s];
-        } else {
-          const vf r = y * scales[s];
-          state[s] = r * r;
-        }
+        const vu q = codes_at<bits>(from[s] + byte);
+        state[s] = square(s) ? squares[s](q) : moments[s](q);
       }
       R::apply(w, load(grad) * h[0], state[0], state[1], state[2], h);
       store(weight, w);
@@ -120,43 +156,33 @@ void apply_rule_coded(float* p, const float* g, const Matrix* states, int64_t ro
         store(scratch + s * padded + i, square(s) ? root(state[s]) : state[s]);
       }
     };
-    const int64_t whole = part / W * W, rest = part - whole;
-    for (int64_t i = 0; i < whole; i += W) {
-      uint8_t* const from[kMaxStates] = {codes[0] + i, codes[1] + i, codes[2] + i};
-      apply(p + at + i, g + at + i, from, i);
-    }
+    for (int64_t i = 0; i < whole; i += W) apply(p + at + i, g + at + i, codes, i * bits / 8, i);
     if (rest) {  // a tail shorter than a vector works on zero-padded copies
       float weight[W] = {}, grad[W] = {};
       uint8_t bytes[kMaxStates][W] = {};
+      const uint8_t* const from[kMaxStates] = {bytes[0], bytes[1], bytes[2]};
       memcpy(weight, p + at + whole, static_cast<size_t>(rest) * 4);
       memcpy(grad, g + at + whole, static_cast<size_t>(rest) * 4);
-      for (int s = 0; s < R::states; ++s) memcpy(bytes[s], codes[s] + whole, static_cast<size_t>(rest));
-      uint8_t* const from[kMaxStates] = {bytes[0], bytes[1], bytes[2]};
-      apply(weight, grad, from, whole);
+      for (int s = 0; s < R::states; ++s) memcpy(bytes[s], codes[s] + whole * bits / 8, static_cast<size_t>(rest * bits + 7) / 8);
+      apply(weight, grad, from, 0, whole);
       memcpy(p + at + whole, weight, static_cast<size_t>(rest) * 4);
     }
 #pragma GCC unroll 3
     for (int s = 0; s < R::states; ++s) {
-      uint32_t largest = 0;
-      for (int i = 0; i < W; ++i) largest = absmax[s][i] > largest ? absmax[s][i] : largest;
-      const Block b = block_of(square(s) ? SQUARE : MOMENT, largest, 0, 0);
+      const Block b = block_of(square(s) ? SQUARE : MOMENT, largest(absmax[s]), 0, 0);
       states[s].scales[index] = b.scale;
       if (!(b.scale > 0.0f)) {
-        memset(stored[s], 0, static_cast<size_t>(packed ? (part + 1) / 2 : part));
+        memset(codes[s], 0, static_cast<size_t>(part * bits + 7) / 8);
         continue;
       }
       vu word{};
-      if (square(s)) {
-        const uint32_t offset = philox_word(dither, static_cast<uint64_t>(row * states[s].cols + col + at));
-        for (int i = 0; i < W; ++i) word[i] = offset + static_cast<uint32_t>(i) * kDitherStep;
-      }
-      const float* x = scratch + s * padded;
-      auto encoded = [&](const float* from) __attribute__((always_inline)) {  // encode<MOMENT>, encode_root
-        const vf value = load(from);
+      if (square(s)) word = lane_numbers() * kDitherStep + offsets[at / block];
+      auto encoded = [&](int64_t i) __attribute__((always_inline)) {  // encode<MOMENT>, encode_root
+        const vf value = load(scratch + s * padded + i);
         if (!square(s)) {
           const vf y = (vf)((vu)value & 0x7fffffffu) * b.inverse + 1.0f;
           const vu k = ((vu)y - (0x3f800000u - (1u << (M::shift - 1)))) >> M::shift;
-          return (k > M::last ? k * 0 + M::last : k) | ((vu)value >> (packed ? 28 : 24) & (M::last + 1u));
+          return (k > M::last ? k * 0 + M::last : k) | ((vu)value >> (32 - bits) & (M::last + 1u));
         }
         const vf y = value * b.inverse + 1.0f;
         vu k = ((vu)y - 0x3f800000u + (word >> (32 - S::shift))) >> S::shift;
@@ -164,26 +190,27 @@ void apply_rule_coded(float* p, const float* g, const Matrix* states, int64_t ro
         k = k > S::last ? k * 0 + S::last : k;
         return k < 1u ? k * 0 + 1u : k;
       };
-      for (int64_t i = 0; i < whole; i += W) store_narrowed(codes[s] + i, encoded(x + i));
+      for (int64_t i = 0; i < whole; i += W) store_codes<bits>(codes[s] + i * bits / 8, encoded(i));
       if (rest) {
         uint8_t bytes[W];
-        store_narrowed(bytes, encoded(x + whole));
-        memcpy(codes[s] + whole, bytes, static_cast<size_t>(rest));
+        vu q = encoded(whole);
+        for (int64_t k = rest; k < W; ++k) q[k] = 0;  // of the byte that an odd number of 4-bit codes ends in
+        store_codes<bits>(bytes, q);
+        memcpy(codes[s] + whole * bits / 8, bytes, static_cast<size_t>(rest * bits + 7) / 8);
       }
-      if (packed) pack_nibbles(codes[s], part, stored[s]);
     }
   }
 }
 
-using ApplyFn = void (*)(float*, const float*, float*, float*, float*, int64_t, const float*);
+using ApplyFn = void (*)(float*, const float*, void*, void*, void*, int64_t, const float*);
 using CodedFn = void (*)(float*, const float*, const Matrix*, int64_t, int64_t, int64_t, float*, const Key&, const float*);
 struct RuleEntry {
-  ApplyFn apply;
+  ApplyFn apply, apply_bf16;  // states in fp32, in bf16
   CodedFn apply_8bit, apply_4bit;
   int states, squares;
 };
 const RuleEntry kRules[] = {
-#define GM_ENTRY(name, R) {apply_rule<R>, apply_rule_coded<R, kMoment8, kSquare8>, apply_rule_coded<R, kMoment4, kSquare4>, R::states, kSquares<R>},
+#define GM_ENTRY(name, R) {apply_rule<R, float>, apply_rule<R, uint16_t>, apply_rule_coded<R, kMoment8, kSquare8>, apply_rule_coded<R, kMoment4, kSquare4>, R::states, kSquares<R>},
     GM_RULES(GM_ENTRY)
 #undef GM_ENTRY
 };
@@ -202,10 +229,15 @@ Shape shape_of(const StepTensor& t, int states) {
       blocked = true;
       if (t.states[s].block > unit) unit = t.states[s].block;  // Python checked that they divide each other
     }
+  // Blocks that fill rows, and rows that fill bytes, lie in memory as in one long row.
+  auto fills = [](const Matrix& m) { return !is_blocked(m.code) || (m.cols % m.block == 0 && m.cols * code_bits(m.code) % 8 == 0); };
+  bool whole = fills(t.param);
+  for (int s = 0; s < states; ++s) whole &= fills(t.states[s]);
+  if (whole) blocked = false;
   Shape shape;
   shape.rows = blocked ? t.param.rows : 1;
   shape.cols = blocked ? t.param.cols : t.param.rows * t.param.cols;
-  if (!blocked) {
+  if (!unit) {
     unit = kTile;
   } else {
     int64_t blocks = unit;
@@ -232,19 +264,21 @@ void step_units(const StepTensor& t, const StepArgs& a, const float* h, Shape sh
   const Key key{a.seed, a.step, t.id << 8 | kWeightRounding, t.first}, dither{a.seed, a.step, t.id << 8 | kDither, t.first};
   float *p_buffer = scratch, *old_buffer = scratch + shape.unit, *g_buffer = scratch + 2 * shape.unit, *s_buffer = scratch + 3 * shape.unit;
   const bool p_plain = view.param.code == kF32, p_blocked = is_blocked(view.param.code);
-  bool eight_bit = rule.states > 0, four_bit = rule.states > 0;
+  bool eight_bit = rule.states > 0, four_bit = rule.states > 0, bf16 = rule.states > 0, plain = true;
   for (int s = 0; s < rule.states; ++s) {
     const bool alike = view.states[s].block == view.states[0].block, square = (rule.squares >> s & 1) != 0;
+    plain &= view.states[s].code == kF32;
+    bf16 &= view.states[s].code == kBF16;
     eight_bit &= alike && view.states[s].code == (square ? kSquare8 : kMoment8);
     four_bit &= alike && view.states[s].code == (square ? kSquare4 : kMoment4);
   }
   for (int64_t u = begin; u < end; ++u) {
     int64_t row = u / shape.per_row, col = u % shape.per_row * shape.unit;
     int64_t n = shape.cols - col < shape.unit ? shape.cols - col : shape.unit;
-    if (p_plain && a.grad_code == kF32 && begin + 1 < end && shape.rows == 1) {
-      bool all_plain = true;  // everything fp32: one loop over the whole run of units
-      for (int s = 0; s < rule.states; ++s) all_plain &= view.states[s].code == kF32;
-      if (all_plain) n = (end * shape.unit < shape.cols ? end * shape.unit : shape.cols) - col, u = end;
+    if (p_plain && a.grad_code == kF32 && (eight_bit || four_bit || bf16 || plain)) {  // nothing to decode here: one loop over the row's units
+      const int64_t more = end - u < shape.per_row - u % shape.per_row ? end - u : shape.per_row - u % shape.per_row;
+      n = shape.cols - col < more * shape.unit ? shape.cols - col : more * shape.unit;
+      u += more - 1;
     }
     float* p = p_plain ? reinterpret_cast<float*>(tile_address(view.param, row, col)) : p_buffer;
     if (!p_plain) decode_tile(view.param, row, col, n, p);
@@ -259,6 +293,13 @@ void step_units(const StepTensor& t, const StepArgs& a, const float* h, Shape sh
     if (a.grad_code != kF32) decode_floats(a.grad_code, grad, n, g_buffer), g = g_buffer;
     if (eight_bit || four_bit) {
       (eight_bit ? rule.apply_8bit : rule.apply_4bit)(p, g, view.states, row, col, n, s_buffer, dither, h);
+      store_param();
+      continue;
+    }
+    if (plain || bf16) {
+      char* at[kMaxStates] = {};
+      for (int s = 0; s < rule.states; ++s) at[s] = tile_address(view.states[s], row, col);
+      (plain ? rule.apply : rule.apply_bf16)(p, g, at[0], at[1], at[2], n, h);
       store_param();
       continue;
     }
@@ -301,7 +342,8 @@ void step(const StepArgs& a) {
   }
 #pragma omp parallel if (elements > 16384)
   {
-    float* scratch = static_cast<float*>(malloc(static_cast<size_t>(unit_max + W) * 4 * (4 + kMaxStates)));  // + W: padded tails
+    const size_t floats = static_cast<size_t>(unit_max + W + 15) / 16 * 16 * (3 + kMaxStates);  // + W: padded tails
+    float* scratch = static_cast<float*>(aligned_alloc(64, floats * 4));  // a vector across two cache lines costs double
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < tasks_count; ++i) {
       const StepTensor& t = a.tensors[tasks[i].tensor];

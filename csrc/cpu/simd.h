@@ -347,6 +347,87 @@ GM_HD void store_narrowed(uint8_t* p, vu x) {
 #endif
 }
 
+// The same for 16 bits.
+GM_HD vu widened(const uint16_t* p) {
+#if GM_LEVEL >= 2
+  return (vu)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif GM_LEVEL == 1
+  return (vu)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  return vu{p[0], p[1], p[2], p[3]};
+#endif
+}
+GM_HD void store_narrowed(uint16_t* p, vu x) {
+#if GM_LEVEL >= 2
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16((vi)x));
+#elif GM_LEVEL == 1
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packus_epi32(_mm256_castsi256_si128((vi)x), _mm256_extracti128_si256((vi)x, 1)));
+#else
+  for (int i = 0; i < W; ++i) p[i] = static_cast<uint16_t>(x[i]);
+#endif
+}
+// W codes of 4 bits, low nibble first, to and from lanes.
+GM_HD vu widened_nibbles(const uint8_t* p) {
+#if GM_LEVEL >= 2
+  int32_t low, high;
+  memcpy(&low, p, 4);
+  memcpy(&high, p + 4, 4);
+  const vu both = (vu)_mm512_mask_set1_epi32(_mm512_set1_epi32(low), 0xff00, high);
+  return both >> vu{0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28} & 15u;
+#elif GM_LEVEL == 1
+  return (vu)codes_on_top<4>(p) >> 28;
+#else
+  return vu{p[0] & 15u, p[0] >> 4u, p[1] & 15u, p[1] >> 4u};
+#endif
+}
+GM_HD void store_narrowed_nibbles(uint8_t* p, vu x) {
+#if GM_LEVEL >= 2
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm512_cvtepi64_epi8(_mm512_or_si512((vi)x, _mm512_srli_epi64((vi)x, 28))));
+#elif GM_LEVEL == 1
+  const __m256i pairs = _mm256_or_si256((vi)x, _mm256_srli_epi64((vi)x, 28));  // the first byte of each 64 bits
+  const __m256i bytes = _mm256_shuffle_epi8(pairs, _mm256_set1_epi64x(0x0800));
+  const __m128i both = _mm_unpacklo_epi16(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1));
+  const int32_t four = _mm_cvtsi128_si32(both);
+  memcpy(p, &four, 4);
+#else
+  for (int i = 0; i < W / 2; ++i) p[i] = static_cast<uint8_t>(x[2 * i] | x[2 * i + 1] << 4);
+#endif
+}
+GM_HD vu lane_numbers() {
+  vu x{};
+  for (int i = 0; i < W; ++i) x[i] = static_cast<uint32_t>(i);
+  return x;
+}
+// The largest lane.
+GM_HD uint32_t largest(vu x) {
+#if GM_LEVEL >= 2
+  return _mm512_reduce_max_epu32((vi)x);
+#elif GM_LEVEL == 1
+  __m128i y = _mm_max_epu32(_mm256_castsi256_si128((vi)x), _mm256_extracti128_si256((vi)x, 1));
+  y = _mm_max_epu32(y, _mm_shuffle_epi32(y, 0x4e));
+  return static_cast<uint32_t>(_mm_cvtsi128_si32(_mm_max_epu32(y, _mm_shuffle_epi32(y, 0xb1))));
+#else
+  uint32_t most = 0;
+  for (int i = 0; i < W; ++i) most = x[i] > most ? x[i] : most;
+  return most;
+#endif
+}
+// Sixteen floats that lanes of 0 to 15 choose from.
+struct Table16 {
+  vf part[16 / W];
+  GM_HD vf operator[](vu q) const {
+#if GM_LEVEL >= 2
+    return _mm512_permutexvar_ps((vi)q, part[0]);
+#elif GM_LEVEL == 1
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(part[0], (vi)q), _mm256_permutevar8x32_ps(part[1], (vi)q), (vf)(q << 28));
+#else
+    vf x{};
+    for (int i = 0; i < W; ++i) x[i] = part[q[i] / W][q[i] % W];
+    return x;
+#endif
+  }
+};
+
 // An empty instruction that wants x in a register here: it keeps gcc from reordering an unrolled loop so that its
 // accumulators, which fill the register file exactly, spill to the stack.
 template <class V>

@@ -16,7 +16,7 @@ inline char* tile_address(const Matrix& m, int64_t row, int64_t col) {
   return static_cast<char*>(m.codes) + row * row_bytes(m) + col * code_bits(m.code) / 8;
 }
 
-// The words of kGroups groups of four, from group `group` on, in order.
+// The words of kGroups groups of four, every `stride`th from group `group` on, in order.
 //
 // Each group sits in a 64-bit lane of which only the low half counts: vpmuludq reads just that half, so a round is two
 // multiplies, two shifts and four xors, and the low words of the products are used where they are. 1.73 -> 0.56 ns a
@@ -47,13 +47,14 @@ constexpr int kChains = GM_LEVEL >= 2 ? 4 : 2;  // independent chains that hide 
 constexpr int kWide = sizeof(wide) / 8;
 constexpr int kGroups = kChains * kWide;
 
-inline void philox_groups(const Key& key, uint64_t group, uint32_t* out) {
+inline void philox_groups(const Key& key, uint64_t group, uint32_t* out, uint64_t stride = 1) {
   typedef unsigned long long lanes __attribute__((vector_size(sizeof(wide))));  // shifts without sign
   const wide m0 = wide_of(0xD2511F53), m1 = wide_of(0xCD9E8D57);
   wide c0[kChains], c1[kChains], c2[kChains], c3[kChains];
-  static const uint64_t kLane[8] = {0, 1, 2, 3, 4, 5, 6, 7};
+  uint64_t lane[kWide];
+  for (int i = 0; i < kWide; ++i) lane[i] = static_cast<uint64_t>(i) * stride;
   for (int i = 0; i < kChains; ++i) {
-    c0[i] = load_int(kLane) + wide_of(group + static_cast<uint64_t>(i * kWide));
+    c0[i] = load_int(lane) + wide_of(group + static_cast<uint64_t>(i * kWide) * stride);
     c1[i] = (wide)((lanes)c0[i] >> 32);
     c2[i] = wide_of(key.stream);
     c3[i] = wide_of(key.step);
@@ -77,10 +78,10 @@ inline void philox_groups(const Key& key, uint64_t group, uint32_t* out) {
 #else
 constexpr int kGroups = 16;
 
-inline void philox_groups(const Key& key, uint64_t group, uint32_t* out) {
+inline void philox_groups(const Key& key, uint64_t group, uint32_t* out, uint64_t stride = 1) {
   uint32_t w[4][kGroups];
 #pragma omp simd
-  for (int i = 0; i < kGroups; ++i) philox4(key, group + i, w[0][i], w[1][i], w[2][i], w[3][i]);
+  for (int i = 0; i < kGroups; ++i) philox4(key, group + static_cast<uint64_t>(i) * stride, w[0][i], w[1][i], w[2][i], w[3][i]);
   for (int i = 0; i < kGroups; ++i)
     for (int k = 0; k < 4; ++k) out[4 * i + k] = w[k][i];
 }

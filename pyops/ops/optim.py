@@ -4,6 +4,7 @@ from __future__ import annotations
 import torch
 
 from gradmill.formats import CODES, SPLIT, STEPPED, cached, float_code
+from gradmill.ops import _registry
 from gradmill.ops._registry import Op, native_module, reject, require_key, where
 from gradmill.ops.quant import FLOATS
 from gradmill.reference import optim as reference
@@ -96,11 +97,9 @@ def _fake(*args, **kwargs):
     return None
 
 
-def _native(rule, params, param_scales, param_zeros, grads, states, state_scales, scalars, key, ids, param_code, param_block,
-            state_codes, state_block, offsets=None):
-    if not params:
-        return
-    native = native_module()
+def _table(rule, params, param_scales, param_zeros, grads, states, state_scales, ids, param_code, param_block, state_codes, state_block, offsets):
+    """What the native call takes: (arguments before the table, the table), which tensors it holds (not the empty ones), and
+    (original, copy) of those whose layout needed a copy."""
     count, param_format = len(state_codes), cached(param_code, param_block)
     has_scales = [cached(c).blocked for c in state_codes]
     has_zeros = param_format.has_zero_point or param_code in SPLIT
@@ -118,23 +117,61 @@ def _native(rule, params, param_scales, param_zeros, grads, states, state_scales
         if not g.numel():
             continue
         kept.append(i)
-        g, p = g.contiguous(), contiguous(p)
-        copies.append((None, g))  # keeps a temporary alive until the call
+        p = contiguous(p)
+        if not g.is_contiguous():
+            g = g.contiguous()
+            copies.append((None, g))  # keeps it alive until the call
         table += (p.data_ptr(), param_scales[i].data_ptr() if param_format.blocked else 0,
                   param_zeros[i].data_ptr() if has_zeros else 0, *as_matrix_shape(g), g.data_ptr(), ids[i], offsets[i] if offsets else 0)
         for s in range(i * count, (i + 1) * count):
             table += (contiguous(states[s]).data_ptr(), state_scales[s].data_ptr() if has_scales[s - i * count] else 0)
+    head = (native_module().rules[rule][0], CODES[param_code], param_block, CODES[float_code(grads[0].dtype)], [CODES[c] for c in state_codes], state_block)
+    return (head, table), kept, copies
+
+
+def _native(rule, params, param_scales, param_zeros, grads, states, state_scales, scalars, key, ids, param_code, param_block,
+            state_codes, state_block, offsets=None):
+    if not params:
+        return
+    (head, table), kept, copies = _table(rule, params, param_scales, param_zeros, grads, states, state_scales, ids, param_code, param_block,
+                                         state_codes, state_block, offsets)
     if not kept:
         return
     if scalars.shape[0] > 1 and len(kept) < len(params):
         scalars = scalars[kept]
     seed, step = key.tolist()
-    native.fused_step(*where(params[0]), native.rules[rule][0], CODES[param_code], param_block, CODES[float_code(grads[0].dtype)],
-                      [CODES[c] for c in state_codes], state_block, table, scalars.flatten().tolist(), seed & 0xFFFFFFFFFFFFFFFF,
-                      step & 0xFFFFFFFF)
+    native_module().fused_step(*where(params[0]), *head, table, scalars.flatten().tolist(), seed & 0xFFFFFFFFFFFFFFFF, step & 0xFFFFFFFF)
     for original, copy in copies:
         if original is not None:
             original.copy_(copy)
+
+
+class Launch:
+    """A native fused step that took place, to be repeated with other gradients: checking ten thousand small tensors again costs
+    more than stepping them. Its owner sees to it that params and states still are the tensors they were.
+
+    ``repeatable`` is False where a repetition would need copies or another backend.
+    """
+
+    def __init__(self, rule, params, param_scales, param_zeros, grads, states, state_scales, ids, param_code, param_block, state_codes, state_block, offsets=None):
+        (self._head, self._table), kept, copies = _table(rule, params, param_scales, param_zeros, grads, states, state_scales, ids, param_code,
+                                                         param_block, state_codes, state_block, offsets)
+        self._width, self._numels, self._like = 8 + 2 * len(state_codes), [g.numel() for g in grads], grads[0].new_empty(0)
+        self.repeatable = not copies and len(kept) == len(params) and self._live()
+
+    def _live(self):
+        return fused_step.function("cuda" if self._like.is_cuda else "cpu") is _native
+
+    def fits(self, grads) -> bool:
+        """Whether ``grads`` can take the place of the first ones."""
+        dtype, device, strided = self._like.dtype, self._like.device, torch.strided
+        return (self._live() and _registry.profiler is None and [g.numel() for g in grads] == self._numels
+                and all([g.dtype == dtype and g.layout == strided and g.is_contiguous() and g.device == device for g in grads]))
+
+    def run(self, grads, scalars, seed, step):
+        """The step, with ``scalars`` a list of MAX_SCALARS."""
+        self._table[5::self._width] = [g.data_ptr() for g in grads]
+        native_module().fused_step(*where(self._like), *self._head, self._table, scalars, seed & 0xFFFFFFFFFFFFFFFF, step & 0xFFFFFFFF)
 
 
 fused_step = Op(

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import asdict, dataclass
+from operator import is_
 from typing import NamedTuple
 
 import torch
@@ -10,8 +11,8 @@ from torch.optim import Optimizer
 
 from gradmill import formats
 from gradmill.formats import SPLIT, Format, cached
-from gradmill.ops._registry import describe, short
-from gradmill.ops.optim import MAX_SCALARS, as_matrix_shape, fused_step, measure
+from gradmill.ops._registry import describe, native_module, short
+from gradmill.ops.optim import MAX_SCALARS, Launch, as_matrix_shape, fused_step, measure
 from gradmill.ops.quant import FLOATS, dequantize, quantize
 from gradmill.optim.projection import FIELDS as PROJECTION_FIELDS
 from gradmill.optim.projection import QUEUE, Projected, Projection
@@ -137,6 +138,28 @@ def measured(tensors, limits=None) -> torch.Tensor:
 def state_nbytes(optimizer: Optimizer) -> int:
     """Exact bytes of an optimizer's state tensors (any torch optimizer), step counters aside."""
     return sum(v.nbytes for state in optimizer.state.values() for k, v in state.items() if isinstance(v, torch.Tensor) and k != "step")
+
+
+def padded(scalars) -> tuple[float, ...]:
+    """scalars as fused_step takes a row of them."""
+    return (*scalars, *[0.0] * (MAX_SCALARS - len(scalars)))
+
+
+class Plan:
+    """A group's step that can be repeated as it was: its launches, and how to find out that every tensor still is where it was."""
+
+    def __init__(self, rule, params, states, launches):
+        self.rule, self.params, self.states, self.launches = rule, params, states, launches
+        self._sizes = [len(state) for state in states]
+        self._tensors = [(state, name, t) for state in states for name, t in state.items() if isinstance(t, torch.Tensor)]
+        self._pointers = [p.data_ptr() for p in params] + [t.data_ptr() for *_, t in self._tensors]
+
+    def fits(self, params, state) -> bool:
+        """Whether these are the same parameters, and ``state``, the optimizer's, holds the same tensors, all in the same memory."""
+        return (len(params) == len(self.params) and all(map(is_, params, self.params))
+                and all(map(is_, [state.get(p) for p in params], self.states)) and list(map(len, self.states)) == self._sizes
+                and all([state.get(name) is t for state, name, t in self._tensors])
+                and [p.data_ptr() for p in params] + [t.data_ptr() for *_, t in self._tensors] == self._pointers)
 
 
 @dataclass
@@ -364,6 +387,8 @@ class FusedOptimizer(Optimizer):
     def _step_work(self, work, factor):
         """Steps [(group, its parameters with gradients)]."""
         for group, params in work:
+            if self._repeat(group, params, factor):
+                continue
             states = [self.state[p] for p in params]
             for p, state in zip(params, states):
                 if not state:
@@ -375,8 +400,41 @@ class FusedOptimizer(Optimizer):
             items = [Item(local(p), local(p.grad), state, int(count), offset=shard_offset(p) if is_sharded(p) else 0, owner=p)
                      for p, state, count in zip(params, states, counts)]
             self._step_group(group, items, factor)
+            self._prepare(group, params, items)
             if params:
                 torch.autograd.graph.increment_version([local(p) for p in params])  # so that autograd refuses a stale saved weight
+
+    def _prepare(self, group, params, items):
+        """Remembers a step whose every tensor can be found again, from the second time on that a group steps the same ones."""
+        plans, before = self.__dict__.setdefault("_plans", {}), self.__dict__.setdefault("_seen", {})
+        seen, before[id(group)] = before.get(id(group)), params
+        plans.pop(id(group), None)
+        if not params or seen is None or len(seen) != len(params) or not all(map(is_, seen, params)):
+            return
+        if (type(self)._step_group is not FusedOptimizer._step_group or torch.compiler.is_compiling()
+                or any(type(p) not in (torch.Tensor, torch.nn.Parameter) or "next_refresh" in item.state for p, item in zip(params, items))):
+            return
+        name, places = self.rule(group), {id(p): i for i, p in enumerate(params)}
+        launches = [(Launch(**arguments), [places[id(item.owner)] for item in bucket], [item.state["step"].data_ptr() for item in bucket])
+                    for _, bucket, arguments in self._buckets(name, items)]
+        if all(launch.repeatable for launch, *_ in launches):
+            plans[id(group)] = Plan(name, params, [item.state for item in items], launches)
+
+    def _repeat(self, group, params, factor) -> bool:
+        """The group's step by its plan; False, with nothing changed, where there is none or it does not fit."""
+        plan = self.__dict__.get("_plans", {}).get(id(group))
+        if plan is None or torch.compiler.is_compiling() or plan.rule != self.rule(group) or not plan.fits(params, self.state):
+            return False
+        grads = [p.grad for p in params]
+        chosen = [[grads[i] for i in places] for _, places, _ in plan.launches]
+        if not all(launch.fits(some) for (launch, *_), some in zip(plan.launches, chosen)):
+            return False
+        first, lr, scalars = factor * (-1.0 if group["maximize"] else 1.0), float(group["lr"]), RULES[plan.rule].scalars
+        for (launch, _, counters), some in zip(plan.launches, chosen):
+            step = native_module().advance(counters)
+            launch.run(some, padded((first, *scalars(group, step, lr))), group["seed"], step)
+        torch.autograd.graph.increment_version(params)
+        return True
 
     def _complete(self, group, items):
         """Where an option that adds a state (amsgrad) was set on a live group, that state starts at zero now."""
@@ -436,7 +494,20 @@ class FusedOptimizer(Optimizer):
         """
         name = rule or self.rule(group)
         rule = RULES[name]
-        buckets = defaultdict(list)
+        lr = float(group["lr"]) if lr is None else lr
+        options, first = group if decay else {**group, "weight_decay": 0.0}, factor * (-1.0 if group["maximize"] else 1.0)
+        for step, bucket, arguments in self._buckets(name, items, param_code):
+            if any(item.options for item in bucket):
+                scalars = [padded((first, *rule.scalars({**options, **item.options}, step, item.options.get("lr", lr)))) for item in bucket]
+            else:
+                scalars = [padded((first, *rule.scalars(options, step, lr)))]
+            fused_step(**arguments, scalars=torch.tensor(scalars, dtype=torch.float32, device="cpu"),
+                       key=torch.tensor([group["seed"], step], dtype=torch.int64, device="cpu"))
+
+    @staticmethod
+    def _buckets(name, items, param_code=None):
+        """(step, items, fused_step's arguments but scalars and key) of all items that one call can step."""
+        rule, buckets = RULES[name], defaultdict(list)
         code_names = [f"{n}_codes" for n in rule.states]
         for item in items:
             param, grad, state, step, *_ = item
@@ -447,31 +518,24 @@ class FusedOptimizer(Optimizer):
             stored = tuple([(state[codes].dtype, state[codes].shape[1] == as_matrix_shape(param)[1]) if codes in state else state[n].dtype
                             for n, codes in zip(rule.states, code_names)])
             buckets[f, stored, grad.dtype, grad.get_device(), step].append(item)
-        lr = float(group["lr"]) if lr is None else lr
-        options = group if decay else {**group, "weight_decay": 0.0}
         for (f, _, _, _, step), bucket in buckets.items():
             one, columns = bucket[0].state, as_matrix_shape(bucket[0].param)[1]
             states = [stored_format(code, one[codes], columns) if codes in one else cached(formats.float_code(one[n].dtype))
                       for n, code, codes in zip(rule.states, rule.state_codes, code_names)]
-            first = factor * (-1.0 if group["maximize"] else 1.0)
-            if any(item.options for item in bucket):
-                scalars = [(first, *rule.scalars({**options, **item.options}, step, item.options.get("lr", lr))) for item in bucket]
-            else:
-                scalars = [(first, *rule.scalars(options, step, lr))]
-            scalars = torch.tensor([(*row, *[0.0] * (MAX_SCALARS - len(row))) for row in scalars], dtype=torch.float32, device="cpu")
             format = f if isinstance(f, Format) else cached(f if isinstance(f, str) else formats.float_code(f))
             params = [item.param for item in bucket]
             blocked = any(s.blocked for s in states)
             names = [(f"{n}_codes", f"{n}_scales") if s.blocked else (n, None) for n, s in zip(rule.states, states)]
-            empty = scalars.new_empty(0)
-            fused_step(
-                name, [p.codes for p in params] if format.blocked else params, [p.scales for p in params] if format.blocked else [],
-                [p.zeros for p in params] if format.has_zero_point else [low_view(item.state["low_bits"]) for item in bucket] if format.code in SPLIT else [],
-                [item.grad for item in bucket], [local(item.state[codes]) for item in bucket for codes, _ in names],
-                [local(item.state[scales]) if scales else empty for item in bucket for _, scales in names] if blocked else [],
-                scalars, torch.tensor([group["seed"], step], dtype=torch.int64, device="cpu"), [item.state["rng_id"] for item in bucket],
-                format.code, format.block, [s.code for s in states], max((s.block for s in states), default=0),
-                [item.offset for item in bucket] if any(item.offset for item in bucket) else None)
+            empty = torch.empty(0, dtype=torch.float32, device="cpu")
+            yield step, bucket, dict(
+                rule=name, params=[p.codes for p in params] if format.blocked else params, param_scales=[p.scales for p in params] if format.blocked else [],
+                param_zeros=[p.zeros for p in params] if format.has_zero_point else
+                [low_view(item.state["low_bits"]) for item in bucket] if format.code in SPLIT else [],
+                grads=[item.grad for item in bucket], states=[local(item.state[codes]) for item in bucket for codes, _ in names],
+                state_scales=[local(item.state[scales]) if scales else empty for item in bucket for _, scales in names] if blocked else [],
+                ids=[item.state["rng_id"] for item in bucket], param_code=format.code, param_block=format.block, state_codes=[s.code for s in states],
+                state_block=max((s.block for s in states), default=0),
+                offsets=[item.offset for item in bucket] if any(item.offset for item in bucket) else None)
 
     # --- weights ------------------------------------------------------------------------------------------
     def value(self, p, state=None) -> torch.Tensor:
@@ -515,6 +579,7 @@ class FusedOptimizer(Optimizer):
         for hook in list(self._optimizer_load_state_dict_pre_hooks.values()):
             result = hook(self, state_dict)
             state_dict = state_dict if result is None else result
+        self.__dict__.pop("_plans", None)  # they hold the states that are about to go
         groups = state_dict["param_groups"]
         if len(groups) != len(self.param_groups):
             raise ValueError("loaded state dict has a different number of parameter groups")
