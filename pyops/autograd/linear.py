@@ -98,7 +98,7 @@ def _both_ways(x, rows: Format, columns: Format, size: int, key, rounding=None, 
 
 def _delayed(history, x):
     """x's largest magnitude, and what its scale comes from: the largest of the steps in ``history``, x's own before there is one."""
-    now, before = torch.linalg.vector_norm(x, torch.inf).to(torch.float32) if x.numel() else history.new_zeros(()), history.max()
+    now, before = x.abs().amax().to(torch.float32) if x.numel() else history.new_zeros(()), history.max()
     return now, torch.where(before > 0, before, now)
 
 
@@ -345,7 +345,7 @@ def _expert_scales(x, offs, format: Format):
     """The scale of every expert, (experts, 1), for formats that have one for all of a matrix; and each token's expert (the number of
     experts for tokens of nobody)."""
     expert = torch.searchsorted(offs, torch.arange(x.shape[0], dtype=torch.int32, device=x.device), right=True)
-    largest = torch.linalg.vector_norm(x, torch.inf, dim=1).to(torch.float32) if x.shape[1] else x.new_zeros(x.shape[0], dtype=torch.float32)
+    largest = x.abs().amax(1).to(torch.float32) if x.shape[1] else x.new_zeros(x.shape[0], dtype=torch.float32)
     amax = largest.new_zeros(offs.shape[0] + 1).scatter_reduce(0, expert, largest, "amax")
     return shared_scales(amax[:, None], replace(format, rows=1)), expert
 

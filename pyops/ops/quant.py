@@ -129,12 +129,12 @@ def block_absmax(x, format: Format, transpose=False):
     if not x.numel():
         return x.new_zeros((rows, blocks), dtype=torch.float32)
     if format.block == 0 and format.rows == 0:
-        return torch.linalg.vector_norm(x, torch.inf).to(torch.float32).expand(rows, 1)
+        return x.abs().amax().to(torch.float32).expand(rows, 1)
     block, along = format.block or columns, 0 if transpose else 1
     pad = blocks * block - columns
     if pad:
         x = torch.nn.functional.pad(x, (0, 0, 0, pad) if transpose else (0, pad))
-    absmax = torch.linalg.vector_norm(x.unflatten(along, (blocks, block)), torch.inf, dim=along + 1).to(torch.float32)
+    absmax = x.abs().unflatten(along, (blocks, block)).amax(along + 1).to(torch.float32)  # 5 to 50 times faster than vector_norm
     return absmax.t() if transpose else absmax
 
 
