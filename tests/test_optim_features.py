@@ -717,3 +717,35 @@ def test_a_repeated_step_keeps_versions_and_obeys_use_backend(name, monkeypatch)
     with use_backend("reference"):
         twin[1].step()
     close(params, twin[0])
+
+
+# --- torch.compile ----------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["AdamW", "Muon", "StableSPAM", "QGaLoreAdamW"])
+def test_a_compiled_training_step_is_the_eager_one_and_compiles_once(name):
+    from torch._dynamo.testing import CompileCounter
+
+    def run(compiler):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(64, 70, bias=False), torch.nn.GELU(), torch.nn.Linear(70, 64, bias=False))
+        group = {"params": list(model.parameters()), **({"rank": 8, "refresh_every": 3} if name == "QGaLoreAdamW" else {})}
+        optimizer = getattr(optim, name)([group], lr=0.01, seed=1, **({"states": "int8", "min_quantized_numel": 1} if name == "AdamW" else {}))
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 8)
+        x = torch.randn(5, 64)
+
+        def train():
+            optimizer.zero_grad()
+            (model(x) - x).square().mean().backward()
+            optimizer.step()
+        step = train if compiler is None else torch.compile(train, backend=compiler)
+        counts = []
+        for _ in range(5):
+            step()
+            scheduler.step()
+            counts.append(compiler.frame_count if compiler else 0)
+        return list(model.parameters()), counts
+
+    torch._dynamo.reset()
+    eager, _ = run(None)
+    compiled, counts = run(CompileCounter())
+    close(compiled, eager)
+    assert counts[-1] == counts[1] > 0, counts  # the first step makes the gradients, which the second finds

@@ -169,6 +169,11 @@ class _Kept:
     tensor: torch.Tensor
 
 
+@torch.compiler.disable
+def _uncompiled(optimizer, closure):
+    return optimizer._step(closure)
+
+
 class FusedOptimizer(Optimizer):
     """Base of gradmill's optimizers.
 
@@ -346,7 +351,11 @@ class FusedOptimizer(Optimizer):
     # --- the step -----------------------------------------------------------------------------------------
     @torch.no_grad()
     def step(self, closure=None):
-        """Performs one step. ``closure`` re-evaluates the model and returns the loss, which is returned."""
+        """Performs one step. ``closure`` re-evaluates the model and returns the loss, which is returned. In a compiled function it
+        runs as it is, fused already: one graph break, and no recompilation as steps and rates change."""
+        return _uncompiled(self, closure) if torch.compiler.is_compiling() else self._step(closure)
+
+    def _step(self, closure):
         loss = None
         if closure is not None:
             with torch.enable_grad():
