@@ -22,15 +22,14 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("--json", action="store_true", help="print JSON, for programs")
 
     d = Options()
-    lrs = ", ".join(f"{name} {lr:g}" for name, lr in OPTIMIZERS.items())
     demo = commands.add_parser(
         "demo", help="train a small language model with torch and with gradmill, side by side",
         description="Trains one byte-level language model twice from the same seed on the same batches: with torch's layers and fused "
                     "AdamW, and with gradmill. Prints a table side by side and writes demo.json and demo.png. Ctrl-C keeps what "
                     "was measured.")
     demo.add_argument("--recipe", choices=recipe_names(), default=d.recipe, help="gradmill's matmuls and weights (default %(default)s)")
-    demo.add_argument("--optimizer", choices=list(OPTIMIZERS), default=d.optimizer,
-                      help="gradmill's optimizer (default %(default)s; adamw8bit and lion have 8-bit states)")
+    demo.add_argument("--optimizer", choices=list(OPTIMIZERS), metavar="NAME", default=d.optimizer,
+                      help=f"gradmill's optimizer (default %(default)s): {', '.join(OPTIMIZERS)}")
     demo.add_argument("--no-baseline", dest="baseline", action="store_false", help="leave out torch's half")
     demo.add_argument("--steps", type=int, default=d.steps, help="training steps of each half (default %(default)s)")
     demo.add_argument("--device", choices=["auto", "cpu", "cuda"], default=d.device, help="default: cuda if there is one")
@@ -39,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seq", type=int, default=d.seq, help="bytes in a window (default %(default)s)")
     demo.add_argument("--width", type=int, default=d.width, help="model width: 32 or a multiple of 64 (default %(default)s)")
     demo.add_argument("--depth", type=int, default=d.depth, help="blocks (default %(default)s)")
-    demo.add_argument("--lr", type=float, help=f"gradmill's peak learning rate (defaults: {lrs})")
+    demo.add_argument("--lr", type=float, help="gradmill's peak learning rate (default: one that suits the optimizer)")
     demo.add_argument("--baseline-lr", type=float, help="torch's peak learning rate (default: the best of those tried)")
     demo.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     demo.add_argument("--text", metavar="PATH", help="a file or folder to learn instead of Python's standard library")

@@ -19,8 +19,8 @@ import tempfile
 import threading
 import time
 import zlib
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -34,19 +34,68 @@ class DemoError(Exception):
     """The demo cannot run as asked; the message names what is wrong."""
 
 
-# --- learning rates ---------------------------------------------------------------------------------------
-# Tuned on the default model and run (5.2M parameters, 400 steps of 1024 bytes, seed 0, one thread, 2-core x86-64 with
-# AVX-512), warm-up and cosine in all; validation loss at the end:
+# --- optimizers -------------------------------------------------------------------------------------------
+# Learning rates of torch's AdamW and of int8_weights + QGaLoreAdamW: tuned on the default model and run (5.2M parameters, 400
+# steps of 1024 bytes, seed 0, one thread, 2-core x86-64 with AVX-512), warm-up and cosine in all; validation loss at the end:
 #   torch.optim.AdamW                   5e-4 1.832   7e-4 1.792   1e-3 1.821   2e-3 1.923
 #   int8_weights + QGaLoreAdamW         2e-3 1.758   4e-3 1.726   6e-3 1.756
 # Q-GaLore ran with rank width/4 and scale 1, so that projected and plain parameters share one rate (the paper's scale of
 # 0.25 needs a rate four times as high for the projected ones). In a plain-torch model of it at a quarter of the size,
 # refreshing every 5, 20 or 50 steps made 1% of difference, and fp32 weights were no better than INT8 with stochastic rounding.
-# Not tuned: adamw and adamw8bit take torch's rate; lion a third of it, as its paper advises.
 TORCH_LR = 7e-4
-#: name -> peak learning rate of gradmill's half
-OPTIMIZERS = {"qgalore": 4e-3, "adamw": TORCH_LR, "adamw8bit": TORCH_LR, "lion": 2.5e-4}
-BETAS, LION_BETAS, WEIGHT_DECAY, SCALE, REFRESH_EVERY = (0.9, 0.95), (0.9, 0.99), 0.1, 1.0, 20
+BETAS, WEIGHT_DECAY, REFRESH_EVERY = (0.9, 0.95), 0.1, 20
+HESSIAN_EVERY, ROUND, SHARDS = 10, 50, 4   # steps between Sophia's estimates and in a round of FedSpeed; parts of a batch for VRGD
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What ``--optimizer NAME`` means."""
+
+    cls: str                    #: of gradmill.optim
+    lr: float                   #: its peak, warm-up and cosine around it
+    options: dict = field(default_factory=dict)
+    decay: float = WEIGHT_DECAY
+    rank: float | None = None   #: where the blocks' matrices are projected: at most 1 a fraction of the width, at scale 1
+    matrices: bool = False      #: for the blocks' matrices only; an AdamW steps the rest, at torch's rate
+    inner: dict | None = None   #: options of the AdamW that it goes around
+    packed: bool = True         #: steps quantised weights too
+
+
+_adam = {"betas": BETAS}
+#: name -> what it means. But for adamw and qgalore, whose rates are tuned (above), rates are the best of three or more, each
+#: 2 to 3 times the last, in 100 steps of a model of width 128 and depth 2.
+OPTIMIZERS = {
+    "qgalore": Choice("QGaLoreAdamW", 4e-3, {**_adam, "refresh_every": REFRESH_EVERY}, rank=0.25),
+    "galore": Choice("GaLoreAdamW", 4e-3, {**_adam, "refresh_every": REFRESH_EVERY}, rank=0.25),
+    "fira": Choice("FiraAdamW", 4e-3, {**_adam, "refresh_every": REFRESH_EVERY}, rank=0.25),
+    "frugal": Choice("FrugalAdamW", 1e-3, {**_adam, "refresh_every": REFRESH_EVERY}, rank=0.25),
+    "dct": Choice("DCTAdamW", 4e-3, _adam, rank=0.25),
+    "adamw": Choice("AdamW", TORCH_LR, _adam),
+    "adamw8bit": Choice("AdamW", TORCH_LR, {**_adam, "states": "int8"}),
+    "adamw4bit": Choice("AdamW", TORCH_LR, {**_adam, "states": "int4"}),
+    "adam": Choice("Adam", TORCH_LR, _adam, decay=0.0),
+    "adabelief": Choice("AdaBelief", TORCH_LR, _adam),
+    "diffgrad": Choice("DiffGrad", TORCH_LR, _adam, decay=0.0),
+    "grams": Choice("Grams", TORCH_LR, _adam),
+    "stablespam": Choice("StableSPAM", TORCH_LR, _adam),
+    "swats": Choice("SWATS", TORCH_LR, {**_adam, "tolerance": 1e-5}, decay=0.0),
+    "step": Choice("STEPAdam", TORCH_LR, _adam),
+    "lamb": Choice("LAMB", 5e-3, _adam),
+    "lars": Choice("LARS", 1.0, {"momentum": 0.9}, decay=0.0),
+    "lion": Choice("Lion", 2.5e-4, {"betas": (0.9, 0.99), "states": "int8"}),
+    "sophia": Choice("Sophia", 2.5e-4),
+    "sgd": Choice("SGD", 0.1, {"momentum": 0.9}, decay=0.0),
+    "adagrad": Choice("Adagrad", 5e-3, decay=0.0),
+    "adagradnorm": Choice("AdaGradNorm", 1.0, decay=0.0),
+    # The paper's threshold of 0.5 is for gradients of that size; here all are smaller, and nothing would learn.
+    "classp": Choice("CLASSP", 0.02, {"threshold": 1e-10, "power": 2.0}, decay=0.0),
+    "muon": Choice("Muon", 1e-2, matrices=True),
+    "auon": Choice("AuON", 0.24, matrices=True, decay=0.0),
+    "hybridauon": Choice("HybridAuON", 0.24, matrices=True, decay=0.0),
+    "fedspeed": Choice("FedSpeed", 0.3, decay=0.0, packed=False),
+    "vrgd": Choice("VRGD", TORCH_LR, inner=_adam),
+    "xgrad": Choice("XGrad", TORCH_LR, {"decoupled": True}, inner=_adam, packed=False),
+}
 
 WARM_UP_STEPS = 3     # steps left out of every timing
 VALIDATION_WINDOWS = 64    # evenly spaced over the held-out text
@@ -62,7 +111,7 @@ class Options:
     seed: int = 0
     recipe: str = "int8_weights"
     optimizer: str = "qgalore"
-    lr: float | None = None            # None: the tuned one of OPTIMIZERS
+    lr: float | None = None            # None: that of OPTIMIZERS
     baseline_lr: float | None = None   # None: TORCH_LR
     baseline: bool = True
     batch: int = 8
@@ -92,13 +141,18 @@ class Options:
             raise DemoError(f"--recipe is {self.recipe!r}; it must be one of {', '.join(recipe_names())}")
         if self.optimizer not in OPTIMIZERS:
             raise DemoError(f"--optimizer is {self.optimizer!r}; it must be one of {', '.join(OPTIMIZERS)}")
+        choice = OPTIMIZERS[self.optimizer]
+        if self.recipe == "int8_weights" and not choice.packed:
+            raise DemoError(f"--optimizer {self.optimizer} does not step quantised weights; give another --recipe than int8_weights: int8 or none, say")
+        if choice.cls == "VRGD" and self.batch < 2:
+            raise DemoError("--batch is 1; --optimizer vrgd needs at least 2, to compare the gradients of a batch's parts")
         if self.device not in ("auto", "cpu", "cuda"):
             raise DemoError(f"--device is {self.device!r}; it must be auto, cpu or cuda")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise DemoError("--device cuda, but torch sees no CUDA device here"
                             + ("" if torch.version.cuda else f" (torch {torch.__version__} is a CPU build)"))
         device = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
-        return replace(self, device=device, lr=self.lr or OPTIMIZERS[self.optimizer], baseline_lr=self.baseline_lr or TORCH_LR)
+        return replace(self, device=device, lr=self.lr or choice.lr, baseline_lr=self.baseline_lr or TORCH_LR)
 
 
 def recipe_names() -> list[str]:
@@ -200,11 +254,14 @@ class LanguageModel(nn.Module):
                 into_stream = name.endswith(("o.weight", "down.weight"))
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * depth) if into_stream else 0.02)
 
-    def forward(self, x, y):
+    def logits(self, x):
         h = self.embedding(x)
         for block in self.blocks:
             h = block(h, self.cos, self.sin)
-        return F.cross_entropy(self.head(self.norm(h)).flatten(0, 1), y.flatten())
+        return self.head(self.norm(h))
+
+    def forward(self, x, y):
+        return F.cross_entropy(self.logits(x).flatten(0, 1), y.flatten())
 
 
 # --- one half ---------------------------------------------------------------------------------------------
@@ -218,7 +275,7 @@ class Half:
         self.train, self.held_out = (torch.frombuffer(bytearray(b), dtype=torch.uint8) for b in (train, held_out))
         self._build(replace(options, width=32, depth=1))  # one throw-away step, so that what torch loads at the first
         self.step()                                       # one (code, thread pools, 100 MB of it) is not counted as training's
-        self.optimizer = self.schedule = self.model = None
+        self.optimizer = self.stepped = self.schedules = self.model = None
         self.memory_at_start = self._reset_memory()
         self._build(options)
 
@@ -227,10 +284,13 @@ class Half:
         self.starts = torch.Generator().manual_seed(options.seed)  # the same batches in both halves
         self.model = LanguageModel(options.width, options.depth, options.seq).to(self.device)
         self.parameters = sum(p.numel() for p in self.model.parameters())
-        self.replaced = 0
-        self.optimizer = self._torch(options) if self.name == "torch" else self._gradmill(options)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._lr_factor)
-        self.gradient_bytes = 0
+        self.replaced, self.beside = 0, []
+        self.choice = OPTIMIZERS[options.optimizer] if self.name == "gradmill" else None
+        self.optimizer = self._torch(options) if self.choice is None else self._gradmill(options)
+        # The torch optimizers there are: a wrapper's inner one; for Muon and its kin an AdamW more.
+        self.stepped = [getattr(self.optimizer, "optimizer", self.optimizer), *self.beside]
+        self.schedules = [torch.optim.lr_scheduler.LambdaLR(o, self._lr_factor) for o in self.stepped]
+        self.gradient_bytes = self.taken = 0
 
     def _lr_factor(self, step: int) -> float:
         """Linear warm-up over a tenth of the run, then a cosine down to a tenth."""
@@ -239,12 +299,12 @@ class Half:
             return (step + 1) / warm
         return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm) / max(1, self.options.steps - warm)))
 
-    def _groups(self, **projected):
+    def _groups(self, decay=WEIGHT_DECAY, **projected):
         """Matrices decay, norms do not; the blocks' matrices take the ``projected`` options."""
         inner = [p for p in self.model.blocks.parameters() if p.dim() == 2]
         outer = [self.model.embedding.weight, self.model.head.weight]
         norms = [p for p in self.model.parameters() if p.dim() == 1]
-        return [{"params": inner, "weight_decay": WEIGHT_DECAY, **projected}, {"params": outer, "weight_decay": WEIGHT_DECAY},
+        return [{"params": inner, "weight_decay": decay, **projected}, {"params": outer, "weight_decay": decay},
                 {"params": norms, "weight_decay": 0.0}]
 
     def _torch(self, options: Options):
@@ -255,13 +315,17 @@ class Half:
 
         if options.recipe != "none":
             self.replaced = len(gradmill.convert(self.model, recipe=options.recipe).replaced)
-        if options.optimizer == "qgalore":
-            return gradmill.optim.QGaLoreAdamW(
-                self._groups(rank=options.width // 4, scale=SCALE, refresh_every=REFRESH_EVERY), lr=options.lr, betas=BETAS, states="int8")
-        if options.optimizer == "lion":
-            return gradmill.optim.Lion(self._groups(), lr=options.lr, betas=LION_BETAS, states="int8")
-        return gradmill.optim.AdamW(self._groups(), lr=options.lr, betas=BETAS,
-                                    states="int8" if options.optimizer == "adamw8bit" else "fp32")
+        choice, optim = self.choice, gradmill.optim
+        cls = getattr(optim, choice.cls)
+        if choice.inner is not None:
+            return cls(optim.AdamW(self._groups(choice.decay), lr=options.lr, **choice.inner), **choice.options)
+        if choice.matrices:
+            matrices, *rest = self._groups(choice.decay)
+            self.beside = [optim.AdamW([{**group, "weight_decay": WEIGHT_DECAY if group["weight_decay"] else 0.0} for group in rest], lr=TORCH_LR, betas=BETAS)]
+            return cls([matrices], lr=options.lr, **choice.options)
+        # With scale 1 projected and plain parameters share one rate.
+        projected = {} if choice.rank is None else {"rank": choice.rank, "scale": 1.0}
+        return cls(self._groups(choice.decay, **projected), lr=options.lr, **choice.options)
 
     # --- what Remote calls --------------------------------------------------------------------------------
     def step(self) -> tuple[float, float]:
@@ -269,23 +333,63 @@ class Half:
         x, y = self._windows(self.train, torch.randint(len(self.train) - self.options.seq, (self.options.batch,), generator=self.starts))
         self._synchronize()
         start = time.perf_counter()
-        loss = self.model(x, y)
-        loss.backward()
-        self.optimizer.step()
+        loss = self._step(x, y)
         self._synchronize()
         elapsed = time.perf_counter() - start
         if not self.gradient_bytes:
             self.gradient_bytes = sum(p.grad.nbytes for p in self.model.parameters() if p.grad is not None)
         start = time.perf_counter()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.schedule.step()
+        self._zero_grad()
+        for schedule in self.schedules:
+            schedule.step()
         return loss.item(), 1e3 * (elapsed + time.perf_counter() - start)
+
+    def _zero_grad(self):
+        for optimizer in (self.optimizer, *self.beside):
+            optimizer.zero_grad(set_to_none=True)
+
+    def _backward(self, x, y) -> torch.Tensor:
+        loss = self.model(x, y)
+        loss.backward()
+        return loss.detach()
+
+    def _step(self, x, y) -> torch.Tensor:
+        """Forward, backward and the optimizer's step, in the way it wants them; the loss."""
+        cls, first = self.choice.cls if self.choice else None, self.taken % HESSIAN_EVERY == 0
+        self.taken += 1
+        if cls == "FedSpeed":
+            if self.taken % ROUND == 0:
+                self.optimizer.end_round()
+                self.optimizer.begin_round()
+
+            def closure():
+                self._zero_grad()
+                return self._backward(x, y)
+            return self.optimizer.step(closure)
+        if cls == "Sophia" and first:
+            from gradmill.optim import gauss_newton_bartlett
+
+            gauss_newton_bartlett(self.model.logits(x)).backward()
+            self.optimizer.update_hessian(x.numel())
+            self._zero_grad()
+        if cls == "VRGD":
+            losses = []
+            for part in zip(x.chunk(SHARDS), y.chunk(SHARDS)):
+                losses.append(self._backward(*part))
+                self.optimizer.accumulate()
+            loss = torch.stack(losses).mean()
+        else:
+            loss = self._backward(x, y)
+        for optimizer in (self.optimizer, *self.beside):
+            optimizer.step()
+        return loss
 
     @torch.no_grad()
     def validate(self) -> float:
         """Mean loss over windows spread evenly over the held-out text."""
         starts = torch.linspace(0, len(self.held_out) - self.options.seq - 1, VALIDATION_WINDOWS).long()
-        losses = [self.model(*self._windows(self.held_out, s)).item() * len(s) for s in starts.split(self.options.batch)]
+        with getattr(self.optimizer, "weights", nullcontext)():  # XGrad's own weights, not those it predicts
+            losses = [self.model(*self._windows(self.held_out, s)).item() * len(s) for s in starts.split(self.options.batch)]
         return sum(losses) / len(starts)
 
     def measure(self) -> dict:
@@ -296,7 +400,7 @@ class Half:
         return {"parameters": self.parameters, "layers_replaced": self.replaced,
                 "optimizer_class": f"{type(self.optimizer).__module__.split('.')[0]}.optim.{type(self.optimizer).__name__}",
                 "weight_bytes": sum(nbytes(p) for p in self.model.parameters()), "gradient_bytes": self.gradient_bytes,
-                "optimizer_bytes": state_nbytes(self.optimizer), "peak_memory_bytes": self._peak_memory()}
+                "optimizer_bytes": sum(map(state_nbytes, self.stepped)) + sum(t.nbytes for t in getattr(self.optimizer, "_kept", [])), "peak_memory_bytes": self._peak_memory()}
 
     def _windows(self, text, starts):
         windows = torch.stack([text[i:i + self.options.seq + 1] for i in starts.tolist()]).to(self.device).long()

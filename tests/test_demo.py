@@ -1,4 +1,5 @@
 """gradmill demo: real runs at a tiny size, its files, its errors, and Ctrl-C."""
+import functools
 import io
 import json
 import math
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 import zlib
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -95,6 +97,44 @@ def test_other_optimizers_and_recipes(optimizer, recipe, text, tmp_path):
         assert half["parameters"] * states < half["optimizer_bytes"] < 1.5 * half["parameters"] * states
 
 
+@pytest.mark.parametrize("name", demo.OPTIMIZERS)
+def test_every_optimizer_steps_as_it_wants_to(name, text, monkeypatch):
+    """Its class over every parameter, its gradients and states counted, and on one batch again and again the loss falls."""
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)  # the half is in this process
+    choice = demo.OPTIMIZERS[name]
+    recipe = "int8_weights" if choice.packed else "int8"
+    half = demo.Half("gradmill", options(text, "-", optimizer=name, recipe=recipe, steps=60, batch=4).checked(), *demo.read_text(str(text))[:2])
+    held = half.model.head.weight.detach().clone()
+    monkeypatch.setattr(half, "_windows", functools.cache(lambda *_: demo.Half._windows(half, half.train, torch.tensor([0, 40, 80, 120]))))
+    losses = [half.step()[0] for _ in range(12)]
+    assert all(map(math.isfinite, losses)) and losses[-1] < losses[0] and min(losses) < losses[0] - 0.01
+    assert sum(len(g["params"]) for o in half.stepped for g in o.param_groups) == len(list(half.model.parameters())) and not torch.equal(held, half.model.head.weight)
+    found = half.measure()
+    assert found["optimizer_class"] == f"gradmill.optim.{choice.cls}" and found["gradient_bytes"] == 4 * found["parameters"]
+    stateless = choice.cls in ("AdaGradNorm",)
+    assert (found["optimizer_bytes"] == 0) == stateless and math.isfinite(half.validate())
+
+
+def test_muon_through_the_command(text, tmp_path):
+    code, report = run("--steps", 2, "--text", text, "--optimizer", "muon", "--no-baseline", "--out", tmp_path)
+    assert code == 0 and report["halves"]["gradmill"]["optimizer_class"] == "gradmill.optim.Muon" and report["goals"] is None
+
+
+def test_xgrad_is_validated_at_its_own_weights(text, monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    half = demo.Half("gradmill", options(text, "-", optimizer="xgrad", recipe="none").checked(), *demo.read_text(str(text))[:2])
+    for _ in range(3):
+        half.step()
+    with half.optimizer.weights():
+        own = [p.detach().clone() for p in half.model.parameters()]
+    shown = half.validate()
+    with torch.no_grad():
+        for p, value in zip(half.model.parameters(), own):
+            p.copy_(value)
+    monkeypatch.setattr(half.optimizer, "weights", nullcontext)
+    assert half.validate() == shown
+
+
 def test_the_default_optimizer_needs_less_than_an_eighth_of_torchs_state(text, tmp_path):
     """The goal's bytes depend on shapes only, so two steps of one full-width block show it (embeddings weigh more here)."""
     code, report = run("--steps", 1, "--text", text, "--width", 256, "--out", tmp_path)
@@ -148,7 +188,8 @@ def test_one_file_is_split_at_its_tail(tmp_path):
     (dict(text="/no/such/place"), "/no/such/place"),
     (dict(steps=0), "--steps"), (dict(batch=0), "--batch"), (dict(width=100), "--width"), (dict(threads=0), "--threads"),
     (dict(lr=-1.0), "--lr"), (dict(baseline_lr=math.inf), "--baseline-lr"), (dict(seed=-1), "--seed"),
-    (dict(recipe="int3"), "int8_weights"), (dict(optimizer="sgd"), "qgalore"), (dict(device="tpu"), "cuda"),
+    (dict(recipe="int3"), "int8_weights"), (dict(optimizer="nadam"), "qgalore"), (dict(device="tpu"), "cuda"),
+    (dict(optimizer="fedspeed"), "--recipe"), (dict(optimizer="xgrad"), "quantised weights"), (dict(optimizer="vrgd", batch=1), "--batch"),
     (dict(seq=100_000), "too little text"),
 ])
 def test_errors_name_what_was_wrong(more, named, text, tmp_path):

@@ -2,6 +2,7 @@
 import copy
 import io
 import math
+import time
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 from gradmill import CheckpointError, QuantizedWeight
 from gradmill.optim import (SGD, AdamW, DCTAdamW, FiraAdamW, FrugalAdamW, GaLoreAdamW, Lion, Projection, QGaLoreAdamW, param_groups_for_projection,
                             state_nbytes)
+from gradmill.optim import projection as projection_module
 from gradmill.optim.projection import dct, dct_vectors, random_indices, random_vectors
 
 NAMED = [GaLoreAdamW, QGaLoreAdamW, FiraAdamW, FrugalAdamW, DCTAdamW]
@@ -402,3 +404,99 @@ def test_a_galore_torch_state_loads_and_goes_on(shape):
     resumed = GaLoreAdamW([again], **options)
     resumed.load_state_dict({"state": {0: theirs}, "param_groups": [{**group, "params": [0], "rank": 3, "update_proj_gap": 3, "scale": 0.25}]})
     assert torch.equal(run(ours, w, grads[2:]), run(resumed, again, grads[2:]))
+
+
+# --- bases computed beside training -----------------------------------------------------------------------
+def background_run(shape, projection, grads, slow=0.0, monkeypatch=None, states="fp32", resume_at=None):
+    """(weight, basis after each step); resumed from a checkpoint at that step."""
+    if slow:
+        real = projection_module.find_basis
+        monkeypatch.setattr(projection_module, "find_basis", lambda *a: (time.sleep(slow), real(*a))[1])
+    w = torch.nn.Parameter(torch.zeros(shape))
+    optimizer, bases = AdamW([w], lr=1e-2, projection=projection, states=states, min_quantized_numel=1, seed=5), []
+    for step, g in enumerate(grads):
+        if step == resume_at:
+            buffer = io.BytesIO()
+            torch.save(optimizer.state_dict(), buffer)
+            buffer.seek(0)
+            w = torch.nn.Parameter(w.detach().clone())
+            optimizer = AdamW([w], lr=0.5, projection=projection, states=states, min_quantized_numel=1, seed=99)
+            optimizer.load_state_dict(torch.load(buffer, weights_only=True))
+        w.grad = g.clone()
+        optimizer.step()
+        w.grad.zero_()  # the basis is that of the gradient as it was
+        state = optimizer.state[w]
+        bases.append({k: v.clone() for k, v in state.items() if k.startswith("basis_")})
+    return w.detach(), bases
+
+
+def same_tensors(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+BACKGROUND = [dict(basis="svd", bits=32), dict(basis="subspace", bits=4, group_size=4, moments="rotate"), dict(basis="subspace", bits=8, group_size=8, adaptive=True, cosine_threshold=0.0),
+              dict(basis="dct", moments="rotate"), dict(basis="svd", bits=16, residual="fira", moments="reset")]
+
+
+@pytest.mark.parametrize("options", BACKGROUND, ids=str)
+@pytest.mark.parametrize("shape", [(20, 12), (11, 70)], ids=str)
+def test_a_basis_computed_beside_training_is_taken_so_many_steps_later(options, shape, monkeypatch):
+    grads = gradients(shape, 16)
+    made = {k: Projection(5, refresh_every=5, background=k, stagger=False, **options) for k in (0, 2)}
+    now, later = (background_run(shape, made[k], grads) for k in (0, 2))
+    # Refreshed at steps 1, 6 and 11: the second basis serves from step 8 on. A basis from the last one's packed form, or from
+    # one gradient alone, is the same as without delay.
+    if not options.get("adaptive"):
+        for step in range(16):
+            want = now[1][step if step in (0, 1, 2, 3, 4, 7, 8, 9, 12, 13, 14) else step - 2]
+            assert same_tensors(later[1][step], want), step
+    assert not torch.equal(now[0], later[0])
+    # however long it takes, and resumed from a checkpoint between start and arrival
+    slow = background_run(shape, made[2], grads, 0.05, monkeypatch)
+    assert torch.equal(slow[0], later[0])
+    monkeypatch.undo()
+    for at in (6, 7, 8):
+        resumed = background_run(shape, made[2], grads, resume_at=at)
+        assert torch.equal(resumed[0], later[0]) and all(map(same_tensors, resumed[1], later[1])), at
+
+
+def test_what_fails_beside_training_is_raised_by_the_step_that_waits_and_changes_nothing(monkeypatch):
+    w = torch.nn.Parameter(torch.randn(20, 12))
+    optimizer = AdamW([w], lr=1e-2, projection=Projection(3, "svd", 32, refresh_every=4, background=2))
+    run(optimizer, w, gradients((20, 12), 4))
+    monkeypatch.setattr(projection_module, "find_basis", lambda *a: 1 / 0)
+    run(optimizer, w, gradients((20, 12), 2))  # step 5 starts, step 7 waits
+    before, state = w.detach().clone(), copy.deepcopy(optimizer.state[w])
+    with pytest.raises(RuntimeError, match=r"\(20, 12\) beside training failed: division"):
+        optimizer.step()
+    assert torch.equal(w, before) and optimizer.state[w]["step"] == state["step"]
+    monkeypatch.undo()
+    old = optimizer.state[w]["basis_codes"]
+    run(optimizer, w, gradients((20, 12), 3))  # step 7 starts again
+    assert not torch.equal(old, optimizer.state[w]["basis_codes"]) and torch.isfinite(w).all()
+
+
+def test_a_pickled_optimizer_has_the_basis_on_its_way():
+    w = torch.nn.Parameter(torch.randn(20, 12))
+    optimizer = AdamW([w], lr=1e-2, projection=Projection(3, refresh_every=4, group_size=4, background=3))
+    grads = gradients((20, 12), 12)
+    run(optimizer, w, grads[:6])
+    assert "adopt_at" in optimizer.state[w]
+    other, copied = copy.deepcopy((w, optimizer))
+    assert torch.equal(run(optimizer, w, grads[6:]), run(copied, other, grads[6:]))
+
+
+@pytest.mark.parametrize("options", [dict(background=200), dict(background=-1), dict(background=1, basis="random"), dict(background=1.0), dict(background=1, basis="dct", refresh_every=1)])
+def test_backgrounds_that_make_no_sense(options):
+    with pytest.raises(ValueError, match="background"):
+        Projection(4, **options)
+
+
+def test_damaged_states_on_their_way_are_refused():
+    w = torch.nn.Parameter(torch.randn(12, 8))
+    optimizer = AdamW([w], projection=Projection(3, "dct", refresh_every=4, background=2))
+    run(optimizer, w, gradients((12, 8), 5, 4))
+    state = optimizer.state_dict()
+    del state["state"][0]["coming_basis_indices"]
+    with pytest.raises(CheckpointError, match="coming_basis_indices"):
+        optimizer.load_state_dict(state)

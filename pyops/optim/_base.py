@@ -15,7 +15,7 @@ from gradmill.ops._registry import describe, native_module, short
 from gradmill.ops.optim import MAX_SCALARS, Launch, as_matrix_shape, fused_step, measure
 from gradmill.ops.quant import FLOATS, dequantize, quantize
 from gradmill.optim.projection import FIELDS as PROJECTION_FIELDS
-from gradmill.optim.projection import QUEUE, Projected, Projection
+from gradmill.optim.projection import COMING, QUEUE, Projected, Projection, later
 from gradmill.optim.rules import RULES
 from gradmill.reference.optim import as_matrix
 from gradmill.reference.quant import join_float
@@ -370,6 +370,8 @@ class FusedOptimizer(Optimizer):
         for _, params in work:  # every reason to refuse comes before anything is changed
             for p in params:
                 self._check_gradient(p)
+        coming = self.__dict__.get("_coming", {})
+        self.settle([p for p in coming if int(self.state[p]["step"]) + 1 >= self.state[p]["adopt_at"]])
         if self.max_grad_norm is not None or self.on_nonfinite != "propagate":
             clip = self._survey([p for _, params in work for p in params], factor)
             if clip is None:
@@ -482,6 +484,28 @@ class FusedOptimizer(Optimizer):
         """The rule on tensors, or on their projections; options are apply_rule's."""
         self.apply_rule(group, items, factor, **options)
 
+    # --- bases computed beside training (Projection.background) --------------------------------------------
+    def refresh_later(self, p, work):
+        """Starts ``work``, which finds p's next basis."""
+        self.__dict__.setdefault("_coming", {})[p] = later(work, p.device)
+
+    def settle(self, params=None):
+        """Waits for the bases of ``params`` (None: of all) that are being computed, and puts them into the states. RuntimeError from
+        what failed there; that parameter refreshes anew at its next step."""
+        coming = self.__dict__.get("_coming", {})
+        for p in [p for p in (list(coming) if params is None else params) if p in coming]:
+            future, state = coming.pop(p), self.state[p]
+            try:
+                found = future.result()
+            except Exception as error:
+                state.pop("adopt_at", None)
+                raise RuntimeError(f"refreshing the basis of a parameter of shape {tuple(p.shape)} beside training failed: {error}") from error
+            for name, value in found.items():
+                if name != "low":  # of a gradient that is gone
+                    if value.is_cuda:
+                        value.record_stream(torch.cuda.current_stream(value.device))
+                    state[COMING + name] = value
+
     def map_moments(self, group, state, columns, first, second=None):
         """Each state m of a matrix with so many columns becomes first(m), a second moment second(m), where given; fp32 in between."""
         rule = RULES[self.rule(group)]
@@ -568,6 +592,7 @@ class FusedOptimizer(Optimizer):
     # --- checkpoints --------------------------------------------------------------------------------------
     def state_dict(self):
         """torch's, a projection as a dict of its options."""
+        self.settle()
         out = super().state_dict()
         for group in out["param_groups"]:
             if isinstance(group.get("projection"), Projection):
@@ -605,6 +630,7 @@ class FusedOptimizer(Optimizer):
             for index, p in zip(saved["params"], mine["params"]):
                 if index in state_dict["state"]:
                     state[index] = self._adopt(dict(state_dict["state"][index]), p, group, index)
+        self.__dict__.pop("_coming", None)
         hooks, self._optimizer_load_state_dict_pre_hooks = self._optimizer_load_state_dict_pre_hooks, type(self._optimizer_load_state_dict_pre_hooks)()
         try:
             super().load_state_dict({**state_dict, "state": state, "param_groups": merged})
@@ -612,6 +638,7 @@ class FusedOptimizer(Optimizer):
             self._optimizer_load_state_dict_pre_hooks = hooks
 
     def __getstate__(self):
+        self.settle()
         return {**super().__getstate__(), "max_grad_norm": self.max_grad_norm, "on_nonfinite": self.on_nonfinite}
 
     def __setstate__(self, state):
@@ -702,10 +729,14 @@ class FusedOptimizer(Optimizer):
         for name, dtypes, shape in projection.basis_tensors(rank, side):
             if saved["step"] > 0 or name in saved:
                 saved[name] = self._adopt_tensor(saved, name, dtypes, shape, p.device, index)
+            if "adopt_at" in saved:
+                saved[COMING + name] = self._adopt_tensor(saved, COMING + name, dtypes, shape, p.device, index)
+        if COMING + "cosine" in saved:
+            saved[COMING + "cosine"] = self._adopt_tensor(saved, COMING + "cosine", (torch.float32,), (), "cpu", index)
         cosines = saved.get("cosines")
         length = min(len(cosines), QUEUE) if isinstance(cosines, torch.Tensor) and cosines.dim() == 1 else 0
         saved["cosines"] = self._adopt_tensor(saved, "cosines", (torch.float32,), (length,), "cpu", index)
-        for name, least in (("refresh_interval", 1), ("next_refresh", 1), ("refreshed_at", 0), ("moments_since", 0)):
+        for name, least in (("refresh_interval", 1), ("next_refresh", 1), ("refreshed_at", 0), ("moments_since", 0), *([("adopt_at", 1)] if "adopt_at" in saved else [])):
             value = saved.get(name, least if name in ("refreshed_at", "moments_since") and not (name == "refreshed_at" and saved["step"] > 0) else None)
             if not isinstance(value, int) or value < least:
                 raise CheckpointError(f"state {index}: {name} is {saved.get(name)!r}; it must be an int of at least {least}")

@@ -1,8 +1,11 @@
 """Projection: any rule on a low-rank image of each gradient (GaLore, Q-GaLore, Fira, FRUGAL, the DCT projection)."""
 from __future__ import annotations
 
+import contextvars
 import functools
 import math
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
 
 import torch
@@ -16,8 +19,10 @@ from gradmill.weight import QuantizedWeight
 
 __all__ = ["Projection", "param_groups_for_projection"]
 
+COMING = "coming_"  # state names of a basis that is computed but not yet taken
 QUEUE = 5  # successive cosines averaged before an interval is doubled
 BASES = ("svd", "subspace", "dct", "random", "coordinate")
+FOLLOWING = BASES[:3]  # computed from the gradient
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,10 @@ class Projection:
             coordinate that is a match of indices).
         decay_after: weight decay multiplies the weight after the step (GaLore's code) instead of before.
         iterations: block power iterations of a refresh from the last basis; the first basis takes one more.
+        background: 0 computes a new basis within the step whose gradient it comes from; k, less than ``refresh_every``, beside the
+            next k steps, on a thread (and on CUDA a stream) of its own: they use the old basis, and the k-th, once it has
+            the new one, takes it. So results depend on k, not on how long it took. The first basis is always computed in its
+            step. For svd, subspace and dct.
 
     Raises:
         ValueError: for values out of range.
@@ -74,6 +83,7 @@ class Projection:
     decay_after: bool = True
     iterations: int = 1
     stagger: bool = True
+    background: int = 0
 
     def __post_init__(self):
         rank = self.rank
@@ -87,7 +97,9 @@ class Projection:
             "residual": (self.residual in (None, "fira", "sign", "sgd"), "None, 'fira', 'sign' or 'sgd'"),
             "residual_scale": (self.residual_scale >= 0, "at least 0"), "limiter": (self.limiter >= 1, "at least 1"), "scale": (self.scale > 0, "positive"),
             "side": (self.side in ("auto", "left", "right"), "'auto', 'left' or 'right'"),
-            "moments": (self.moments in ("keep", "reset", "rotate"), "'keep', 'reset' or 'rotate'"), "iterations": (self.iterations >= 1, "at least 1")}
+            "moments": (self.moments in ("keep", "reset", "rotate"), "'keep', 'reset' or 'rotate'"), "iterations": (self.iterations >= 1, "at least 1"),
+            "background": (isinstance(self.background, int) and 0 <= self.background < self.refresh_every and (not self.background or self.basis in FOLLOWING),
+                           f"0 or, for basis {', '.join(FOLLOWING)}, up to refresh_every - 1 ({self.refresh_every - 1})")}
         for name, (good, meaning) in checks.items():
             if not good:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {meaning}")
@@ -143,24 +155,45 @@ FIELDS = tuple(f.name for f in fields(Projection))
 
 
 # --- bases ------------------------------------------------------------------------------------------------
-def dct(x: torch.Tensor) -> torch.Tensor:
-    """x D along the last dimension, D_ij = sqrt(2/n) cos(i (2j+1) pi / 2n), its first row over sqrt 2 (an orthonormal DCT-III), by one
-    FFT of n: O(n log n) a row instead of n^2. fp32."""
-    n = x.shape[-1]
-    i = torch.arange(n, device=x.device, dtype=torch.float64)
-    angle = math.pi * i / (2 * n)
-    weight = torch.full((n,), math.sqrt(n / 2), dtype=torch.float64, device=x.device)
-    weight[0] = math.sqrt(n)
-    # Makhoul: the inverse DCT-II is an inverse FFT of the twisted spectrum v_i e^(i angle), Hermitian with v_(n-i), reordered.
-    v = x.to(torch.float32) * weight.to(torch.float32)
-    mirrored = torch.cat((torch.zeros_like(v[..., :1]), v[..., 1:].flip(-1)), -1)
-    twist = torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
-    half = (torch.complex(v, -mirrored) * twist)[..., :n // 2 + 1]
-    y = torch.fft.irfft(half, n=n)
-    out = torch.empty_like(y)
-    out[..., ::2] = y[..., :(n + 1) // 2]
-    out[..., 1::2] = y[..., (n + 1) // 2:].flip(-1)
+@functools.lru_cache(maxsize=32)
+def _twiddles(n: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """For `spectrum`: real and imaginary factors of x_k and of x_(n-k), k in [0, n/2]; where column j of the result is."""
+    k = torch.arange(n // 2 + 1, dtype=torch.float64)
+    angle = math.pi * k / (2 * n)
+    root = math.sqrt(n / 2)
+    own, other = torch.full_like(k, root), torch.full_like(k, root)
+    own[0], other[0] = math.sqrt(n), 0.0
+    j = torch.arange(n)
+    where = torch.where(j % 2 == 0, j // 2, n - (j + 1) // 2)
+    factors = own * angle.cos(), other * angle.sin(), own * angle.sin(), -other * angle.cos()
+    return *(f.to(device, torch.float32) for f in factors), where.to(device)
+
+
+def spectrum(x: torch.Tensor) -> torch.Tensor:
+    """x D of x (rows, n), fp32, its columns in the order that `_twiddles` tells: an FFT of n/2 a row, O(n log n) instead of n^2.
+
+    D_ij = sqrt(2/n) cos(i (2j+1) pi / 2n), its first row over sqrt 2: an orthonormal DCT-III. After Makhoul: the inverse DCT-II is an
+    inverse FFT of the twisted spectrum v_k e^(i angle), Hermitian with v_(n-k), reordered. A few rows at a time, so that all
+    of it happens in cache.
+    """
+    rows, n = x.shape
+    real, real_other, imaginary, imaginary_other, _ = _twiddles(n, x.device)
+    out = torch.empty(rows, n, dtype=torch.float32, device=x.device)
+    count = max(1, rows if x.is_cuda else min(rows, 2 ** 16 // n))
+    half = torch.empty(count, n // 2 + 1, 2, dtype=torch.float32, device=x.device)
+    for part, into in zip(x.split(count), out.split(count)):
+        own, z = part.to(torch.float32).contiguous(), half[:len(part)]
+        other = torch.cat((own[:, :1], own.flip(1)[:, :n // 2]), 1)
+        own = own[:, :n // 2 + 1]
+        torch.mul(own, real, out=z[..., 0]).addcmul_(other, real_other)
+        torch.mul(own, imaginary, out=z[..., 1]).addcmul_(other, imaginary_other)
+        torch.fft.irfft(torch.view_as_complex(z), n=n, out=into)
     return out
+
+
+def dct(x: torch.Tensor) -> torch.Tensor:
+    """x D of x (rows, n), fp32; see `spectrum`."""
+    return spectrum(x).index_select(1, _twiddles(x.shape[1], x.device)[-1])
 
 
 @functools.lru_cache(maxsize=32)
@@ -191,6 +224,73 @@ def random_indices(rank: int, n: int, seed: int, step: int, stream: int) -> torc
     return philox.words(seed, step, stream, 0, n).argsort(stable=True)[:rank].sort().values
 
 
+def find_basis(p: Projection, g: torch.Tensor, left: bool, rank: int, old: torch.Tensor | None, seed: int, step: int, stream: int) -> dict[str, torch.Tensor]:
+    """What a refresh at ``step`` finds from gradient g (rows, columns): the basis as the state keeps it, and where they come with it
+    "cosine", between its first vector and that of ``old`` (rank, side) fp32, and "low", g in that basis."""
+    side = g.shape[0 if left else 1]
+    if p.basis == "random":
+        return {}
+    if p.basis == "coordinate":
+        return {"basis_indices": random_indices(rank, side, seed, step, stream).to(g.device)}
+    if p.basis == "dct":
+        transformed, where = spectrum(g.t() if left else g), _twiddles(side, g.device)[-1]
+        norms = torch.linalg.vector_norm(transformed, 1, dim=0).index_select(0, where)
+        indices = norms.nan_to_num(math.inf).topk(rank).indices.sort().values
+        low = transformed.index_select(1, where[indices])
+        return {"basis_indices": indices, "low": low.t().contiguous() if left else low}
+    if p.basis == "svd":
+        x = g.to(torch.float32)
+        if bool(torch.isfinite(x).all()):
+            u, _, vh = torch.linalg.svd(x, full_matrices=False)
+            new = (u[:, :rank].t() if left else vh[:rank]).contiguous()
+        else:
+            new = torch.full((rank, side), math.nan, device=g.device)
+    else:
+        key = torch.tensor([seed, step], dtype=torch.int64, device="cpu")
+        new = subspace_basis(g, old, rank, p.iterations + (old is None), left, key, stream)
+    found = p.packed(new)
+    if p.adaptive and old is not None:
+        found["cosine"] = torch.nn.functional.cosine_similarity(new[0], old[0], dim=0).abs().cpu()
+    return found
+
+
+# --- beside training --------------------------------------------------------------------------------------
+@functools.lru_cache(maxsize=None)
+def _thread() -> ThreadPoolExecutor:
+    """The one thread that computes bases, in order."""
+    return ThreadPoolExecutor(1, thread_name_prefix="gradmill-basis")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_thread.cache_clear)  # a fork has no such thread
+
+
+@functools.lru_cache(maxsize=None)
+def _stream(device: torch.device):
+    return torch.cuda.Stream(device)
+
+
+def later(work, device: torch.device) -> Future:
+    """work() on that thread, with the caller's use_backend and without gradients; on CUDA on a stream of its own, after all that
+    the caller has queued so far, and to its end."""
+    context, ready = contextvars.copy_context(), None
+    if device.type == "cuda":
+        ready = torch.cuda.Event()
+        ready.record(torch.cuda.current_stream(device))
+
+    def run():
+        with torch.no_grad():
+            if ready is None:
+                return context.run(work)
+            stream = _stream(device)
+            with torch.cuda.stream(stream):
+                stream.wait_event(ready)
+                found = context.run(work)
+                stream.synchronize()
+            return found
+    return _thread().submit(run)
+
+
 # --- one parameter ----------------------------------------------------------------------------------------
 class Projected:
     """A projected parameter for the time of one step: what its state holds, in the words of the paper."""
@@ -199,13 +299,15 @@ class Projected:
         self.projection, self.state, self.item, self.group = projection, item.state, item, group
         self.grad = as_matrix(item.grad)
         self.left = projection.left(*self.grad.shape)
-        self.side = self.grad.shape[0 if self.left else 1]
+        self.dim = 0 if self.left else 1  # the projected one
+        self.side = self.grad.shape[self.dim]
         self.rank = projection.rank_of(item.grad.shape)
         self.stream = philox.stream(self.state["rng_id"], "basis")
+        self.low = None
 
     # --- basis
     def basis(self) -> torch.Tensor | None:
-        """The basis as fp32 (rank, side); None before the first refresh."""
+        """The basis as fp32 (rank, side); None before the first refresh, and for coordinates."""
         p, state = self.projection, self.state
         if p.stored:
             if "basis_codes" not in state:
@@ -213,13 +315,11 @@ class Projected:
             if not p.format.blocked:
                 return state["basis_codes"].to(torch.float32)
             return dequantize(state["basis_codes"], state["basis_scales"], state["basis_zeros"], p.format.code, p.format.block, self.side, torch.float32)
-        if "refreshed_at" not in state:
+        if "refreshed_at" not in state or p.basis == "coordinate":
             return None
         if p.basis == "random":
             return random_vectors(self.rank, self.side, self.group["seed"], state["refreshed_at"], self.stream, self.grad.device)
-        if p.basis == "dct":
-            return dct_vectors(state["basis_indices"], self.side)
-        return torch.nn.functional.one_hot(state["basis_indices"], self.side).to(torch.float32)
+        return dct_vectors(state["basis_indices"], self.side)
 
     @functools.cached_property
     def packed(self) -> tuple:
@@ -227,26 +327,60 @@ class Projected:
         p, state = self.projection, self.state
         if p.stored and p.format.blocked:
             return state["basis_codes"], state["basis_scales"], state["basis_zeros"], p.format.code, p.format.block
-        vectors = state["basis_codes"] if p.stored else self.basis()
-        none = torch.empty(self.rank, 1, dtype=torch.float32, device=vectors.device)
+        return self._plain(state["basis_codes"] if p.stored else self.basis())
+
+    @staticmethod
+    def _plain(vectors: torch.Tensor) -> tuple:
+        none = torch.empty(len(vectors), 1, dtype=torch.float32, device=vectors.device)
         return vectors, none, none.new_empty(0, dtype=torch.uint8), float_code(vectors.dtype), 0
 
     def refresh(self, optimizer):
-        """A new basis, where it is time, and what that does to the moments."""
+        """A new basis, where it is time, or the start of its computation, and what that does to the moments."""
         p, state, step = self.projection, self.state, self.item.step
-        if step < state["next_refresh"]:
+        self.adopt(optimizer)
+        if step < state["next_refresh"] or "adopt_at" in state:
             return
-        old = self.basis() if p.moments == "rotate" or p.adaptive or p.basis == "subspace" else None
-        if old is not None and not torch.isfinite(old).all():
-            old = None  # a nan gradient spoilt it: start again
-        first, columns = "refreshed_at" not in state, p.compressed(self.grad.shape)[1]
-        new = self._new_basis(old)
-        if new is not None and p.adaptive and old is not None:
-            self._adapt(new, old)
+        first, old = "refreshed_at" not in state, self._old(p.adaptive or p.basis == "subspace" or p.moments == "rotate" and p.basis != "dct")
+        state["refreshed_at"] = step
+        arguments = self.left, self.rank, old, self.group["seed"], step, self.stream
+        if p.background and not first:
+            g = self.grad.clone()
+            optimizer.refresh_later(self.item.owner, lambda: find_basis(p, g, *arguments))
+            state["adopt_at"] = step + p.background
+            return
+        found = find_basis(p, self.grad, *arguments)
+        self.low = found.pop("low", None)
+        self._take(optimizer, found, first, old)
+
+    def adopt(self, optimizer):
+        """Takes the basis that was computed beside the last steps, where it is time. Looks at no gradient."""
+        if self.item.step >= self.state.get("adopt_at", math.inf):
+            optimizer.settle([self.item.owner])
+            found = {name[len(COMING):]: self.state.pop(name) for name in list(self.state) if name.startswith(COMING)}
+            del self.state["adopt_at"]
+            self._take(optimizer, found, False, self._old(self.projection.moments == "rotate"))
+
+    def _old(self, wanted) -> torch.Tensor | None:
+        old = self.basis() if wanted else None
+        return None if old is None or not torch.isfinite(old).all() else old  # a nan gradient spoilt it: start again
+
+    def _take(self, optimizer, found, first, old):
+        """The new basis into the state; moments, from the ``old`` one where that is vectors, and the next refresh."""
+        p, state, columns = self.projection, self.state, self.projection.compressed(self.grad.shape)[1]
+        indices, cosine = state.get("basis_indices"), found.pop("cosine", None)
+        state.update(found)
+        if cosine is not None:
+            self._adapt(cosine)
         if not first and p.moments == "reset":
-            state["moments_since"] = step - 1
+            state["moments_since"] = self.item.step - 1
             optimizer.map_moments(self.group, state, columns, torch.zeros_like)
-        elif old is not None and p.moments == "rotate":
+        elif not first and p.moments == "rotate" and indices is not None:
+            new = state["basis_indices"]
+            place = torch.searchsorted(indices, new).clamp_(max=self.rank - 1)
+            kept = indices[place] == new
+            kept = kept[:, None] if self.left else kept
+            optimizer.map_moments(self.group, state, columns, lambda m: torch.where(kept, m.index_select(self.dim, place), 0.0))
+        elif not first and p.moments == "rotate" and old is not None:
             rotation = self.basis() @ old.t()
             move = (lambda m, r: r @ m) if self.left else (lambda m, r: m @ r.t())
             optimizer.map_moments(self.group, state, columns, lambda m: move(m, rotation), lambda v: move(v, rotation.square()))
@@ -254,37 +388,10 @@ class Projected:
         if first and p.stagger and interval > 1:  # the first intervals end at different steps
             count = max(1, sum(len(g["params"]) for g in optimizer.param_groups))
             interval -= state["rng_id"] * interval // count
-        state["next_refresh"] = step + max(1, interval)
+        state["next_refresh"] = state["refreshed_at"] + max(1, interval)
 
-    def _new_basis(self, old):
-        p, state, g = self.projection, self.state, self.grad
-        state["refreshed_at"] = self.item.step
-        seed, step = self.group["seed"], self.item.step
-        if p.basis == "random":
-            return None
-        if p.basis == "coordinate":
-            state["basis_indices"] = random_indices(self.rank, self.side, seed, step, self.stream).to(g.device)
-            return None
-        if p.basis == "dct":
-            norms = dct(g.t() if self.left else g).abs().sum(0)
-            state["basis_indices"] = norms.nan_to_num(math.inf).topk(self.rank).indices.sort().values
-            return None
-        if p.basis == "svd":
-            x = g.to(torch.float32)
-            if bool(torch.isfinite(x).all()):
-                u, _, vh = torch.linalg.svd(x, full_matrices=False)
-                new = (u[:, :self.rank].t() if self.left else vh[:self.rank]).contiguous()
-            else:
-                new = torch.full((self.rank, self.side), math.nan, device=g.device)
-        else:
-            key = torch.tensor([seed, step], dtype=torch.int64, device="cpu")
-            new = subspace_basis(g, old, self.rank, p.iterations + (old is None), self.left, key, self.stream)
-        state.update(p.packed(new))
-        return new
-
-    def _adapt(self, new, old):
+    def _adapt(self, cosine):
         p, state = self.projection, self.state
-        cosine = torch.nn.functional.cosine_similarity(new[0], old[0], dim=0).abs().cpu()
         state["cosines"] = torch.cat((state["cosines"], cosine[None]))[-QUEUE:]
         if len(state["cosines"]) == QUEUE and float(state["cosines"].mean()) >= p.cosine_threshold:
             cap = 16 * p.refresh_every if p.max_refresh_every is None else p.max_refresh_every
@@ -294,16 +401,33 @@ class Projected:
     # --- in and out
     def project(self) -> torch.Tensor:
         """R, fp32."""
-        g = self.grad
+        if self.low is not None:
+            return self.low
         if self.projection.basis == "coordinate":
-            return g.index_select(0 if self.left else 1, self.state["basis_indices"]).to(torch.float32)
-        return project(g, *self.packed, self.left)
+            return self.grad.index_select(self.dim, self.state["basis_indices"]).to(torch.float32)
+        return project(self.grad, *self.packed, self.left)
 
     def back(self, low: torch.Tensor, update: torch.Tensor, factor: float, lr: float, decay: float):
         """Moves the weight by the rule's ``update`` of R = ``low``, and by the residual. factor: on the gradient, maximize's sign included."""
         p = self.projection
         before, after = (1.0, decay) if p.decay_after else (decay, 1.0)
         alpha, residual, scales = p.scale, None, None
+        if p.residual == "sign":
+            scales = self._per_index(-lr * p.residual_scale * math.copysign(1.0, factor))
+        elif p.residual == "sgd":
+            scales = self._per_index(-lr * p.residual_scale * factor)
+        elif p.residual == "fira":
+            scales = self._fira(low, update, factor, lr)
+        if p.basis == "coordinate":
+            # Nothing is multiplied: the update and the residual lie in different rows or columns. All of it goes as a residual.
+            moved = torch.zeros(self.grad.shape, dtype=torch.float32, device=low.device) if scales is None else self.grad.to(torch.float32)
+            if scales is not None:
+                moved = (moved.sign() + moved * 0 if p.residual == "sign" else moved) * (scales if self.left else scales[:, None])
+            moved.index_copy_(self.dim, self.state["basis_indices"], update * alpha)
+            rows, columns = self.grad.shape
+            nothing = moved.new_zeros((1, columns) if self.left else (rows, 1))
+            self._back(self.item.param, nothing, self._plain(moved.new_zeros(1, self.side)), before * after, 1.0, moved, self._per_index(after))
+            return
         packed = self.packed
         if p.residual == "sign":
             residual = self.grad.to(torch.float32, copy=True)
@@ -311,10 +435,8 @@ class Projected:
             # The residue of a gradient that the basis spans is rounding, whose sign would be a full-size step of noise.
             noise = 2.0 ** -18 * float(torch.linalg.vector_norm(self.grad, math.inf))
             residual = torch.where(residual.abs() <= noise, residual.new_zeros(()), residual.sign() + residual * 0)
-            scales = self._per_index(-lr * p.residual_scale * math.copysign(1.0, factor))
         elif p.residual is not None:
             residual = self.grad
-            scales = self._per_index(-lr * p.residual_scale * factor) if p.residual == "sgd" else self._fira(low, update, factor, lr)
             update = update * alpha - low * (scales if self.left else scales[:, None])
             alpha = 1.0
         self._back(self.item.param, update, packed, before * after, alpha * after, residual, None if scales is None else scales * after)
