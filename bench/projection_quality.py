@@ -23,7 +23,7 @@ from gradmill import demo
 from gradmill.demo import BETAS, REFRESH_EVERY, Choice
 
 WIDTH, DEPTH, BATCH, SEQ = 128, 2, 8, 64
-RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 TUNED_ON = 100   # a seed
 
 
@@ -72,7 +72,7 @@ def verdict(results, better: str, than: str, limit: float = 0.0) -> str:
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python bench/projection_quality.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).resolve().parent.parent / "docs" / "results" / "projections.md")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -85,6 +85,7 @@ def main(argv=None):
             progress.update(bar, description=f"{name}, {lr:g}, seed {seed}")
             result = train(name, lr, seed, args.steps, texts)
             progress.advance(bar)
+            progress.console.print(f"{name}, rate {lr:g}, seed {seed}: loss {result['loss']:.4f}")
             return result
         for name in tuned:
             rates[name] = {lr: one(name, lr, TUNED_ON)["loss"] for lr in RATES}
