@@ -149,6 +149,78 @@ def test_dct_takes_the_columns_of_largest_l1_norm_at_every_step_and_moves_moment
     assert (run(optimizer, parameter, grads).double() - want).abs().max() < 1e-4
 
 
+# --- the official codes, on the same gradients ------------------------------------------------------------
+def as_their_code_does(w, grads, rank, *, lr, betas, eps, weight_decay, scale, every, kind, limited=True):
+    """galore-torch's and Fira's AdamW in plain fp32 torch, in their order of operations: eps in an uncorrected root, bias corrected in
+    the step size (so that Fira's limiter sees uncorrected updates), decay last, Fira's residual from alpha P R; FRUGAL's from P R."""
+    w, m, v, norm, basis = w.clone(), 0.0, 0.0, None, None
+    left, dim = w.shape[0] < w.shape[1], 0 if w.shape[0] < w.shape[1] else 1
+    for step, g in enumerate(grads):
+        if step % every == 0:
+            u, _, vh = torch.linalg.svd(g, full_matrices=False)
+            basis = u[:, :rank] if left else vh[:rank]
+            if kind == "frugal":
+                m, v, since = 0.0, 0.0, step
+        back = (lambda r: basis @ r) if left else (lambda r: r @ basis)
+        r = basis.t() @ g if left else g @ basis.t()
+        m, v = betas[0] * m + (1 - betas[0]) * r, betas[1] * v + (1 - betas[1]) * r * r
+        t = step + 1 - (since if kind == "frugal" else 0)
+        size = lr * math.sqrt(1 - betas[1] ** t) / (1 - betas[0] ** t)
+        psi = m / (v.sqrt() + eps)
+        if kind == "frugal":  # decay first; the residual steps at lr whatever the bias
+            w = w - lr * weight_decay * w
+            w = w - size * scale * back(psi) - lr * torch.sign(g - back(r))
+            continue
+        update = scale * back(psi)
+        if kind == "fira":
+            s = (g - scale * back(r)) * (psi.norm(dim=dim, keepdim=True) / (r.norm(dim=dim, keepdim=True) + 1e-8))
+            if limited:
+                found = s.norm()
+                if norm is not None:
+                    by = max(float(found / (norm + 1e-8)), 1.01) / 1.01
+                    s, found = s / by, found / by
+                norm = found
+            update = update + s
+        w = w - size * update
+        w = w - lr * weight_decay * w
+    return w
+
+
+OFFICIAL = dict(lr=1e-2, weight_decay=0.1)
+
+
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40), (30, 30)], ids=str)
+def test_galore_torch_itself_agrees(shape):
+    """Its one deviation is eps, which it adds to an uncorrected root: too small to count here."""
+    theirs = pytest.importorskip("galore_torch", reason="galore-torch is not installed (docs/benchmarks.md says how)", exc_type=ImportError)
+    start, grads = torch.randn(shape), [torch.randn(shape) for _ in range(9)]
+    a, b = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    official = theirs.GaLoreAdamW([{"params": [a], "rank": 6, "update_proj_gap": 4, "scale": 0.25, "proj_type": "std"}], eps=1e-30, no_deprecation_warning=True, **OFFICIAL)
+    ours = GaLoreAdamW([b], rank=6, refresh_every=4, eps=1e-30, **OFFICIAL)
+    run(official, a, grads)
+    assert (a.detach() - run(ours, b, grads)).abs().max() < 2e-6
+
+
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40)], ids=str)
+@pytest.mark.parametrize("kind, made, betas, limited", [
+    ("galore", lambda p, **o: GaLoreAdamW(p, **o), (0.9, 0.999), None),
+    # Without bias to correct the limiters see the same; with it, theirs sees another growth.
+    ("fira", lambda p, **o: FiraAdamW(p, basis="svd", scale=1.0, stagger=False, **o), (0.0, 0.0), True),
+    ("fira", lambda p, **o: FiraAdamW(p, basis="svd", scale=1.0, stagger=False, limiter=math.inf, **o), (0.9, 0.999), False),
+    ("frugal", lambda p, **o: FrugalAdamW(p, basis="svd", bits=32, **o), (0.9, 0.999), None)])
+def test_official_formulas_agree_where_their_deviations_are_set(kind, made, betas, limited, shape):
+    growing = [g * 1.5 ** i for i, g in enumerate(torch.randn(9, *shape))]
+    start = torch.randn(shape)
+    w = torch.nn.Parameter(start.clone())
+    got = run(made([w], rank=6, refresh_every=4, betas=betas, eps=1e-30, **OFFICIAL), w, growing)
+    want = as_their_code_does(start, growing, 6, betas=betas, eps=1e-30, scale=0.25 if kind == "galore" else 1.0, every=4, kind=kind, limited=limited, **OFFICIAL)
+    error = (got - want).abs()
+    assert (error > 1e-5).float().mean() <= (0.01 if kind == "frugal" else 0.0), error.max()  # a sign at the threshold flips
+    if limited:  # and the limiter had work to do
+        free = as_their_code_does(start, growing, 6, betas=betas, eps=1e-30, scale=1.0, every=4, kind=kind, limited=False, **OFFICIAL)
+        assert (free - want).abs().max() > 1e-3
+
+
 # --- every combination ------------------------------------------------------------------------------------
 @pytest.mark.parametrize("residual", [None, "fira", "sign", "sgd"])
 @pytest.mark.parametrize("basis, bits", [("svd", 32), ("subspace", 4), ("subspace", 8), ("subspace", 16), ("subspace", 32), ("dct", 4), ("random", 4),
