@@ -10,7 +10,7 @@ import torch
 
 from gradmill import QuantizedWeight, optim
 from gradmill.formats import FLOAT_DTYPES, SPLIT
-from gradmill.optim import LAMB, LARS, VRGD, AdamW, Lion, StableSPAM, param_groups, release_gradients
+from gradmill.optim import LAMB, LARS, VRGD, AdamW, Lion, Projection, StableSPAM, param_groups, release_gradients
 from gradmill.reference.quant import join_float, split_float
 
 from .conftest import FLT_MAX, LEVELS, SPECIAL, assert_same_bits, running
@@ -439,6 +439,89 @@ def test_released_gradients_give_the_same_bits(name):
         pass
 
 
+PROJECTIONS = [dict(basis="svd", bits=32), dict(basis="subspace", bits=4, group_size=8, background=2, moments="rotate"), dict(basis="coordinate", moments="reset"), dict(basis="random"),
+               dict(basis="dct")]
+
+
+@pytest.mark.parametrize("options", PROJECTIONS, ids=lambda o: o["basis"])
+def test_accumulated_gradients_are_kept_projected(options):
+    """The weights are those of ordinary accumulation, but for rounding; between refreshes no matrix keeps its gradient."""
+    sides, kept = [], []
+    for released in (False, True):
+        model = small_model().float()
+        optimizer = AdamW(model.parameters(), lr=1e-3, eps=1e-3, seed=3, projection=Projection(2, refresh_every=4, stagger=False, **options))
+        handle = release_gradients(model, optimizer, accumulate=3) if released else None
+        torch.manual_seed(9)
+        for step in range(9):
+            for part in range(3):
+                (model(torch.randn(7, 66)).square().mean() / 3).backward()
+                if released:
+                    kept.append((step, part, [p.grad is not None for p in model.parameters() if p.dim() == 2][:2]))
+            assert not released or all(p.grad is None for p in model.parameters())
+            optimizer.step()
+            if not released:
+                optimizer.zero_grad()
+        sides.append([p.detach() for p in model.parameters()])
+    for a, b in zip(*sides):
+        assert (a - b).abs().max() < 1e-5
+    refreshed = (0, 4, 8)
+    assert kept == [(step, part, [part < 2 and step in refreshed] * 2) for step in range(9) for part in range(3)]
+    assert not handle.low and not handle.counts
+
+
+def test_a_step_before_the_last_gradient_takes_what_is_there_and_zero_grad_drops_it():
+    x = torch.randn(4, 7, 66)
+    results = []
+    for order in ((0, 1), (0, "zero", 0, 1), (0, 1, "remove", 0, 1)):
+        model = small_model().float()
+        optimizer = AdamW(model.parameters(), lr=1e-3, eps=1e-3, seed=3, projection=Projection(5, "svd", 32))
+        handle = release_gradients(model, optimizer, accumulate=3)
+        for part in range(3):
+            model(x[3]).square().mean().backward()
+        optimizer.step()  # the basis is there
+        for what in order:
+            if what == "zero":
+                optimizer.zero_grad()
+            elif what == "remove":
+                handle.remove()
+                model.zero_grad()
+            else:
+                model(x[what]).square().mean().backward()
+        optimizer.step()
+        results.append([p.detach() for p in model.parameters()])
+        assert order[-3:-2] == ("remove",) or all(p.grad is None for p in model.parameters())
+    for other in results[1:]:
+        for a, b in zip(results[0], other):
+            assert (a - b).abs().max() < 1e-5
+    # a parameter that only the first of three parts used is stepped too
+    model = small_model().float()
+    optimizer = AdamW(model.parameters(), lr=1e-3, projection=Projection(5, "svd", 32))
+    with release_gradients(model, optimizer, accumulate=3):
+        for parts in ((0, 0, 0), (0, 1, 1)):
+            for part in parts:
+                (model if part == 0 else model[2:])(x[0] if part == 0 else torch.randn(7, 80)).square().mean().backward()
+            before = model[0].weight.detach().clone()
+            optimizer.step()
+    assert not torch.equal(before, model[0].weight) and optimizer.state[model[0].weight]["step"] == 2 and model[0].weight.grad is None
+
+
+def test_what_accumulation_refuses():
+    model = small_model()
+    for residual in ("fira", "sign", "sgd"):
+        optimizer = AdamW(model.parameters(), projection=Projection(5, residual=residual))
+        with pytest.raises(ValueError, match=f"accumulate is 2.*{residual}"):
+            release_gradients(model, optimizer, accumulate=2)
+        release_gradients(model, optimizer).remove()
+    for accumulate in (0, 1.5):
+        with pytest.raises(ValueError, match="accumulate"):
+            release_gradients(model, AdamW(model.parameters()), accumulate=accumulate)
+    with release_gradients(model, AdamW(model.parameters()), accumulate=2):
+        for _ in range(2):
+            model(torch.randn(7, 66).bfloat16()).sum().backward()
+        with pytest.raises(RuntimeError, match="gradient 3 of.*2 backward passes"):
+            model(torch.randn(7, 66).bfloat16()).sum().backward()
+
+
 def test_what_released_gradients_cannot_be_combined_with():
     model = small_model()
     for options in (dict(max_grad_norm=1.0), dict(on_nonfinite="skip"), dict(on_nonfinite="raise")):
@@ -452,7 +535,7 @@ def test_what_released_gradients_cannot_be_combined_with():
         release_gradients(model, optimizer)
     x = torch.randn(7, 66).bfloat16()
     model(x).sum().backward()
-    with pytest.raises(RuntimeError, match="accumulated"):
+    with pytest.raises(RuntimeError, match="accumulate="):
         model(x).sum().backward()
     optimizer.step()
     scaler = torch.amp.GradScaler("cpu")

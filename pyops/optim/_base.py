@@ -469,16 +469,32 @@ class FusedOptimizer(Optimizer):
         projected = [item for item in items if "next_refresh" in item.state]
         self._step_items(group, [item for item in items if "next_refresh" not in item.state] if projected else items, factor)
         parts = [Projected(group["projection"], item, group) for item in projected]
-        compressed = []
+        compressed, released = [], getattr(self, "_released", None)
         for part, item in zip(parts, projected):
             part.refresh(self)
             low = part.project()
+            if released is not None and item.owner in released.low:
+                low += released.low.pop(item.owner)
             compressed.append(Item(torch.empty_like(low), low, item.state, item.step - item.state.get("moments_since", 0), owner=item.owner))
         if compressed:
             self._step_items(group, compressed, factor, param_code="delta", decay=False)
         lr = float(group["lr"])
         for part, (update, low, *_) in zip(parts, compressed):
             part.back(low, update, factor * (-1.0 if group["maximize"] else 1.0), lr, 1 - lr * group.get("weight_decay", 0.0))
+
+    def projected_gradient(self, p, group) -> torch.Tensor | None:
+        """p's gradient in the basis of its next step; None if it is not projected, or that step needs the whole gradient for a new basis."""
+        projection, state = self._projection(p, group), self.state[p]
+        if projection is None or not state:
+            return None
+        part = Projected(projection, Item(p, p.grad, state, int(state["step"]) + 1, owner=p), group)
+        part.adopt(self)
+        return None if part.due else part.project()
+
+    def zero_grad(self, set_to_none: bool = True):
+        super().zero_grad(set_to_none)
+        if getattr(self, "_released", None) is not None:
+            self._released.forget()
 
     def _step_items(self, group, items, factor, **options):
         """The rule on tensors, or on their projections; options are apply_rule's."""

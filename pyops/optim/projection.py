@@ -338,7 +338,7 @@ class Projected:
         """A new basis, where it is time, or the start of its computation, and what that does to the moments."""
         p, state, step = self.projection, self.state, self.item.step
         self.adopt(optimizer)
-        if step < state["next_refresh"] or "adopt_at" in state:
+        if not self.due:
             return
         first, old = "refreshed_at" not in state, self._old(p.adaptive or p.basis == "subspace" or p.moments == "rotate" and p.basis != "dct")
         state["refreshed_at"] = step
@@ -351,6 +351,11 @@ class Projected:
         found = find_basis(p, self.grad, *arguments)
         self.low = found.pop("low", None)
         self._take(optimizer, found, first, old)
+
+    @property
+    def due(self) -> bool:
+        """Whether this step takes its gradient for a new basis."""
+        return self.item.step >= self.state["next_refresh"] and "adopt_at" not in self.state
 
     def adopt(self, optimizer):
         """Takes the basis that was computed beside the last steps, where it is time. Looks at no gradient."""
