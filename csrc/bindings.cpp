@@ -231,9 +231,10 @@ void project(int device, uint64_t stream, int64_t m, int64_t n, uint64_t grad, i
 }
 
 void project_back(int device, uint64_t stream, const MatrixTuple& weight, uint64_t update, const MatrixTuple& basis, bool left, float decay,
-                  float alpha, const KeyTuple& key, uint64_t residual, int residual_code, uint64_t residual_scales) {
+                  float alpha, const KeyTuple& key, uint64_t first, uint64_t residual, int residual_code, uint64_t residual_scales) {
   ProjectBackArgs args{matrix(weight), pointer<const float>(update), matrix(basis), left, decay, alpha, make_key(key),
                        pointer(residual), residual_code, pointer<const float>(residual_scales)};
+  args.key.first = first;
   GM_RUN(cpu().projection->project_back(args), cuda::project_back(args, launch))
 }
 

@@ -121,11 +121,11 @@ def back_kernel(weight, weight_scales, weight_zeros, update, codes, scales, zero
 
 
 def project_back(weight, weight_scales, weight_zeros, weight_code, weight_block, columns, update, codes, scales, zeros, code, block,
-                 left, scalars, key, stream, residual=None, residual_scales=None):
+                 left, scalars, key, stream, residual=None, residual_scales=None, first=0):
     """See gradmill.ops.projection.project_back."""
-    if code in FLOAT_DTYPES:  # rare: no kernel decodes plain floats
+    if code in FLOAT_DTYPES or first:  # rare: no kernel decodes plain floats, or rounds a shard
         return reference.project_back(weight, weight_scales, weight_zeros, weight_code, weight_block, columns, update, codes, scales, zeros,
-                                      code, block, left, scalars, key, stream, residual, residual_scales)
+                                      code, block, left, scalars, key, stream, residual, residual_scales, first)
     format, rows = Format(weight_code, weight_block), weight.shape[0] if weight.dim() > 1 else 1
     if not rows * columns:
         return

@@ -55,7 +55,7 @@ B grad (rank, n). fp32 accumulation straight from the packed codes."""
 
 # --- project back -----------------------------------------------------------------------------------------
 def _check_back(weight, weight_scales, weight_zeros, weight_code, weight_block, columns, update, codes, scales, zeros, code, block,
-                left, scalars, key, stream, residual=None, residual_scales=None):
+                left, scalars, key, stream, residual=None, residual_scales=None, first=0):
     op = "project_back"
     format = cached(weight_code, weight_block)
     if weight_code not in STEPPED or weight_code in ("delta", *STATE_CODES):
@@ -74,6 +74,8 @@ def _check_back(weight, weight_scales, weight_zeros, weight_code, weight_block, 
     if not (scalars.dtype == torch.float32 and scalars.shape == (2,) and scalars.device.type in ("cpu", "meta")):
         reject(op, "scalars", scalars, "fp32 [decay, alpha] on CPU")
     require_key(op, key)
+    if first < 0:
+        reject(op, "first", first, "at least 0")
     if (residual is None) != (residual_scales is None):
         reject(op, "residual_scales", residual_scales, "given with residual, and only then")
     if residual is not None:
@@ -89,7 +91,7 @@ def _fake_back(*args, **kwargs):
 
 
 def _native_back(weight, weight_scales, weight_zeros, weight_code, weight_block, columns, update, codes, scales, zeros, code, block,
-                 left, scalars, key, stream, residual=None, residual_scales=None):
+                 left, scalars, key, stream, residual=None, residual_scales=None, first=0):
     rows = weight.shape[0] if weight.dim() > 1 else 1
     if rows * columns == 0:
         return
@@ -101,24 +103,25 @@ def _native_back(weight, weight_scales, weight_zeros, weight_code, weight_block,
     native_module().project_back(
         *where(weight), matrix_tuple(weight, weight_scales, weight_zeros, cached(weight_code, weight_block), rows, columns),
         update.data_ptr(), matrix_tuple(codes, scales, zeros, cached(code, block), codes.shape[0], rows if left else columns), left,
-        decay, alpha, key_tuple(key, stream), *extra)
+        decay, alpha, key_tuple(key, stream), first, *extra)
 
 
 project_back = Op(
     "project_back",
     "(Tensor(a!) weight, Tensor(b!)? weight_scales, Tensor(c!)? weight_zeros, str weight_code, int weight_block, int columns, "
     "Tensor update, Tensor codes, Tensor scales, Tensor zeros, str code, int block, bool left, Tensor scalars, Tensor key, "
-    "int stream, Tensor? residual=None, Tensor? residual_scales=None) -> ()",
+    "int stream, Tensor? residual=None, Tensor? residual_scales=None, int first=0) -> ()",
     _check_back, _fake_back,
     backends={"native": _native_back, "triton": "gradmill.kernels.projection:project_back", "reference": reference.project_back},
     order={"cpu": ("native", "triton", "reference"), "cuda": ("native", "triton", "reference")})
 project_back.__doc__ = """project_back(weight, weight_scales, weight_zeros, weight_code, weight_block, columns, update, codes, scales, zeros,
-code, block, left, scalars, key, stream, residual=None, residual_scales=None)
+code, block, left, scalars, key, stream, residual=None, residual_scales=None, first=0)
 
 weight <- decay * weight + alpha * (update B, or B^T update when left) + residual_scales * residual, in place, tile by tile: the
 full-size product is never stored. scalars = fp32 [decay, alpha] on CPU. residual: floats of the weight's shape, with one
 fp32 scale per index that is not projected (left: columns; right: rows). bf16 and quantised weights are rounded stochastically; a quantised
-block whose values do not change keeps its codes and scale."""
+block whose values do not change keeps its codes and scale. first: the number of the weight's first element in the whole tensor, above 0 in a
+shard: it keys the random bits."""
 
 
 # --- basis ------------------------------------------------------------------------------------------------

@@ -252,9 +252,6 @@ class FusedOptimizer(Optimizer):
                     if not self.steps_shards:
                         raise TypeError(f"a parameter of shape {tuple(p.shape)} is a DTensor; {type(self).__name__}'s step needs whole tensors")
                     check_placements(p)
-                    if self._projection(p, group) is not None:
-                        raise TypeError(f"a DTensor parameter of shape {tuple(p.shape)} cannot be projected: a basis needs the whole gradient; "
-                                        "set projection (rank) to None")
         except Exception:
             self.param_groups.pop()
             raise
@@ -281,7 +278,12 @@ class FusedOptimizer(Optimizer):
     def _stepped(self, p, group) -> torch.Tensor:
         """A tensor like what the rule steps: p itself, or its projection."""
         projection = self._projection(p, group)
-        return p if projection is None else torch.empty(projection.compressed(p.shape), dtype=torch.float32, device=p.device)
+        if projection is None:
+            return p
+        shape, part = projection.compressed(p.shape), local(p)
+        if projection.left(p.shape[0], p.shape[1:].numel()):  # whole on every process
+            return torch.empty(shape, dtype=torch.float32, device=p.device)
+        return like_shards(torch.empty(len(part), shape[1], dtype=torch.float32, device=p.device), p, shape)
 
     def _rng_id(self, p) -> int:
         """The parameter's order of first appearance, which numbers its random bits."""
@@ -475,7 +477,8 @@ class FusedOptimizer(Optimizer):
             low = part.project()
             if released is not None and item.owner in released.low:
                 low += released.low.pop(item.owner)
-            compressed.append(Item(torch.empty_like(low), low, item.state, item.step - item.state.get("moments_since", 0), owner=item.owner))
+            offset = 0 if part.left else part.rows.start * low.shape[1]
+            compressed.append(Item(torch.empty_like(low), low, item.state, item.step - item.state.get("moments_since", 0), offset=offset, owner=item.owner))
         if compressed:
             self._step_items(group, compressed, factor, param_code="delta", decay=False)
         lr = float(group["lr"])
@@ -487,7 +490,7 @@ class FusedOptimizer(Optimizer):
         projection, state = self._projection(p, group), self.state[p]
         if projection is None or not state:
             return None
-        part = Projected(projection, Item(p, p.grad, state, int(state["step"]) + 1, owner=p), group)
+        part = Projected(projection, Item(p, local(p.grad), state, int(state["step"]) + 1, offset=shard_offset(p) if is_sharded(p) else 0, owner=p), group)
         part.adopt(self)
         return None if part.due else part.project()
 
@@ -528,12 +531,15 @@ class FusedOptimizer(Optimizer):
         for name, code in zip(rule.states, rule.state_codes):
             change = second if second is not None and code == "square8" else first
             if f"{name}_codes" in state:
-                codes, scales = state[f"{name}_codes"], state[f"{name}_scales"]
+                codes, scales = local(state[f"{name}_codes"]), local(state[f"{name}_scales"])
                 format = stored_format(code, codes, columns)
                 value = dequantize(codes, scales, scales.new_empty(0, dtype=torch.uint8), format.code, format.block, columns, torch.float32)
-                state[f"{name}_codes"], state[f"{name}_scales"], _ = quantize(change(value), format.code, format.block)
+                for part, new in zip(("codes", "scales"), quantize(change(value), format.code, format.block)):
+                    like = state[f"{name}_{part}"]
+                    state[f"{name}_{part}"] = like_shards(new, like, like.shape)
             else:
-                state[name] = change(state[name].to(torch.float32)).to(state[name].dtype).contiguous()
+                value = local(state[name])
+                state[name] = like_shards(change(value.to(torch.float32)).to(value.dtype).contiguous(), state[name], state[name].shape)
 
     def apply_rule(self, group: dict, items: list[Item], factor: float, *, rule=None, lr=None, param_code=None, decay=True):
         """Steps ``items`` by a rule (default: the group's), one native call for all that share formats, step and device. An

@@ -298,10 +298,16 @@ class Projected:
     def __init__(self, projection: Projection, item, group: dict):
         self.projection, self.state, self.item, self.group = projection, item.state, item, group
         self.grad = as_matrix(item.grad)
-        self.left = projection.left(*self.grad.shape)
+        shape = item.owner.shape
+        self.shape = shape[0], math.prod(shape[1:])
+        self.left = projection.left(*self.shape)
         self.dim = 0 if self.left else 1  # the projected one
-        self.side = self.grad.shape[self.dim]
-        self.rank = projection.rank_of(item.grad.shape)
+        self.side = self.shape[self.dim]
+        self.rank = projection.rank_of(shape)
+        # A DTensor's rows: the basis is whole on every process. To the right each row is projected by itself; to the left R is a sum.
+        self.groups = [item.owner.device_mesh.get_group(i) for i, placement in enumerate(getattr(item.owner, "placements", ())) if placement.is_shard()]
+        start = item.offset // max(1, self.shape[1])
+        self.rows = slice(start, start + len(self.grad))
         self.stream = philox.stream(self.state["rng_id"], "basis")
         self.low = None
 
@@ -329,6 +335,17 @@ class Projected:
             return state["basis_codes"], state["basis_scales"], state["basis_zeros"], p.format.code, p.format.block
         return self._plain(state["basis_codes"] if p.stored else self.basis())
 
+    @functools.cached_property
+    def here(self) -> tuple:
+        """`packed` for this process's rows."""
+        return self._plain(self.basis()[:, self.rows].contiguous()) if self.left and self.groups else self.packed
+
+    def reduce(self, t: torch.Tensor, op=None) -> torch.Tensor:
+        """t summed (or by ``op``) in place over the processes that share the parameter."""
+        for group in self.groups:
+            torch.distributed.all_reduce(t, torch.distributed.ReduceOp.SUM if op is None else op, group=group)
+        return t
+
     @staticmethod
     def _plain(vectors: torch.Tensor) -> tuple:
         none = torch.empty(len(vectors), 1, dtype=torch.float32, device=vectors.device)
@@ -342,14 +359,17 @@ class Projected:
             return
         first, old = "refreshed_at" not in state, self._old(p.adaptive or p.basis == "subspace" or p.moments == "rotate" and p.basis != "dct")
         state["refreshed_at"] = step
+        whole = as_matrix(self.item.owner.grad.full_tensor()) if self.groups else self.grad  # every process computes the same basis
         arguments = self.left, self.rank, old, self.group["seed"], step, self.stream
         if p.background and not first:
-            g = self.grad.clone()
+            g = whole if self.groups else whole.clone()
             optimizer.refresh_later(self.item.owner, lambda: find_basis(p, g, *arguments))
             state["adopt_at"] = step + p.background
             return
-        found = find_basis(p, self.grad, *arguments)
+        found = find_basis(p, whole, *arguments)
         self.low = found.pop("low", None)
+        if self.low is not None and self.groups and not self.left:
+            self.low = self.low[self.rows].contiguous()
         self._take(optimizer, found, first, old)
 
     @property
@@ -371,7 +391,7 @@ class Projected:
 
     def _take(self, optimizer, found, first, old):
         """The new basis into the state; moments, from the ``old`` one where that is vectors, and the next refresh."""
-        p, state, columns = self.projection, self.state, self.projection.compressed(self.grad.shape)[1]
+        p, state, columns = self.projection, self.state, self.projection.compressed(self.shape)[1]
         indices, cosine = state.get("basis_indices"), found.pop("cosine", None)
         state.update(found)
         if cosine is not None:
@@ -409,8 +429,23 @@ class Projected:
         if self.low is not None:
             return self.low
         if self.projection.basis == "coordinate":
-            return self.grad.index_select(self.dim, self.state["basis_indices"]).to(torch.float32)
-        return project(self.grad, *self.packed, self.left)
+            place, at = self._coordinates()
+            low = self.grad.index_select(self.dim, place).to(torch.float32)
+            if at is not None:
+                low = low.new_zeros(self.rank, self.shape[1]).index_copy_(0, at, low)
+        elif self.grad.numel():
+            low = project(self.grad, *self.here, self.left)
+        else:  # a shard without rows
+            low = torch.zeros((self.rank, self.shape[1]) if self.left else (0, self.rank), dtype=torch.float32, device=self.grad.device)
+        return self.reduce(low) if self.left else low
+
+    def _coordinates(self) -> tuple:
+        """Which rows or columns of this process's gradient are in the basis; which of R's rows they are, None: all."""
+        indices = self.state["basis_indices"]
+        if not (self.left and self.groups):
+            return indices, None
+        at = ((indices >= self.rows.start) & (indices < self.rows.stop)).nonzero()[:, 0]
+        return indices[at] - self.rows.start, at
 
     def back(self, low: torch.Tensor, update: torch.Tensor, factor: float, lr: float, decay: float):
         """Moves the weight by the rule's ``update`` of R = ``low``, and by the residual. factor: on the gradient, maximize's sign included."""
@@ -428,18 +463,19 @@ class Projected:
             moved = torch.zeros(self.grad.shape, dtype=torch.float32, device=low.device) if scales is None else self.grad.to(torch.float32)
             if scales is not None:
                 moved = (moved.sign() + moved * 0 if p.residual == "sign" else moved) * (scales if self.left else scales[:, None])
-            moved.index_copy_(self.dim, self.state["basis_indices"], update * alpha)
+            place, at = self._coordinates()
+            moved.index_copy_(self.dim, place, (update if at is None else update[at]) * alpha)
             rows, columns = self.grad.shape
             nothing = moved.new_zeros((1, columns) if self.left else (rows, 1))
-            self._back(self.item.param, nothing, self._plain(moved.new_zeros(1, self.side)), before * after, 1.0, moved, self._per_index(after))
+            self._back(self.item.param, nothing, self._plain(moved.new_zeros(1, self.grad.shape[self.dim])), before * after, 1.0, moved, self._per_index(after))
             return
-        packed = self.packed
+        packed = self.here
         if p.residual == "sign":
             residual = self.grad.to(torch.float32, copy=True)
             self._back(residual, low, packed, 1.0, -1.0)
             # The residue of a gradient that the basis spans is rounding, whose sign would be a full-size step of noise.
-            low_end, high_end = self.grad.aminmax()
-            noise = 2.0 ** -18 * max(-float(low_end), float(high_end))
+            largest = torch.stack((-self.grad.amin(), self.grad.amax())).amax().to(torch.float32) if self.grad.numel() else torch.zeros((), device=low.device)
+            noise = 2.0 ** -18 * float(self.reduce(largest, torch.distributed.ReduceOp.MAX if self.groups else None))
             for part in residual.split(max(1, 2 ** 16 // residual.shape[1])):  # in cache
                 small = part.abs() <= noise
                 part.copy_(part.sign() if math.isfinite(noise) else part.sign() + part * 0).masked_fill_(small, 0.0)
@@ -461,8 +497,10 @@ class Projected:
         phi = torch.linalg.vector_norm(update, dim=dim) / lr / (norms + 1e-8)
         # |G - B^T R|^2 = |G|^2 - |R|^2 for an orthonormal B: no product of full size.
         # (vector_norm over dimension 0 takes ten times as long as this.)
-        outside = self.grad.to(torch.float32).square().sum(dim) * factor ** 2 - norms.square()
-        size = float((phi.square() * outside.clamp(min=0)).sum().sqrt())
+        squares = self.grad.to(torch.float32).square().sum(dim)
+        outside = (self.reduce(squares) if self.left else squares) * factor ** 2 - norms.square()
+        total = (phi.square() * outside.clamp(min=0)).sum()
+        size = float((total if self.left else self.reduce(total)).sqrt())
         last = state.get("residual_norm", 0.0)
         shrink = min(1.0, self.projection.limiter * last / size) if last > 0 and size > 0 else 1.0
         if size * shrink > 0 and math.isfinite(size):
@@ -471,6 +509,8 @@ class Projected:
 
     def _back(self, weight, update, packed, decay, alpha, residual=None, scales=None):
         rows, columns = self.grad.shape
+        if not rows * columns:
+            return
         target, stored = None, weight
         if isinstance(weight, QuantizedWeight):
             stored = (weight.codes, weight.scales, weight.zeros if weight.format.has_zero_point else None, weight.format.code, weight.format.block)
@@ -479,7 +519,7 @@ class Projected:
             stored = (target, None, None, float_code(weight.dtype), 0)
         project_back(*stored, columns, update.contiguous(), *packed, self.left, torch.tensor([decay, alpha], dtype=torch.float32, device="cpu"),
                      torch.tensor([self.group["seed"], self.item.step], dtype=torch.int64, device="cpu"),
-                     philox.stream(self.state["rng_id"], "weight"), residual, scales)
+                     philox.stream(self.state["rng_id"], "weight"), residual, scales, self.item.offset)
         if target is not None and target is not weight:
             weight.copy_(target)
 

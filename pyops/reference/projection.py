@@ -26,7 +26,7 @@ def project(grad, codes, scales, zeros, code, block, left):
 
 
 def project_back(weight, weight_scales, weight_zeros, weight_code, weight_block, columns, update, codes, scales, zeros, code, block,
-                 left, scalars, key, stream, residual=None, residual_scales=None):
+                 left, scalars, key, stream, residual=None, residual_scales=None, first=0):
     """See gradmill.ops.projection.project_back."""
     format = Format(weight_code, weight_block)
     decay, alpha = scalars.tolist()
@@ -39,7 +39,7 @@ def project_back(weight, weight_scales, weight_zeros, weight_code, weight_block,
     new = old * decay + alpha * back
     if residual is not None:
         new = new + residual_scales[None if left else ..., ... if left else None] * residual.to(torch.float32)
-    optim.write(matrix, weight_scales, weight_zeros, format, new, rounding, stream, old=old)
+    optim.write(matrix, weight_scales, weight_zeros, format, new, rounding, stream, old=old, first=first)
 
 
 def random_basis(rank, d, key, stream):
