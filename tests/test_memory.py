@@ -1,5 +1,7 @@
 """gradmill memory: the plan against what weights, gradients and a stepped optimizer really hold."""
 import json
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -108,3 +110,14 @@ def test_unknown_names_list_the_choices():
         memory.plan("llama-60m", "adamw", weights="int3")
     with pytest.raises(ValueError, match="needs one"):
         memory.make_optimizer(memory.build(SMALL), "qgalore")
+
+
+def test_the_papers_table_and_picture(tmp_path, monkeypatch):
+    """bench/memory.py, for one small model."""
+    monkeypatch.setattr(memory, "LLAMA", {"llama-60m": SMALL})
+    script = Path(__file__).resolve().parent.parent / "bench" / "memory.py"
+    runpy.run_path(str(script))["main"](["--out", str(tmp_path)])
+    plan = memory.plan("llama-60m", "qgalore", weights="int8", release_gradients=True)
+    text = (tmp_path / "memory.md").read_text()
+    assert f"{plan.bytes_per_parameter:.2f} ({plan.total_bytes / 1e9:.2f})" in text and "(paper 0.24)" in text
+    assert (tmp_path / "memory.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

@@ -89,7 +89,7 @@ def samples():
     yield "project", (torch.randn(12, 9).half(), *packed, "uint4", 4, True)
     yield "project_back", back_arguments()
     yield "project_back", back_arguments("uint8", True)
-    yield "project_back", (*back_arguments("uint8", True), torch.randn(10, 12), torch.randn(12))
+    yield "project_back", (*back_arguments("uint8", True), torch.randn(10, 12), torch.randn(12), 24)
     for param, state, rule in (("fp32", "fp32", "adamw"), ("bf16", "int8", "adamw_amsgrad"), ("uint8", "int8", "lion"), ("int8", "bf16", "adamw"), ("bf16", "fp32", "sgd"), ("fp32", "int8", "diffgrad")):
         yield "fused_step", tuple(step_arguments(param, state, rule).values())
     step = step_arguments("fp32", "int8")

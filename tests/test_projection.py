@@ -110,9 +110,9 @@ def values(weight, code, block, columns):
     return codes.float()
 
 
-def back(weight, code, block, columns, update, packed, basis, left, decay, alpha, k, stream_word=0, residual=None, scales=None):
+def back(weight, code, block, columns, update, packed, basis, left, decay, alpha, k, stream_word=0, residual=None, scales=None, first=0):
     weight = tuple(None if t is None else t.clone() for t in weight)
-    project_back(*weight, code, block, columns, update, *packed, *basis, left, torch.tensor([decay, alpha]), k, stream_word, residual, scales)
+    project_back(*weight, code, block, columns, update, *packed, *basis, left, torch.tensor([decay, alpha]), k, stream_word, residual, scales, first)
     return weight
 
 
@@ -162,6 +162,18 @@ def test_project_back_exact_products_give_the_references_bits(code, block):
                         with running(variant), threads(count):
                             got = back(w0, code, block, n, update, packed, ("uint4", 32), left, 1.0, 0.25, key(11, 12), 3 << 8, *extra)
                         assert_same_bits(got, want, f"{variant} {m}x{n} left {left} threads {count} residual {bool(extra)}")
+
+
+@pytest.mark.parametrize("code, block", WEIGHTS)
+def test_project_back_of_a_shards_rows_is_that_part_of_the_whole(code, block):
+    for m, n, start in [(7, 33, 3), (66, 129, 65), (40, 300, 1)]:
+        packed, update, w0 = quantize(basis_rows(4, n), "uint4", 32), torch.randn(m, 4), stored(torch.randn(m, n), code, block)
+        part = tuple(None if t is None else t[start:].contiguous() for t in w0)
+        for variant in ("reference", *LEVELS):
+            with running(variant):
+                want = back(w0, code, block, n, update, packed, ("uint4", 32), False, 0.9, 0.25, key(11, 12), 3 << 8)
+                got = back(part, code, block, n, update[start:].contiguous(), packed, ("uint4", 32), False, 0.9, 0.25, key(11, 12), 3 << 8, first=start * n)
+            assert_same_bits(got, tuple(None if t is None else t[start:] for t in want), f"{variant} {m}x{n}")
 
 
 def test_project_back_adds_the_residual_by_hand():
