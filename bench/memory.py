@@ -38,7 +38,7 @@ def picture(plans) -> bytes:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10.5, 5), dpi=110, layout="constrained", facecolor="white")
-    panels = figure.subplots(1, len(memory.LLAMA), sharey=True)
+    (panels,) = figure.subplots(1, len(memory.LLAMA), sharey=True, squeeze=False)
     names = list(CONFIGURATIONS)[::-1]
     for axes, model in zip(panels, memory.LLAMA):
         left = [0.0] * len(names)
