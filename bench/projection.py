@@ -2,11 +2,13 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import torch
 
 import gradmill
 from gradmill import ops
+from gradmill.optim.projection import Projection, dct_vectors, find_basis
 from gradmill.weight import QuantizedWeight
 
 from .quant import torch_zero_point
@@ -120,6 +122,53 @@ def refresh(ctx):
     return Bench(f"subspace refresh {side}x{side}, rank {rank}, from the last basis", work, [
         ours(lambda: lambda i: from_last()), ours(lambda: lambda i: from_random(), "gradmill, first basis (random start)"),
         baseline("torch.linalg.svd", lambda: lambda i: svd()), rival("torch.svd_lowrank(niter=2)", lambda: lambda i: lowrank())], notes)
+
+
+@case("projection", goal=("torch", 20))
+def dct_columns(ctx):
+    """The columns of the DCT matrix with the largest norms, by a fast transform, and R in them."""
+    rows, side, rank = ctx.pick((4096, 1024, 128), (256, 128, 32))
+    grad, projection = ctx.rotate(lambda: ctx.randn(rows, side)), Projection(rank, "dct")
+    matrix = ctx.once(lambda: dct_vectors(torch.arange(side), side).t().contiguous())
+
+    def by_matmul(i):
+        transformed = grad(i) @ matrix()
+        return transformed.index_select(1, transformed.abs().sum(0).topk(rank).indices)
+    work = Work(4.0 * rows * (2 * side + rank), 2.5 * rows * side * math.log2(side), "fp32")
+    return Bench(f"DCT columns of {rows}x{side}, rank {rank}", work, [
+        ours(lambda: lambda i: find_basis(projection, grad(i), False, rank, None, 0, 1, 0)),
+        baseline("torch.linalg.svd", lambda: lambda i: torch.linalg.svd(grad(i), full_matrices=False)[2][:rank]),
+        rival("torch matmul with the DCT matrix", lambda: by_matmul)])
+
+
+@case("projection", goal=("torch", 1 / 1.5))
+def galore_step(ctx):
+    """GaLoreAdamW's step between refreshes, INT4 basis, against the two products that it cannot do without."""
+    rows, side, rank = ctx.pick((1024, 4096, 128), (128, 256, 32))
+    grad = ctx.rotate(lambda: ctx.randn(rows, side))
+
+    def make_ours(cls, **options):
+        def make():
+            p = torch.nn.Parameter(ctx.randn(rows, side))
+            optimizer = cls([p], lr=1e-3, **{"rank": rank, **options})
+            p.grad = grad(0)
+            optimizer.step()
+
+            def run(i):
+                p.grad = grad(i)
+                optimizer.state[p]["next_refresh"] = 1 << 60
+                optimizer.step()
+            return run
+        return make
+
+    def pair():
+        basis = torch.linalg.qr(ctx.randn(rows, rank)).Q
+        return lambda i: basis @ (basis.t() @ grad(i))
+    work = Work(4.0 * rows * side * 3 + 8.0 * rank * side, 4.0 * rows * side * rank, "fp32")
+    optim = gradmill.optim
+    return Bench(f"GaLore step {rows}x{side}, rank {rank}, between refreshes", work, [
+        ours(make_ours(optim.GaLoreAdamW, basis="subspace", bits=4)), ours(make_ours(optim.FiraAdamW), "gradmill, Fira"),
+        ours(make_ours(optim.FrugalAdamW, rank=0.25), "gradmill, FRUGAL on coordinates"), baseline("two fp32 products, no step", pair)])
 
 
 # --- Q-GaLore ---------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from gradmill.optim._base import Item
 from gradmill.optim.projection import Projected, Projection, find_basis
 
 WIDTH, DEPTH, BATCH, SEQ = 128, 2, 8, 64
-RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 TUNED_ON = 100   # a seed
 
 

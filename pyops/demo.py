@@ -76,7 +76,7 @@ OPTIMIZERS = {
     "adam": Choice("Adam", TORCH_LR, _adam, decay=0.0),
     "adabelief": Choice("AdaBelief", TORCH_LR, _adam),
     "diffgrad": Choice("DiffGrad", TORCH_LR, _adam, decay=0.0),
-    "grams": Choice("Grams", TORCH_LR, _adam),
+    "grams": Choice("Grams", 1.5e-3, _adam),
     "stablespam": Choice("StableSPAM", TORCH_LR, _adam),
     "swats": Choice("SWATS", TORCH_LR, {**_adam, "tolerance": 1e-5}, decay=0.0),
     "step": Choice("STEPAdam", TORCH_LR, _adam),
@@ -92,7 +92,7 @@ OPTIMIZERS = {
     "muon": Choice("Muon", 1e-2, matrices=True),
     "auon": Choice("AuON", 0.24, matrices=True, decay=0.0),
     "hybridauon": Choice("HybridAuON", 0.24, matrices=True, decay=0.0),
-    "fedspeed": Choice("FedSpeed", 0.3, decay=0.0, packed=False),
+    "fedspeed": Choice("FedSpeed", 0.1, decay=0.0, packed=False),
     "vrgd": Choice("VRGD", TORCH_LR, inner=_adam),
     "xgrad": Choice("XGrad", TORCH_LR, {"decoupled": True}, inner=_adam, packed=False),
 }
