@@ -102,7 +102,7 @@ def test_version_and_help(capsys):
 @pytest.mark.parametrize("arguments, named", [
     (["fly"], "fly"),
     (["demo", "--recipe", "int3"], "int8_weights"),
-    (["demo", "--optimizer", "sgd"], "qgalore"),
+    (["demo", "--optimizer", "nadam"], "qgalore"),
     (["demo", "--device", "tpu"], "cuda"),
     (["demo", "--steps", "many"], "many"),
 ])

@@ -196,7 +196,7 @@ class FusedOptimizer(Optimizer):
     ``grad_norm`` holds the norm found) and ``on_nonfinite``: where any gradient holds a nan or an inf, "propagate" steps as
     torch does, "skip" does nothing, "raise" raises FloatingPointError naming the parameter, with nothing changed.
 
-    DTensor parameters (``fully_shard``) step their local rows; random bits and blocks are those of the whole tensor.
+    DTensor parameters (``fully_shard``) step their local rows, projected ones too; random bits and blocks are those of the whole tensor.
     """
 
     steps_shards = True  #: False in a subclass whose step is not a function of each row and of norms that ``measured`` takes

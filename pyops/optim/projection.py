@@ -30,6 +30,9 @@ class Projection:
     """How a matrix gradient G (rows, columns) is projected: R = G B^T or B G with B (rank, side), the rule steps on R, and
     W <- W + scale * (its update projected back) + the residual's step.
 
+    Of a DTensor (FSDP2) every process keeps the whole basis and steps its rows of the weight; a refresh gathers the gradient. Projected to the right,
+    R's rows and its states are sharded as the weight's; to the left R is summed over the processes, and its states are whole.
+
     Sources: Zhao et al., "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection"; Zhang et al., "Q-GaLore";
     Chen et al., "Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank Constraint?"; Zmushko et al., "FRUGAL"; Modoranu
     et al., "SVD-Free Low-Rank Adaptive Gradient Optimization" (dct).
@@ -60,7 +63,7 @@ class Projection:
         background: 0 computes a new basis within the step whose gradient it comes from; k, less than ``refresh_every``, beside the
             next k steps, on a thread (and on CUDA a stream) of its own: they use the old basis, and the k-th, once it has
             the new one, takes it. So results depend on k, not on how long it took. The first basis is always computed in its
-            step. For svd, subspace and dct.
+            step. A copy of the gradient lives as long; what fails is raised by the step that waits. For svd, subspace and dct.
 
     Raises:
         ValueError: for values out of range.
