@@ -27,7 +27,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Trains one byte-level language model twice from the same seed on the same batches: with torch's layers and fused "
                     "AdamW, and with gradmill. Prints a table side by side and writes demo.json and demo.png. Ctrl-C keeps what "
                     "was measured.")
-    demo.add_argument("--recipe", choices=recipe_names(), default=d.recipe, help="gradmill's matmuls and weights (default %(default)s)")
+    demo.add_argument("--recipe", choices=recipe_names(), help="gradmill's matmuls and weights (default int8_weights; with fedspeed and xgrad int8)")
     demo.add_argument("--optimizer", choices=list(OPTIMIZERS), metavar="NAME", default=d.optimizer,
                       help=f"gradmill's optimizer (default %(default)s): {', '.join(OPTIMIZERS)}")
     demo.add_argument("--no-baseline", dest="baseline", action="store_false", help="leave out torch's half")

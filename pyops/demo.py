@@ -109,7 +109,7 @@ class Options:
     steps: int = 400
     device: str = "auto"
     seed: int = 0
-    recipe: str = "int8_weights"
+    recipe: str | None = None          # None: int8_weights, or int8 for an optimizer that steps no quantised weights
     optimizer: str = "qgalore"
     lr: float | None = None            # None: that of OPTIMIZERS
     baseline_lr: float | None = None   # None: TORCH_LR
@@ -137,13 +137,13 @@ class Options:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise DemoError(f"--{name.replace('_', '-')} is {value}; it must be positive")
-        if self.recipe not in recipe_names():
+        if self.recipe is not None and self.recipe not in recipe_names():
             raise DemoError(f"--recipe is {self.recipe!r}; it must be one of {', '.join(recipe_names())}")
         if self.optimizer not in OPTIMIZERS:
             raise DemoError(f"--optimizer is {self.optimizer!r}; it must be one of {', '.join(OPTIMIZERS)}")
         choice = OPTIMIZERS[self.optimizer]
         if self.recipe == "int8_weights" and not choice.packed:
-            raise DemoError(f"--optimizer {self.optimizer} does not step quantised weights; give another --recipe than int8_weights: int8 or none, say")
+            raise DemoError(f"--optimizer {self.optimizer} does not step quantised weights; give another --recipe: int8 or none, say")
         if choice.cls == "VRGD" and self.batch < 2:
             raise DemoError("--batch is 1; --optimizer vrgd needs at least 2, to compare the gradients of a batch's parts")
         if self.device not in ("auto", "cpu", "cuda"):
@@ -152,7 +152,8 @@ class Options:
             raise DemoError("--device cuda, but torch sees no CUDA device here"
                             + ("" if torch.version.cuda else f" (torch {torch.__version__} is a CPU build)"))
         device = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
-        return replace(self, device=device, lr=self.lr or choice.lr, baseline_lr=self.baseline_lr or TORCH_LR)
+        recipe = self.recipe or ("int8_weights" if choice.packed else "int8")
+        return replace(self, device=device, recipe=recipe, lr=self.lr or choice.lr, baseline_lr=self.baseline_lr or TORCH_LR)
 
 
 def recipe_names() -> list[str]:

@@ -102,8 +102,7 @@ def test_every_optimizer_steps_as_it_wants_to(name, text, monkeypatch):
     """Its class over every parameter, its gradients and states counted, and on one batch again and again the loss falls."""
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)  # the half is in this process
     choice = demo.OPTIMIZERS[name]
-    recipe = "int8_weights" if choice.packed else "int8"
-    half = demo.Half("gradmill", options(text, "-", optimizer=name, recipe=recipe, steps=60, batch=4).checked(), *demo.read_text(str(text))[:2])
+    half = demo.Half("gradmill", options(text, "-", optimizer=name, steps=60, batch=4).checked(), *demo.read_text(str(text))[:2])
     held = half.model.head.weight.detach().clone()
     monkeypatch.setattr(half, "_windows", functools.cache(lambda *_: demo.Half._windows(half, half.train, torch.tensor([0, 40, 80, 120]))))
     losses = [half.step()[0] for _ in range(12)]
@@ -189,7 +188,7 @@ def test_one_file_is_split_at_its_tail(tmp_path):
     (dict(steps=0), "--steps"), (dict(batch=0), "--batch"), (dict(width=100), "--width"), (dict(threads=0), "--threads"),
     (dict(lr=-1.0), "--lr"), (dict(baseline_lr=math.inf), "--baseline-lr"), (dict(seed=-1), "--seed"),
     (dict(recipe="int3"), "int8_weights"), (dict(optimizer="nadam"), "qgalore"), (dict(device="tpu"), "cuda"),
-    (dict(optimizer="fedspeed"), "--recipe"), (dict(optimizer="xgrad"), "quantised weights"), (dict(optimizer="vrgd", batch=1), "--batch"),
+    (dict(optimizer="fedspeed", recipe="int8_weights"), "--recipe"), (dict(optimizer="xgrad", recipe="int8_weights"), "quantised weights"), (dict(optimizer="vrgd", batch=1), "--batch"),
     (dict(seq=100_000), "too little text"),
 ])
 def test_errors_name_what_was_wrong(more, named, text, tmp_path):
