@@ -45,6 +45,8 @@ METHODS = {
     "Q-GaLore over INT8 weights": (choice("QGaLoreAdamW"), "GaLore: SVD", "int8_weights"),
     "Fira": (choice("FiraAdamW"), None, "none"),
     "FRUGAL: coordinates": (choice("FrugalAdamW"), None, "none"),
+    "FRUGAL: coordinates, every 100 steps": (choice("FrugalAdamW", refresh_every=100), "FRUGAL: coordinates", "none"),
+    "FRUGAL: power iteration": (choice("FrugalAdamW", basis="subspace", bits=32), "FRUGAL: coordinates", "none"),
     "DCT": (choice("DCTAdamW"), None, "none"),
 }
 
@@ -159,7 +161,7 @@ def main(argv=None):
     lines = [
         "# Training through projections", "",
         f"The demo's language model (width {WIDTH}, {DEPTH} blocks, 0.5 million parameters), {args.steps} steps of {BATCH} x {SEQ} bytes, warm-up and cosine; rank a "
-        f"quarter of the width, scale 1, a refresh every {REFRESH_EVERY} steps (DCT: every step); the embedding, the head and the norms take plain steps. "
+        f"quarter of the width, scale 1, a refresh every {REFRESH_EVERY} steps unless it says otherwise (DCT: every step); the embedding, the head and the norms take plain steps. "
         f"Validation loss over {demo.VALIDATION_WINDOWS} held-out windows: mean of seeds 0 to {args.seeds - 1}, in brackets the lowest and the highest. Off: over full-rank "
         "AdamW's of the same seed, less 1. CPU time of the optimizer's step alone, one thread, refreshes included.", "",
         "| method | loss | off | bytes of state | of AdamW's | CPU ms a step | peak rate |", "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
@@ -172,7 +174,7 @@ def main(argv=None):
     lines += ["", "Seed by seed:", "",
               verdict(results, "GaLore: power iteration, INT4 basis", "GaLore: power iteration", 0.01),
               verdict(results, "GaLore: power iteration", "GaLore: SVD", 0.01),
-              *(verdict(results, name, "GaLore: SVD") for name in ("Fira", "FRUGAL: coordinates", "DCT")), "",
+              *(verdict(results, name, "GaLore: SVD") for name in list(METHODS)[6:]), "",
               f"Rates tried, with the validation loss at seed {TUNED_ON}:", "",
               "| method | " + " | ".join(f"{lr:g}" for lr in RATES) + " |", "| --- |" + " ---: |" * len(RATES),
               *(f"| {name} | " + " | ".join(f"{losses[lr]:.4f}" for lr in RATES) + " |" for name, losses in rates.items())]
