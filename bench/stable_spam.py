@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from gradmill import demo
 
 RECIPES, OPTIMIZERS, RATES = ("none", "int4", "fp4"), ("adamw", "stablespam"), (7e-4, 3e-3, 1e-2, 3e-2)
-WIDTH, DEPTH, STEPS, BEFORE, RISE = 96, 2, 160, 10, 0.3
+WIDTH, DEPTH, STEPS, BEFORE, RISE = 64, 2, 160, 10, 0.3
 
 
 def run(recipe: str, optimizer: str, rate: float, seed: int, steps: int = STEPS) -> dict[str, float]:
