@@ -28,14 +28,15 @@ struct Table {
   const OptimKernels* optim;
   const ProjectionKernels* projection;
   const BinaryKernels* binary;
+  const CodebookKernels* codebook;
 };
 const char* const kLevelNames[] = {"portable", "avx2", "avx512", "avx512_vnni"};
 const Table kTables[] = {
-    {&quant_portable, &matmul_portable, &conv_portable, &optim_portable, &projection_portable, &binary_portable},
+    {&quant_portable, &matmul_portable, &conv_portable, &optim_portable, &projection_portable, &binary_portable, &codebook_portable},
 #if defined(__x86_64__)
-    {&quant_avx2, &matmul_avx2, &conv_avx2, &optim_avx2, &projection_avx2, &binary_avx2},
-    {&quant_avx512, &matmul_avx512, &conv_avx512, &optim_avx512, &projection_avx512, &binary_avx512},
-    {&quant_avx512, &matmul_avx512_vnni, &conv_avx512, &optim_avx512, &projection_avx512, &binary_avx512},
+    {&quant_avx2, &matmul_avx2, &conv_avx2, &optim_avx2, &projection_avx2, &binary_avx2, &codebook_portable},
+    {&quant_avx512, &matmul_avx512, &conv_avx512, &optim_avx512, &projection_avx512, &binary_avx512, &codebook_portable},
+    {&quant_avx512, &matmul_avx512_vnni, &conv_avx512, &optim_avx512, &projection_avx512, &binary_avx512, &codebook_portable},
 #endif
 };
 
@@ -225,6 +226,20 @@ void matmul_tenants(int device, uint64_t stream, int64_t m, int64_t n, int64_t k
   GM_RUN(cpu().binary->tenants(args), cuda::matmul_tenants(args, launch))
 }
 
+// Training of codebooks: on CUDA torch does both.
+void codebook_sums(const MatrixTuple& w, uint64_t dw, int64_t groups, uint64_t sums) {
+  BookSumsArgs args{matrix(w), pointer<const float>(dw), groups, pointer<double>(sums)};
+  py::gil_scoped_release release;
+  cpu().codebook->sums(args);
+}
+
+void move_indices(const MatrixTuple& w, uint64_t fractions, uint64_t dw, uint64_t rates, const KeyTuple& key, uint64_t first) {
+  BookMoveArgs args{matrix(w), pointer<int8_t>(fractions), pointer<const float>(dw), pointer<const float>(rates), make_key(key)};
+  args.key.first = first;
+  py::gil_scoped_release release;
+  cpu().codebook->move(args);
+}
+
 void project(int device, uint64_t stream, int64_t m, int64_t n, uint64_t grad, int grad_code, const MatrixTuple& basis, bool left, uint64_t out) {
   ProjectArgs args{m, n, pointer(grad), grad_code, matrix(basis), left, pointer<float>(out)};
   GM_RUN(cpu().projection->project(args), cuda::project(args, launch))
@@ -328,6 +343,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("pack_bits", &pack_bits);
   m.def("matmul_binary", &matmul_binary);
   m.def("matmul_tenants", &matmul_tenants);
+  m.def("codebook_sums", &codebook_sums);
+  m.def("move_indices", &move_indices);
   m.def("project", &project);
   m.def("project_back", &project_back);
   m.def("advance", &advance);

@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from gradmill.formats import CODES
-from gradmill.kernels import binary, grouped, matmul, optim, projection, quant
+from gradmill.kernels import binary, codebook, grouped, matmul, optim, projection, quant
 from gradmill.kernels._common import INTERPRETING, warps_for
 from gradmill.optim.rules import RULES
 
@@ -86,6 +86,7 @@ def variants():
     yield from _grouped()
     yield from _projection()
     yield from _binary()
+    yield from _codebook()
 
 
 def _quant():
@@ -256,6 +257,16 @@ def _binary():
         yield Variant(f"matmul_tenants {x}", binary.tenants_kernel, {"x": f"*{'i16' if x == 'bf16' else x}", "base": f"*{'i16' if x == 'bf16' else x}", "bits": "*u8",
                                                                       "alphas": "*fp32", "tenants": "*i64", "out": f"*{x}"},
                       {"OUT": CODES[x], "BN": 64, "BK": 16}, everywhere=x == "fp32")
+
+
+def _codebook():
+    for bits, x, m, transpose in ((4, "bf16", 16, False), (3, "fp32", 4096, False), (8, "fp16", 4096, True), (5, "bf16", 4096, True), (1, "fp32", 16, False)):
+        for target in TARGETS:
+            tiles = _tiles(*matmul.choose(matmul.FP32_TILES if x == "fp32" else matmul.GATHER_TILES, target, m))
+            yield Variant(f"matmul_codebook {x} {bits} bits{' transposed' * transpose} m {m}", codebook.codebook_kernel,
+                          {"x": f"*{x}", "indices": "*u8", "codebooks": "*fp32", "row_groups": "*u8", "bias": "*fp32", "out": f"*{x}"},
+                          {"BITS": bits, "X": CODES[x], "OUT": CODES[x], "HAS_BIAS": m == 16, "TRANSPOSE": transpose, "stride_xk": 1, **tiles.pop("constants")},
+                          {} if x == "fp32" else {target: MATRIX[target]}, **tiles, odd=("bytes",), only=target, everywhere=x == "bf16")
 
 
 def resources(compiled, target: str) -> str:

@@ -10,12 +10,12 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 from typing import Callable, Iterable
 
 import torch
 
+from gradmill._files import read_layers, write_layers
 from gradmill.nn.bit_delta import BitDeltaLinear, serving
 from gradmill.optim._base import CheckpointError
 
@@ -158,21 +158,11 @@ def tenant_bytes(model: torch.nn.Module) -> int:
 def save(model: torch.nn.Module, path: str | os.PathLike):
     """Writes a compressed model without its base: bits, scales and biases of every BitDelta layer, and its other parameters and buffers as they are.
     A safetensors file, ``gradmill_format`` in its metadata; written under a temporary name, then renamed."""
-    from safetensors.torch import save_file
-
     layers = _layers(model)
     if not layers:
         raise ValueError("model has no BitDeltaLinear; it must come from gradmill.bitdelta.compress")
     base = {f"{name}.{part}" for name in layers for part in ("weight", "bias")}
-    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items() if k not in base}
-    path = os.fspath(path)
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        save_file(tensors, temporary, {"gradmill_format": FORMAT, "layers": json.dumps({n: tuple(layer.weight.shape) for n, layer in layers.items()})})
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+    write_layers(path, FORMAT, {k: v for k, v in model.state_dict().items() if k not in base}, {n: tuple(layer.weight.shape) for n, layer in layers.items()})
 
 
 def load(base: torch.nn.Module, path: str | os.PathLike) -> torch.nn.Module:
@@ -181,21 +171,7 @@ def load(base: torch.nn.Module, path: str | os.PathLike) -> torch.nn.Module:
     Raises:
         gradmill.CheckpointError: if the file is not one of these, or does not fit ``base``.
     """
-    from safetensors import safe_open
-
-    try:
-        with safe_open(os.fspath(path), "pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("gradmill_format") != FORMAT:
-                raise CheckpointError(f"{path}: gradmill_format is {metadata.get('gradmill_format')!r}; this gradmill reads {FORMAT!r}")
-            tensors = {k: file.get_tensor(k) for k in file.keys()}
-    except FileNotFoundError:
-        raise
-    except Exception as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from None
-    names = json.loads(metadata["layers"])
+    tensors, names = read_layers(path, FORMAT)
     modules = dict(base.named_modules())
     for name, shape in names.items():
         if type(modules.get(name)) is not torch.nn.Linear or list(modules[name].weight.shape) != shape:

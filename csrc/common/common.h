@@ -45,6 +45,8 @@ enum Code : int {
   kF16Plus8 = 23,    // the nearest float16 and the 8 bits that follow
   kF16Plus16 = 24,   // 16 bits: fp32 exactly from 2^-17 up to 65504
   kSign = 25,    // one bit, 1 = negative, lowest bits first; a scale per row; made by pack_signs, not by quantize
+  kBook = 64,    // kBook + bits, 1 to 8: indices, a row is one little-endian stream of them, into codebooks of 2^bits floats, which stand
+                 // in Matrix::scales; Matrix::zeros says for each row which. Operands of matmul_packed only: not in pyops/formats.py
 };
 
 // What an int4 block with outliers keeps in Matrix::zeros, 12 bytes a block.
@@ -85,6 +87,7 @@ GM_HD float bits_float(uint32_t u) {
 #endif
 }
 
+GM_HD bool is_book(int code) { return code > kBook; }
 GM_HD bool is_split(int code) { return code >= kBF16Plus8 && code <= kF16Plus16; }
 GM_HD bool is_blocked(int code) { return code >= kInt8 && code != kDelta && !is_split(code); }  // has scales
 GM_HD bool has_zero_point(int code) { return code == kUInt8 || code == kUInt4 || code == kUInt3 || code == kUInt2; }
@@ -92,6 +95,7 @@ GM_HD bool is_square(int code) { return code == kSquare8 || code == kSquare4; } 
 GM_HD bool is_offset_float(int code) { return is_square(code) || code == kMoment8 || code == kMoment4; }
 GM_HD int code_bits(int code) {
   if (code == kF32 || code == kDelta) return 32;
+  if (is_book(code)) return code - kBook;
   if (code == kBF16 || code == kF16 || is_split(code)) return 16;
   if (code == kInt4 || code == kUInt4 || code == kE2M1 || code == kInt4Outlier || code == kMoment4 || code == kSquare4) return 4;
   if (code == kSign) return 1;

@@ -23,6 +23,7 @@
 #include <omp.h>
 #include <stdlib.h>
 
+#include "book.h"
 #include "kernels.h"
 #include "simd.h"
 #include "tile.h"
@@ -167,6 +168,10 @@ struct FloatReader {
     float* out = reinterpret_cast<float*>(buffer);
     if (!is_blocked(m.code)) {
       decode_floats(m.code, codes, n, out);
+      return buffer;
+    }
+    if (is_book(m.code)) {
+      decode_book(m, row, from, n, out);
       return buffer;
     }
     for (int64_t at = from, end = from + n; at < end;) {

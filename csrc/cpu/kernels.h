@@ -206,6 +206,23 @@ struct TenantsArgs {
   int out_code;
 };
 
+// Training of a codebook weight (kBook), of which `w` is a run of rows: dw (w.rows x w.cols) is those rows' dense gradient.
+// sums: sums[book, index] += the dw at that index, for groups x 2^bits.
+struct BookSumsArgs {
+  Matrix w;
+  const float* dw;
+  int64_t groups;
+  double* sums;
+};
+// Moves indices: an index and its int8 fraction, in 256ths, are one fixed-point number, from which rate * dw * weight(distance) is
+// subtracted, rounded stochastically with `key`; csrc/cpu/codebook.cpp has the formula.
+struct BookMoveArgs {
+  Matrix w;
+  int8_t* fractions;  // w.rows x w.cols
+  const float *dw, *rates;  // rates: a row's
+  Key key;
+};
+
 // Gradient projection. The basis B is (rank x d), its rows the basis vectors.
 //   side right: grad (m x d), out (m x rank) = grad B^T;   side left: grad (d x n), out (rank x n) = B grad
 struct ProjectArgs {
@@ -311,6 +328,10 @@ struct BinaryKernels {
   void (*matmul)(const BinaryMatmulArgs&);
   void (*tenants)(const TenantsArgs&);
 };
+struct CodebookKernels {
+  void (*sums)(const BookSumsArgs&);
+  void (*move)(const BookMoveArgs&);
+};
 struct OptimKernels {
   void (*step)(const StepArgs&);
   void (*measure)(const MeasureArgs&);
@@ -330,7 +351,8 @@ enum Level : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Vnni = 3 };
   extern const ConvKernels conv_##level;               \
   extern const OptimKernels optim_##level;             \
   extern const ProjectionKernels projection_##level;   \
-  extern const BinaryKernels binary_##level;
+  extern const BinaryKernels binary_##level;           \
+  extern const CodebookKernels codebook_##level;
 GM_DECLARE(portable)
 GM_DECLARE(avx2)
 GM_DECLARE(avx512)

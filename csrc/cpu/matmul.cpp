@@ -430,6 +430,63 @@ void gemv_fields(const PackedMatmulArgs& p, const float* x, const StoreFloats& e
     else Dot::template dot<4>(p, x, y, block_sums, j, out, stride);
   });
 }
+
+// Codebooks. 4-bit indices are used as they lie: lane l of a vector of 32-bit words has numbers 8 l to 8 l + 7 of a span of 8 W, so that a
+// shift brings the next W of them to the bottom; x is put into that order, y, once for all rows of w. For W weights of 4 bits a
+// shift, a permutation and an fma with AVX-512; with AVX2 another permutation, a shift and a blend.
+template <int BITS, int ROWS>
+void dot_book_row(const PackedMatmulArgs& p, const float* x, const float* y, int64_t j, float* sums, int64_t stride) {
+  constexpr int vectors = ROWS <= 2 ? 4 : 2, bytes = W * BITS / 8, span = 8 * W;
+  const int64_t k_end = p.w.cols, whole = whole_vectors<BITS>(p.w, j, 0, k_end);
+  const float* const table = book_of(p.w, j);
+  const uint8_t* const indices = reinterpret_cast<const uint8_t*>(tile_address(p.w, j, 0));
+  const Lookup<BITS> lookup(table);
+  vf acc[ROWS][vectors];
+  for (int r = 0; r < ROWS; ++r)
+    for (int v = 0; v < vectors; ++v) acc[r][v] = zero();
+  int64_t k = 0;
+  if constexpr (BITS == 4)
+    for (; k + span <= k_end; k += span) {
+      const vu words = (vu)load_int(indices + k / 2);
+#pragma GCC unroll 8
+      for (int f = 0; f < 8; ++f) {
+        const vf value = lookup((vi)(words >> 4 * f));
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; ++r) acc[r][f % vectors] = fma(load(y + r * k_end + k + f * W), value, acc[r][f % vectors]);
+      }
+    }
+  for (; k + vectors * W <= whole; k += vectors * W)
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) {
+      const vf value = lookup(read_indices<BITS>(indices + k * BITS / 8 + v * bytes));
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r) acc[r][v] = fma(load(x + r * k_end + k + v * W), value, acc[r][v]);
+    }
+  for (int r = 0; r < ROWS; ++r) {
+    for (int v = 1; v < vectors; ++v) acc[r][0] = add(acc[r][0], acc[r][v]);
+    sums[r * stride] = sum(acc[r][0]);
+    for (int64_t i = k; i < k_end; ++i) sums[r * stride] += x[r * k_end + i] * table[book_index<BITS>(indices, i)];
+  }
+}
+
+void gemv_book(const PackedMatmulArgs& p, const float* x, const StoreFloats& epilogue) {
+  constexpr int64_t span = 8 * W;
+  const int bits = p.w.code - kBook;
+  Scratch ordered(bits == 4 ? p.x.rows * p.w.cols : 0);
+  float* const y = reinterpret_cast<float*>(ordered.data);
+  for (int64_t r = 0; r < p.x.rows && bits == 4; ++r)
+    for (int64_t k = r * p.w.cols; k + span <= (r + 1) * p.w.cols; k += span)
+      for (int64_t i = 0; i < span; ++i) y[k + i] = x[k + i % W * 8 + i / W];
+  with_bits(bits, [&](auto b) {
+    constexpr int BITS = decltype(b)::value;
+    each_row(p, epilogue, [&](int64_t j, float* sums, int64_t stride) {
+      if (p.x.rows == 1) dot_book_row<BITS, 1>(p, x, y, j, sums, stride);
+      else if (p.x.rows == 2) dot_book_row<BITS, 2>(p, x, y, j, sums, stride);
+      else if (p.x.rows == 3) dot_book_row<BITS, 3>(p, x, y, j, sums, stride);
+      else dot_book_row<BITS, 4>(p, x, y, j, sums, stride);
+    });
+  });
+}
 #endif
 
 // Few rows: all there is to do, and true.
@@ -442,6 +499,10 @@ bool few_packed_rows(const PackedMatmulArgs& p) {
     Scratch scratch(p.x.rows * k);
     float* const floats = reinterpret_cast<float*>(scratch.data);
     decode_floats(p.x.code, p.x.codes, p.x.rows * k, floats);
+    if (is_book(p.w.code)) {
+      gemv_book(p, floats, epilogue);
+      return true;
+    }
     switch (p.w.code) {
       case kInt4: gemv_fields<4, true>(p, floats, epilogue); return true;
       case kUInt4: gemv_fields<4, false>(p, floats, epilogue); return true;

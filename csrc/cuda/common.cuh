@@ -198,7 +198,7 @@ __device__ __forceinline__ void encode_all(const float (&x)[kChunk], Block b, bo
 }
 
 // The codes of n elements at p as integers; the rest 0. A chunk of 2- or 4-bit codes fills one or two bytes; of 3-bit
-// codes 12 bits, which start in the middle of a byte where `shift` is 4.
+// codes 12 bits, which start in the middle of a byte where `shift` is 4, as other odd numbers of bits do.
 __device__ __forceinline__ void load_codes(int code, const uint8_t* p, int n, int (&q)[kChunk], int shift = 0) {
   const int bits = code_bits(code), bytes = (shift + n * bits + 7) / 8;
   uint32_t raw = 0;
@@ -285,8 +285,16 @@ __device__ __forceinline__ void put_outliers(const Matrix& m, int64_t row, int64
   }
 }
 
-// Where in its first byte a chunk begins: 0 but for 3-bit codes.
+// Where in its first byte a chunk begins: 0 but for odd numbers of bits.
 GM_HD int bit_offset(const Matrix& m, int64_t col) { return static_cast<int>(col * code_bits(m.code) % 8); }
+
+// A chunk of indices into a codebook.
+__device__ __noinline__ float4 book_call(int code, const uint8_t* p, int n, const float* book, int shift) {
+  int q[kChunk];
+  load_codes(code, p, n, q, shift);
+  return make_float4(book[q[0]], book[q[1]], book[q[2]], book[q[3]]);
+}
+__device__ __forceinline__ const float* book_of(const Matrix& m, int64_t row) { return m.scales + (static_cast<int64_t>(m.zeros[row]) << (m.code - kBook)); }
 
 // Any stored matrix as fp32: elements [col, col + n) of a row, the rest of x is unspecified, but 0 for n = 0. The
 // chunk starts a multiple of 4 after the start of a block, so with block % 4 == 0 it has one scale.
@@ -297,7 +305,9 @@ __device__ __forceinline__ void read_chunk(const Matrix& m, int64_t row, int64_t
   if (n > 0) {
     const uint8_t* codes = reinterpret_cast<const uint8_t*>(p);
     const int64_t first = row * blocks_in_row(m);
-    if (m.block % kChunk == 0 || m.block >= m.cols) {
+    if (is_book(m.code)) {
+      v = book_call(m.code, codes, n, book_of(m, row), bit_offset(m, col));
+    } else if (m.block % kChunk == 0 || m.block >= m.cols) {
       const int64_t at = first + divide(col, m.block);
       v = decode_call(m.code, codes, n, m.scales[at], has_zero_point(m.code) ? static_cast<int>(m.zeros[at]) : 0, bit_offset(m, col));
     } else {

@@ -219,6 +219,49 @@ bool fits_few_rows(const PackedMatmulArgs& p) {
          reinterpret_cast<uintptr_t>(p.w.codes) % 16 == 0;
 }
 
+// --- float x indices into codebooks, one to four rows -----------------------------------------------------
+// A warp takes a row of the weight: lanes read 8 indices each, `bits` bytes, and look them up; a codebook, 4 to 1024 bytes, stays in L1.
+constexpr int kBookRows = 4, kBookWarps = 4;
+
+__global__ void __launch_bounds__(kBookWarps * 32) book_rows_kernel(const __grid_constant__ PackedMatmulArgs p) {
+  const int lane = threadIdx.x % 32, bits = p.w.code - kBook;
+  const int64_t k = p.w.cols, bytes = divide_up(k * bits, 8), x_bytes = code_bits(p.x.code) / 8;
+  for (int64_t row = static_cast<int64_t>(blockIdx.x) * kBookWarps + threadIdx.x / 32; row < p.w.rows; row += static_cast<int64_t>(gridDim.x) * kBookWarps) {
+    const float* const book = book_of(p.w, row);
+    const uint8_t* const indices = static_cast<const uint8_t*>(p.w.codes) + row * bytes;
+    float sums[kBookRows] = {};
+    for (int64_t at = lane * 8; at < k; at += 32 * 8) {
+      uint64_t packed = 0;
+      for (int b = 0; b < bits; ++b)
+        if (at / 8 * bits + b < bytes) packed |= static_cast<uint64_t>(indices[at / 8 * bits + b]) << 8 * b;
+#pragma unroll
+      for (int half = 0; half < 8; half += kChunk) {
+        const int n = chunk_length(at + half, k);
+        if (n == 0) continue;
+        float w[kChunk];
+#pragma unroll
+        for (int i = 0; i < kChunk; ++i) w[i] = i < n ? book[packed >> (half + i) * bits & ((1u << bits) - 1u)] : 0.0f;
+#pragma unroll
+        for (int r = 0; r < kBookRows; ++r) {
+          if (r >= p.x.rows) continue;
+          float x[kChunk];
+          load_floats(p.x.code, static_cast<const char*>(p.x.codes) + (r * k + at + half) * x_bytes, n, x);
+#pragma unroll
+          for (int i = 0; i < kChunk; ++i) sums[r] = fmaf(x[i], w[i], sums[r]);
+        }
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < kBookRows; ++r) {
+#pragma unroll
+      for (int offset = 16; offset > 0; offset /= 2) sums[r] += __shfl_xor_sync(kAllLanes, sums[r], offset);
+      if (lane != r || r >= p.x.rows) continue;
+      const float v[kChunk] = {sums[r] + (p.bias ? p.bias[row] : 0.0f), 0.0f, 0.0f, 0.0f};
+      store_floats(p.out_code, static_cast<char*>(p.out) + (r * p.w.rows + row) * (code_bits(p.out_code) / 8), 1, v, false, Key{0, 0, 0}, 0);
+    }
+  }
+}
+
 // --- float x packed weight, tensor cores ------------------------------------------------------------------
 // For bf16 and fp16 x: both are tf32 numbers already, and a weight is split into two, so the products lose nothing but
 // the last bits of the weight.
@@ -347,6 +390,8 @@ void matmul_packed(const PackedMatmulArgs& p, const Launch& where) {
     case 3: return few_rows<3>(p, where);
     default: return few_rows<2>(p, where);
   }
+  if (is_book(p.w.code) && !p.transpose && p.x.rows <= kBookRows)
+    return launch("matmul_codebook (few rows)", book_rows_kernel, divide_up(p.w.rows, kBookWarps), dim3(kBookWarps * 32), where, p);
   const int64_t n = p.transpose ? p.w.cols : p.w.rows, k = p.transpose ? p.w.rows : p.w.cols;
   const Product product_args{{p.x, true}, {p.w, !p.transpose}, p.x.rows, n, k, p.bias, static_cast<char*>(p.out), p.out_code};
   if (p.x.code != kBF16 && p.x.code != kF16) return product("matmul_packed", product_args, where);

@@ -1,8 +1,9 @@
 """Drop-in modules."""
 from gradmill.nn.biper import BinaryConv2d, BinaryLinear, BiPerConv2d, BiPerLinear
 from gradmill.nn.bit_delta import BitDeltaLinear
+from gradmill.nn.codebook import CodebookLinear
 from gradmill.nn.conv import Conv2d
 from gradmill.nn.grouped import GroupedLinear
 from gradmill.nn.linear import Linear
 
-__all__ = ["BinaryConv2d", "BinaryLinear", "BiPerConv2d", "BiPerLinear", "BitDeltaLinear", "Conv2d", "GroupedLinear", "Linear"]
+__all__ = ["BinaryConv2d", "BinaryLinear", "BiPerConv2d", "BiPerLinear", "BitDeltaLinear", "CodebookLinear", "Conv2d", "GroupedLinear", "Linear"]

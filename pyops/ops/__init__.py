@@ -1,6 +1,7 @@
 """gradmill's ops: schema, fake kernel, checks and choice of backend per family. Tensors in, tensors out, no autograd."""
 from gradmill.ops._registry import OPS, BackendError, use_backend
 from gradmill.ops.binary import matmul_binary, matmul_planes, matmul_tenants, pack_planes, pack_signs
+from gradmill.ops.codebook import codebook_sums, matmul_codebook, move_indices
 from gradmill.ops.conv import fold_patches, quantize_patches
 from gradmill.ops.grouped import matmul_grouped, quantize_grouped
 from gradmill.ops.matmul import matmul_int8, matmul_packed, matmul_scaled
@@ -10,4 +11,5 @@ from gradmill.ops.quant import dequantize, fake_quantize, fake_quantize_backward
 
 __all__ = ["OPS", "BackendError", "use_backend", "quantize", "quantize_both", "quantize_to", "dequantize", "hadamard", "fake_quantize", "fake_quantize_backward",
            "quantize_patches", "fold_patches", "matmul_int8", "matmul_packed", "matmul_scaled", "matmul_grouped", "quantize_grouped", "fused_step", "measure",
-           "project", "project_back", "subspace_basis", "pack_signs", "pack_planes", "matmul_binary", "matmul_planes", "matmul_tenants"]
+           "project", "project_back", "subspace_basis", "pack_signs", "pack_planes", "matmul_binary", "matmul_planes", "matmul_tenants",
+           "matmul_codebook", "codebook_sums", "move_indices"]

@@ -195,7 +195,7 @@ def pack_bits(q, bits):
     so that 4-bit codes lie low nibble first."""
     rows, columns = q.shape
     stream = (q[..., None] >> torch.arange(bits, device=q.device)) & 1
-    stream = torch.nn.functional.pad(stream.reshape(rows, columns * bits), (0, -columns * bits % 8)).view(rows, -1, 8)
+    stream = torch.nn.functional.pad(stream.reshape(rows, columns * bits), (0, -columns * bits % 8)).view(rows, -(-columns * bits // 8), 8)
     return (stream << torch.arange(8, device=q.device)).sum(-1).to(torch.uint8)
 
 

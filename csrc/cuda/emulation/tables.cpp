@@ -8,7 +8,8 @@ namespace gradmill {
   extern const MatmulKernels matmul_##level{};         \
   extern const OptimKernels optim_##level{};           \
   extern const ProjectionKernels projection_##level{}; \
-  extern const BinaryKernels binary_##level{};
+  extern const BinaryKernels binary_##level{};         \
+  extern const CodebookKernels codebook_##level{};
 GM_EMPTY(portable)
 GM_EMPTY(avx2)
 GM_EMPTY(avx512)

@@ -1,0 +1,39 @@
+"""safetensors files of models with replaced layers, ``gradmill_format`` in their metadata."""
+from __future__ import annotations
+
+import json
+import os
+
+import torch
+
+from gradmill.optim._base import CheckpointError
+
+
+def write_layers(path: str | os.PathLike, format: str, tensors: dict[str, torch.Tensor], layers: dict):
+    """Writes tensors and, as JSON, what each replaced layer is; under a temporary name, then renamed."""
+    from safetensors.torch import save_file
+
+    path = os.fspath(path)
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, temporary, {"gradmill_format": format, "layers": json.dumps(layers)})
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def read_layers(path: str | os.PathLike, format: str) -> tuple[dict[str, torch.Tensor], dict]:
+    """What :func:`write_layers` wrote. gradmill.CheckpointError where the file is another."""
+    from safetensors import safe_open
+
+    try:
+        with safe_open(os.fspath(path), "pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("gradmill_format") != format:
+                raise CheckpointError(f"{path}: gradmill_format is {metadata.get('gradmill_format')!r}; this gradmill reads {format!r}")
+            return {k: file.get_tensor(k) for k in file.keys()}, json.loads(metadata["layers"])
+    except (FileNotFoundError, CheckpointError):
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from None
