@@ -36,7 +36,7 @@ def package():
 def arguments(argv=None):
     parser = argparse.ArgumentParser(prog="python bench/run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="?", metavar="FAMILY", default="", help="the same as --family FAMILY")
-    parser.add_argument("--family", default="", help="comma-separated: quant, matmul, conv, optim, projection, binary (default: all)")
+    parser.add_argument("--family", default="", help="comma-separated: quant, matmul, conv, optim, projection, binary, codebook (default: all)")
     parser.add_argument("--case", default="", help="only cases whose name contains this")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, help="CPU threads of every library (default: all that this process may use)")

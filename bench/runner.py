@@ -34,7 +34,7 @@ import torch
 
 from . import limits as machine
 
-FAMILIES = ("quant", "matmul", "conv", "optim", "projection", "binary")
+FAMILIES = ("quant", "matmul", "conv", "optim", "projection", "binary", "codebook")
 DISTURBED = 0.05  # share of the processors that others may have during a job
 SAMPLE = 0.002  # seconds: a shorter call is timed several times in a row
 

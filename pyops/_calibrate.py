@@ -21,7 +21,8 @@ def input_energy(model: torch.nn.Module, layers: dict[str, torch.nn.Module], bat
 
     def watch(name):
         def hook(layer, arguments):
-            x = arguments[0].detach().flatten(0, -2).to(torch.float64)
+            x = arguments[0].detach().to(torch.float64)
+            x = x.reshape(-1, x.shape[-1])
             sums[name] = x.square().sum(0) + sums.get(name, 0)
             counts[name] += len(x)
         return hook

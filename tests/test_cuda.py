@@ -24,6 +24,7 @@ from gradmill.formats import SPLIT, Format
 from gradmill.optim._base import QUANTIZED
 from gradmill.optim.rules import RULES
 from gradmill.reference import binary as reference_binary
+from gradmill.reference import codebook as reference_codebook
 from gradmill.reference import grouped as reference_grouped
 from gradmill.reference import matmul as reference_matmul
 from gradmill.reference import optim as reference_optim
@@ -39,7 +40,7 @@ BLOCKED = ("int8", "uint8", "int4", "uint4", "moment8", "square8", "e4m3", "e5m2
            "moment4", "square4")
 NOT_WRITTEN = ("uint3", "int3", "int4_outlier")  # quantised by the reference on CUDA
 KEY = torch.tensor([0x123456789ABCDEF, 7])
-FAMILIES = [sys.modules[f"gradmill.ops.{name}"] for name in ("quant", "matmul", "grouped", "optim", "projection", "binary")]
+FAMILIES = [sys.modules[f"gradmill.ops.{name}"] for name in ("quant", "matmul", "grouped", "optim", "projection", "binary", "codebook")]
 
 
 # --- places -----------------------------------------------------------------------------------------------
@@ -671,6 +672,38 @@ def test_signs_times_floats(place, m, rows, columns):
         for out, a, b in ((packed, x, w.t()), (back, base, w)):
             exact, size = a.double() @ b.double(), a.double().abs() @ b.double().abs()
             close(out, exact, size * (a.shape[1] + 8) * 2.0 ** -22 + exact.abs() * torch.finfo(dtype).eps)
+
+
+# --- codebook ---------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_matmul_codebook(place, bits):
+    for m, rows, columns in ((1, 1, 1), (4, 21, 70), (3, 70, 515), (9, 70, 21), (2, 3, 0)):
+        indices = torch.randint(0, 256, (rows, -(-columns * bits // 8)), dtype=torch.uint8)
+        books, groups, bias = torch.randn(3, 1 << bits), torch.randint(0, 3, (rows,)).to(torch.uint8), torch.randn(rows)
+        dense = reference_codebook.values(indices, books.double(), groups, bits, columns)
+        for dtype in FLOATS:
+            for transpose in (False, True):
+                x, w = torch.randn(m, rows if transpose else columns).to(dtype), dense if transpose else dense.t()
+                with place.context():
+                    got = ops.matmul_codebook(*map(place.put, (x, indices, books, groups)), bits, columns, transpose, None if transpose else place.put(bias), dtype)
+                exact, size = x.double() @ w + (0 if transpose else bias), x.double().abs() @ w.abs() + (0 if transpose else bias.abs())
+                rounded = 2.0 ** -8 if place.name == "triton" and dtype == torch.bfloat16 else 0  # the weight, to bf16
+                close(got, exact, size * ((x.shape[1] + 8) * 2.0 ** -22 + rounded) + exact.abs() * torch.finfo(dtype).eps, f"{m} {rows} {columns} {dtype} {transpose}")
+
+
+@pytest.mark.gpu
+def test_codebooks_train_on_a_gpu():
+    """codebook_sums and move_indices: torch there, the same indices as on the CPU."""
+    indices, books, groups = torch.randint(0, 256, (9, 27), dtype=torch.uint8), torch.randn(3, 8).sort(1).values, torch.randint(0, 3, (9,)).to(torch.uint8)
+    dw, rates = torch.randn(9, 70), torch.rand(9, 1)
+    results = []
+    for device in ("cpu", "cuda"):
+        given = [t.to(device) for t in (indices, torch.zeros(9, 70, dtype=torch.int8), books, groups, dw, rates)]
+        sums = ops.codebook_sums(given[4], given[0], given[3], 3, 3)
+        ops.move_indices(*given, 3, KEY, 5, 0)
+        results.append([t.cpu() for t in (*given[:2], sums)])
+    for got, want in zip(results[1], results[0]):
+        torch.testing.assert_close(got, want, rtol=1e-12 if got.is_floating_point() else 0, atol=1e-12 if got.is_floating_point() else 0)
 
 
 # --- a GPU's own ------------------------------------------------------------------------------------------

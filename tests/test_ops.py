@@ -53,6 +53,13 @@ def samples():
     yield "matmul_binary", (bits, bits, 12, means, means, x[:, 0].contiguous(), torch.bfloat16)
     yield "matmul_planes", (planes, bits, 12, scales, offsets, means, torch.float32)
     yield "matmul_tenants", (x, torch.randn(5, 5), torch.stack([bits, bits]), torch.ones(2), torch.arange(5) % 2, 12)
+    book = (torch.randint(0, 256, (7, 5), dtype=torch.uint8), torch.randn(2, 8), torch.arange(7, dtype=torch.uint8) % 2)
+    yield "matmul_codebook", (x, *book, 3, 12, False, torch.randn(7), torch.float32)
+    yield "matmul_codebook", (torch.randn(5, 7).bfloat16(), *book, 3, 12, True, None, torch.bfloat16)
+    yield "codebook_sums", (torch.randn(7, 12), book[0], book[2], 2, 3)
+    yield "codebook_sums", (torch.randn(7, 5), book[0], book[2], 4, 8)
+    for rates in (torch.ones(7, 1), torch.zeros(7, 1)):
+        yield "move_indices", (book[0], torch.zeros(7, 12, dtype=torch.int8), book[1].sort(1).values, book[2], torch.randn(7, 12), rates, 3, key(1, 2), 0, 0)
     yield "quantize", (x, "e2m1", 4, True, key(1, 2), 3, torch.ones(12, 2))
     fp8, fp4 = quantize(x, "e4m3"), quantize(torch.randn(7, 12), "e2m1", 8)
     yield "matmul_scaled", (*fp8[:2], None, "e4m3", 0, *fp4, "e2m1", 8, 12, False, torch.randn(7), torch.float32)

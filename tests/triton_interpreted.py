@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from gradmill.formats import SPLIT, Format
-from gradmill.kernels import _common, binary, grouped, matmul, optim, projection, quant
+from gradmill.kernels import _common, binary, codebook, grouped, matmul, optim, projection, quant
 from gradmill.optim._base import QUANTIZED
 from gradmill.optim.rules import RULES
 from gradmill.reference import grouped as ref_grouped
 from gradmill.reference import binary as ref_binary
+from gradmill.reference import codebook as ref_codebook
 from gradmill.reference import matmul as ref_matmul
 from gradmill.reference import optim as ref_optim
 from gradmill.reference import projection as ref_projection
@@ -551,3 +552,21 @@ def test_offs_out_of_bounds_stay_within_the_tensors():
         grouped.matmul_grouped(codes, scales, "int8", 0, w.view(3, 3, 16), w_scales.view(3, 3, 1), "int8", 0, offs, None, torch.float32)
         over = grouped.quantize_grouped(torch.randn(9, 16), offs, "e4m3", 4)
         grouped.matmul_grouped(*over, "e4m3", 64, *over, "e4m3", 64, offs, None, torch.float32)
+
+
+# --- codebook ---------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_matmul_codebook(bits):
+    for i, (m, rows, columns) in enumerate(((1, 1, 1), (3, 37, 70), (33, 5, 41), (0, 3, 8), (2, 3, 0))):
+        indices = torch.randint(0, 256, (rows, -(-columns * bits // 8)), dtype=torch.uint8)
+        books, groups, dtype = torch.randn(3, 1 << bits), torch.randint(0, 3, (rows,)).to(torch.uint8), FLOATS[(i + bits) % 3]
+        dense = ref_codebook.values(indices, books.double(), groups, bits, columns)
+        for transpose in (False, True):
+            x, w = torch.randn(m, rows if transpose else columns).to(dtype), dense if transpose else dense.t()
+            bias = torch.randn(w.shape[1]).to(random.choice(FLOATS)) if (i + transpose) % 2 else None
+            got = codebook.matmul_codebook(x, indices, books, groups, bits, columns, transpose, bias, dtype)
+            want, size = x.double() @ w + (0 if bias is None else bias.double()), x.double().abs() @ w.abs() + (0 if bias is None else bias.double().abs())
+            assert got.dtype == dtype and got.shape == want.shape
+            # a bf16 product rounds the weight to bf16
+            bound = size * ((x.shape[1] + 8) * 2.0 ** -23 + (2.0 ** -8 if dtype == torch.bfloat16 else 0)) + want.abs() * 2 * HALF_ULP[dtype] + 1e-7
+            assert ((got.double() - want).abs() <= bound).all(), (bits, m, rows, columns, dtype, transpose)

@@ -115,7 +115,7 @@ class BctLinear(_Bct):
     def integers(self, q, e):
         q, e = shifted.narrow(q, e, ACTIVATIONS_BITS)
         codes, exponents = self.matrix.integers()
-        x = q.flatten(0, -2).to(torch.int8).contiguous()
+        x = q.reshape(q.shape[:-1].numel(), q.shape[-1]).to(torch.int8)
         sums = matmul_int8(x, codes, _ones(len(x), 1, device=x.device), _ones(len(codes), 1, device=x.device), None, torch.float32)
         low = exponents.min() if len(exponents) else exponents.sum()
         v, e = (sums.to(torch.int64) << (exponents - low)).view(*q.shape[:-1], self.matrix.rows), e + low
@@ -152,7 +152,7 @@ class BctNorm(_Bct):
 
 
 class BctActivation(_Bct):
-    """"relu", "gelu", "gelu_tanh" or "silu": ReLU plus a table of 1025 16-bit integers, interpolated."""
+    """"relu", "gelu", "gelu_tanh" or "silu": ReLU plus a table of 2049 16-bit integers, interpolated."""
 
     def __init__(self, name: str):
         super().__init__()

@@ -42,7 +42,7 @@ def root(v):
     """floor(sqrt(v)) of v >= 0 by Newton's method: from above, until it can only be right or one too large."""
     x = 1 << ((bit_length(v) + 1) >> 1)
     for _ in range(6):  # from at most twice the root: relative errors 1, 1/4, 1/40, 3e-4, 5e-8, 1e-15
-        x = (x + v // x) >> 1
+        x = (x + v // x.clamp(min=1)) >> 1
     x = x + 1
     for _ in range(2):
         x = torch.where(x * x > v, x - 1, x)
@@ -83,15 +83,15 @@ def normalise(q, e, eps, centre):
 
 
 # --- GELU and its kin -------------------------------------------------------------------------------------
-RANGE, STEP = 16, 5  # activations differ from ReLU within +-RANGE; a table has 2^STEP intervals to 1
+RANGE, STEP, DIGITS = 16, 6, 16  # activations differ from ReLU within +-RANGE; a table has 2^STEP intervals to 1, its values DIGITS binary digits
 
 
 @functools.lru_cache(maxsize=None)
 def bend(name: str) -> torch.Tensor:
-    """What an activation is more than ReLU at the ends of the table's intervals, in 2^-14."""
+    """What an activation is more than ReLU at the ends of the table's intervals, in 2^-DIGITS: 16-bit integers."""
     x = torch.arange(-RANGE << STEP, (RANGE << STEP) + 1, dtype=torch.float64) / 2 ** STEP
     f = {"gelu": torch.nn.functional.gelu, "gelu_tanh": functools.partial(torch.nn.functional.gelu, approximate="tanh"), "silu": torch.nn.functional.silu}[name]
-    return ((f(x) - x.clamp(min=0)) * 2 ** 14).round().to(torch.int64)
+    return ((f(x) - x.clamp(min=0)) * 2 ** DIGITS).round().to(torch.int64)
 
 
 def activate(q, e, name):
@@ -99,11 +99,11 @@ def activate(q, e, name):
     positive = q.clamp(min=0)
     if name == "relu":
         return positive, e
-    table, digits = bend(name).to(q.device), 12
+    table, digits = bend(name).to(q.device), DIGITS
     at = shift(q, (e + digits).clamp(max=40)).clamp(-RANGE << digits, (RANGE << digits) - 1) + (RANGE << digits)
     i, rest = at >> (digits - STEP), at & ((1 << digits - STEP) - 1)
     y = table[i] + shift((table[i + 1] - table[i]) * rest, torch.full_like(e, STEP - digits))
-    return add(positive, e, y, torch.full_like(e, -14))
+    return add(positive, e, y, torch.full_like(e, -DIGITS))
 
 
 # --- softmax ----------------------------------------------------------------------------------------------
