@@ -694,6 +694,7 @@ def test_matmul_codebook(place, bits):
 @pytest.mark.gpu
 def test_codebooks_train_on_a_gpu():
     """codebook_sums and move_indices: torch there, the same indices as on the CPU."""
+    gpu_place("native")  # skips without one
     indices, books, groups = torch.randint(0, 256, (9, 27), dtype=torch.uint8), torch.randn(3, 8).sort(1).values, torch.randint(0, 3, (9,)).to(torch.uint8)
     dw, rates = torch.randn(9, 70), torch.rand(9, 1)
     results = []
