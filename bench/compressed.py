@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import math
 import pathlib
 import platform
@@ -19,7 +20,7 @@ import gradmill
 from gradmill import bct, codebook, demo, ops
 from gradmill.reference.quant import fake_quantize_parameters
 
-SEQ, WIDTH, DEPTH, BATCH, TRAINED, GROUP = 64, 128, 2, 16, 800, 64
+SEQ, WIDTH, DEPTH, BATCH, TRAINED, GROUP, WINDOWS = 64, 128, 2, 16, 400, 64, 128
 
 
 class EncoderModel(nn.Module):
@@ -53,8 +54,8 @@ class Text:
 
     @torch.no_grad()
     def loss(self, model):
-        """Mean over 256 windows spread evenly over the held-out text."""
-        starts = torch.linspace(0, len(self.held_out) - SEQ - 1, 256).long().split(32)
+        """Mean over WINDOWS windows spread evenly over the held-out text."""
+        starts = torch.linspace(0, len(self.held_out) - SEQ - 1, WINDOWS).long().split(32)
         return statistics.mean(model.eval()(*self._windows(self.held_out, s)).item() for s in starts)
 
 
@@ -77,6 +78,19 @@ def train(model, text, steps, lr, seed, parameters=None, indices_lr=0.0):
     return model
 
 
+@functools.lru_cache(maxsize=None)
+def trained(make, text, seed):
+    """(a model after TRAINED steps in fp32, its loss, four calibration batches)."""
+    torch.manual_seed(seed)
+    model = train(make(), text, TRAINED, 2e-3, seed)
+    print(f"trained {make.__name__} {seed}: {text.loss(model):.4f}", flush=True)
+    return model, text.loss(model), [text.batch(torch.Generator().manual_seed(100 + i)) for i in range(4)]
+
+
+def llama():
+    return demo.LanguageModel(WIDTH, DEPTH, SEQ)
+
+
 def nearest(model, bits):
     """Rounded to nearest in groups of GROUP with a zero point (1 bit: sign and mean magnitude), and the exact factor in gradmill's formats: fp32 scale, uint8 zero point."""
     model, before, after = copy.deepcopy(model), 0, 0.0
@@ -96,10 +110,8 @@ def nearest(model, bits):
 def jlcm(text, args):
     seeds, rows = range(args.seeds), {}
     for seed in seeds:
-        torch.manual_seed(seed)
-        base = train(demo.LanguageModel(WIDTH, DEPTH, SEQ), text, TRAINED, 2e-3, seed)
-        rows.setdefault("full precision", []).append(text.loss(base))
-        calibration = [text.batch(torch.Generator().manual_seed(100 + i)) for i in range(4)]
+        base, full, calibration = trained(llama, text, seed)
+        rows.setdefault("full precision", []).append(full)
         for bits in range(1, 9):
             row = {}
             model, row["nearest factor"] = nearest(base, bits)
@@ -108,7 +120,7 @@ def jlcm(text, args):
                 model = copy.deepcopy(base)
                 report = codebook.fit(model, bits, progress=False, **how)
                 row[name], row[f"{name} factor"] = text.loss(model), report.bytes_before / report.bytes_after
-                if name == "calibrated":
+                if name == "calibrated" and bits <= 4:
                     books = [p for n, p in model.named_parameters() if n.endswith("codebooks")]
                     start = copy.deepcopy(model)
                     row["codebooks"] = text.loss(train(model, text, args.steps, 3e-3 / 2 ** (bits - 1), seed + 50, books))
@@ -120,15 +132,15 @@ def jlcm(text, args):
     full = statistics.mean(rows["full precision"])
     lines = ["# Codebooks (JLCM) on the demo's language model", "",
              f"A LLaMA-style byte-level model (width {WIDTH}, {DEPTH} blocks) after {TRAINED} steps of {BATCH} x {SEQ} bytes of Python's standard library in fp32; its blocks' linear layers "
-             f"replaced. Cross-entropy over 256 held-out windows, mean of {args.seeds} seed{'s' * (args.seeds > 1)}; in full precision {full:.4f}. Factors are those of the replaced weights, exact bytes.", "",
+             f"replaced. Cross-entropy over {WINDOWS} held-out windows, mean of {args.seeds} seed{'s' * (args.seeds > 1)}; in full precision {full:.4f}. Factors are those of the replaced weights, exact bytes.", "",
              f"Nearest: rounded in groups of {GROUP} with zero point (1 bit: sign and mean magnitude), fp32 scales as gradmill stores them. Codebooks: a group of 64 rows each; calibrated: "
              f"weights' errors weighed by inputs of 4 batches; shared: one codebook a layer, a scale a group, calibrated. Trained: {args.steps} steps of the calibrated ones on the training text, "
-             "codebooks alone (AdamW, nothing else trains), and codebooks and indices together (rate 0.02 an index).", "",
+             "codebooks alone (AdamW, nothing else trains), and codebooks and indices together (rate 0.02 an index); beyond 4 bits there is little left to gain.", "",
              "| bits | nearest: factor | loss | codebooks: factor | loss | calibrated | shared: factor | loss | codebooks trained | both trained |",
              "| --- |" + " ---: |" * 9]
     for bits in range(1, 9):
         cells = [f"{mean(bits, k):.2f}x" if "factor" in k else f"{mean(bits, k):.4f}" for k in (
-            "nearest factor", "nearest", "fit factor", "fit", "calibrated", "shared factor", "shared", "codebooks", "both")]
+            "nearest factor", "nearest", "fit factor", "fit", "calibrated", "shared factor", "shared", *(("codebooks", "both") if bits <= 4 else ()))] + ["", ""] * (bits > 4)
         lines.append(f"| {bits} | " + " | ".join(cells) + " |")
     return lines
 
@@ -137,17 +149,14 @@ def integers(text, args):
     lines = ["# BCT on two small language models", "",
              f"Byte-level models of width {WIDTH} and {DEPTH} blocks after {TRAINED} steps of {BATCH} x {SEQ} bytes of Python's standard library in fp32. LLaMA-style: the demo's (RMSNorm, rotary attention, SwiGLU; "
              "attention, rotation and SwiGLU are functions between its modules and stay in floats). Encoder: torch's nn.TransformerEncoderLayer with a causal mask, integers throughout. Everything "
-             f"with weights is quantised, embedding and head too. Cross-entropy over 256 held-out windows, mean of {args.seeds} seed{'s' * (args.seeds > 1)}. Factor: of the whole model, exact bytes "
+             f"with weights is quantised, embedding and head too. Cross-entropy over {WINDOWS} held-out windows, mean of {args.seeds} seed{'s' * (args.seeds > 1)}. Factor: of the whole model, exact bytes "
              "(fp32 before), at this width and, for the demo's weights' shapes, at width 4096.", "",
              "| model | weights | shift for each | factor | at width 4096 | loss | calibrated | full precision |", "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |"]
     found = {}
-    for name, make in (("LLaMA-style", lambda: demo.LanguageModel(WIDTH, DEPTH, SEQ)), ("encoder", EncoderModel)):
+    for name, make in (("LLaMA-style", llama), ("encoder", EncoderModel)):
         for seed in range(args.seeds):
-            torch.manual_seed(seed)
-            base = train(make(), text, TRAINED, 2e-3, seed)
-            full = text.loss(base)
-            calibration = [text.batch(torch.Generator().manual_seed(100 + i)) for i in range(4)]
-            for bits, block in ((8, 0), (4, 0), (4, 64), (4, 16), (3, 16), (2, 16)):
+            base, full, calibration = trained(make, text, seed)
+            for bits, block in ((8, 0), (4, 0), (4, 64), (4, 16), (2, 16)):
                 losses = []
                 for data in (None, calibration):
                     model, report = bct.quantize(copy.deepcopy(base), bits, block, data)
@@ -165,7 +174,7 @@ def main():
     parser = argparse.ArgumentParser(prog="python bench/compressed.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("jobs", nargs="*", default=["codebook", "bct"], help="codebook, bct (default: both)")
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=200, help="of training codebooks")
+    parser.add_argument("--steps", type=int, default=80, help="of training codebooks")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).resolve().parent.parent / "docs" / "results")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -86,6 +86,10 @@ def _problem(module: torch.nn.Module) -> str:
     return ""
 
 
+def _joined(name: str, own: str) -> str:
+    return f"{name}.{own}" if name and own else name or own
+
+
 class _Maker:
     """Makes BCT's modules of torch's; a weight that several have becomes one ShiftMatrix."""
 
@@ -108,15 +112,17 @@ class _Maker:
     def embedding(self, layer, name):
         return BctEmbedding(self.matrix(layer.weight, name), layer.weight.dtype)
 
-    def attention(self, layer, name):
+    def attention(self, layer, name, own=False):
+        """``own``: keys and values are the queries, whose energies are then theirs, too."""
         weights = layer.in_proj_weight.chunk(3) if layer.in_proj_weight is not None else (layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight)
         biases = layer.in_proj_bias.chunk(3) if layer.in_proj_bias is not None else (None,) * 3
-        three = [BctLinear(ShiftMatrix(w, self.bits, self.block, self.energies.get(name)), b) for w, b in zip(weights, biases)]
-        return BctAttention(*three, self.linear(layer.out_proj, f"{name}.out_proj"), layer.num_heads, layer.batch_first)
+        energies = self.energies.get(name), *(self.energies.get(name if own else None),) * 2
+        three = [BctLinear(ShiftMatrix(w, self.bits, self.block, e), b) for w, b, e in zip(weights, biases, energies)]
+        return BctAttention(*three, self.linear(layer.out_proj, None), layer.num_heads, layer.batch_first)
 
     def encoder_layer(self, layer, name):
-        return BctEncoderLayer(self.attention(layer.self_attn, f"{name}.self_attn"), self.linear(layer.linear1, f"{name}.linear1"), self.linear(layer.linear2, f"{name}.linear2"),
-                               self.norm(layer.norm1, ""), self.norm(layer.norm2, ""), BctActivation(_activation(layer.activation)), layer.norm_first)
+        return BctEncoderLayer(self.attention(layer.self_attn, _joined(name, "self_attn"), True), self.linear(layer.linear1, _joined(name, "linear1")),
+                               self.linear(layer.linear2, _joined(name, "linear2")), self.norm(layer.norm1, name), self.norm(layer.norm2, name), BctActivation(_activation(layer.activation)), layer.norm_first)
 
     def activation(self, layer, name):
         return BctActivation(_activation(layer))
@@ -147,7 +153,7 @@ def _walk(module, name, filter, chosen, floats):
         floats[name] = type(module).__name__
     for child_name, child in module._modules.items():
         if child is not None:
-            _walk(child, f"{name}.{child_name}" if name else child_name, filter, chosen, floats)
+            _walk(child, _joined(name, child_name), filter, chosen, floats)
 
 
 def quantize(model: torch.nn.Module, bits: int = 4, block: int = 128, calibration: Iterable | None = None,
@@ -188,7 +194,7 @@ def quantize(model: torch.nn.Module, bits: int = 4, block: int = 128, calibratio
                 raise ValueError(f"{name + '.' if name else ''}{own} has a nan or an inf, which shift-quantised integers cannot hold")
     energies = {}
     if calibration is not None:
-        linears = {f"{name}.{own}" if name and own else name or own: m for name, module in chosen.items() for own, m in module.named_modules()
+        linears = {_joined(name, own): m for name, module in chosen.items() for own, m in module.named_modules()
                    if type(m) is torch.nn.Linear or type(m) is torch.nn.MultiheadAttention and m.in_proj_weight is not None}
         fast = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)  # which would call no layer of a TransformerEncoderLayer

@@ -117,7 +117,8 @@ def lloyd(x: torch.Tensor, weights: torch.Tensor, count: int, iterations: int) -
 
 def row_groups(weight: torch.Tensor, groups: int, shared: bool, iterations: int = 25) -> torch.Tensor:
     """The group (int64) of each row of weight (rows, columns): k-means of the rows' quantile functions, where squared distance is that of the optimal transport of one
-    row's weights to the other's (Wasserstein-2); with ``shared``, of the logarithms of their root mean squares, as groups differ in scale alone."""
+    row's weights to the other's (Wasserstein-2); with ``shared``, of the logarithms of their root mean squares, as groups differ in scale alone. The
+    better of two starts: equal parts in the order of size, and rows that are far from each other."""
     rows, columns = weight.shape
     if groups == 1 or not columns:
         return torch.zeros(rows, dtype=torch.int64)
@@ -127,16 +128,25 @@ def row_groups(weight: torch.Tensor, groups: int, shared: bool, iterations: int 
     else:
         at = ((torch.arange(QUANTILES) + 0.5) / QUANTILES * columns).long()
         points = weight.sort(1).values[:, at].to(torch.float64)
-    centres = torch.stack([points[part].mean(0) for part in size.argsort(stable=True).tensor_split(groups)])
-    for _ in range(iterations):
-        nearest = torch.cdist(points, centres, compute_mode="donot_use_mm_for_euclid_dist").argmin(1)
-        members = torch.bincount(nearest, minlength=groups)
-        means = torch.zeros_like(centres).index_add_(0, nearest, points) / members.clamp(min=1)[:, None]
-        new = torch.where(members[:, None] > 0, means, centres)
-        if torch.equal(new, centres):
-            break
-        centres = new
-    return nearest
+    sorted_by_size = torch.stack([points[part].mean(0) for part in size.argsort(stable=True).tensor_split(groups)])
+    apart, far = [points[0]], torch.full((rows,), float("inf"), dtype=torch.float64)  # each the farthest from those before
+    for _ in range(groups - 1):
+        far = torch.minimum(far, (points - apart[-1]).square().sum(1))
+        apart.append(points[far.argmax()])
+    best, least = None, float("inf")
+    for centres in (sorted_by_size, torch.stack(apart)):
+        for _ in range(iterations):
+            distance, nearest = torch.cdist(points, centres, compute_mode="donot_use_mm_for_euclid_dist").min(1)
+            members = torch.bincount(nearest, minlength=groups)
+            means = torch.zeros_like(centres).index_add_(0, nearest, points) / members.clamp(min=1)[:, None]
+            new = torch.where(members[:, None] > 0, means, centres)
+            if torch.equal(new, centres):
+                break
+            centres = new
+        cost = distance.square().sum().item()
+        if best is None or cost < least:
+            best, least = nearest, cost
+    return best
 
 
 @torch.no_grad()
@@ -286,12 +296,14 @@ class Indices(torch.optim.Optimizer):
         seed: of the rounding; drawn from torch's generator by default.
 
     Raises:
-        ValueError: where model has no such layer, or for lr.
+        ValueError: where model has no such layer, for lr, or under torch.distributed with several ranks, whose replicas would drift apart.
     """
 
     def __init__(self, model: torch.nn.Module, lr: float = 0.02, seed: int | None = None):
         if not 0 <= lr < float("inf"):
             raise ValueError(f"lr is {lr!r}; it must be finite and at least 0")
+        if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            raise ValueError("codebook.Indices steps on one process's gradients; with several ranks the indices of replicas would drift apart")
         self._layers: dict[int, list[CodebookLinear]] = {}  # by their indices: tied ones together
         for module in model.modules():
             if isinstance(module, CodebookLinear):

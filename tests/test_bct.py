@@ -204,6 +204,10 @@ def test_a_tree_of_modules():
     other = bct.quantize(encoder().eval(), 8)[0]
     other.load_state_dict(small.state_dict())
     assert_same_bits(other(x), small(x))
+    block = model[1].layers[0]  # calibration reaches the layers inside, the module itself being one
+    loud = torch.randn(2, 9, 32) * torch.logspace(0, -2, 32)
+    weighed, plain = (bct.quantize(copy.deepcopy(block), 2, calibration=data)[0] for data in ([loud], None))
+    assert any(not torch.equal(getattr(weighed.self_attn, part).matrix.codes, getattr(plain.self_attn, part).matrix.codes) for part in "qkv")
     part, report = bct.quantize(copy.deepcopy(model), filter=lambda name, module: name != "3")
     assert type(part[3]) is torch.nn.Linear and report.floats == {"3": "Linear"}
 

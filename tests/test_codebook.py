@@ -253,13 +253,13 @@ def test_lloyd_is_near_the_best_codewords():
 
 
 def test_rows_are_grouped_by_distribution():
-    kinds = torch.randint(0, 3, (60,))
-    rows = torch.stack([torch.randn(200) * 0.1 if k == 0 else torch.randn(200) if k == 1 else torch.randn(200).sign() * 0.1 + 0.01 * torch.randn(200) for k in kinds.tolist()])
+    kinds = torch.arange(60)[torch.randperm(60)] % 3
+    rows = torch.stack([torch.randn(300) * 0.1 if k == 0 else torch.randn(300) if k == 1 else torch.randn(300).sign() + 0.01 * torch.randn(300) for k in kinds.tolist()])
     found = codebook.row_groups(rows, 3, False)
-    assert len({(k, f) for k, f in zip(kinds.tolist(), found.tolist())}) == len(set(kinds.tolist()))
+    assert len({(k, f) for k, f in zip(kinds.tolist(), found.tolist())}) == 3, "those of one size differ in shape"
     assert codebook.row_groups(rows, 1, False).tolist() == [0] * 60
     scales = codebook.row_groups(rows[kinds < 2], 2, True)
-    assert len({(k, f) for k, f in zip(kinds[kinds < 2].tolist(), scales.tolist())}) == len(set(kinds[kinds < 2].tolist()))
+    assert len({(k, f) for k, f in zip(kinds[kinds < 2].tolist(), scales.tolist())}) == 2
 
 
 def test_more_bits_are_nearer_and_bytes_are_exact():
@@ -274,7 +274,7 @@ def test_more_bits_are_nearer_and_bytes_are_exact():
         assert error.item() == pytest.approx(report.layers["0"].error, rel=1e-4)
         errors.append(report.layers["0"].error)
         assert "codebook.fit" in str(report)
-    assert errors == sorted(errors, reverse=True) and errors[0] < 0.3 and errors[3] < 0.004 and errors[7] < 2e-5
+    assert errors == sorted(errors, reverse=True) and errors[0] < 0.3 and errors[3] < 0.0045 and errors[7] < 2e-5
     for bits, ours in ((2, errors[1]), (4, errors[3])):  # rounded to nearest in groups of 64 of a row
         step = base[0].weight.detach()
         codes = ops.quantize(step, f"uint{bits}", 64)

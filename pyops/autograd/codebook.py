@@ -51,5 +51,5 @@ class CodebookProduct(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             dbias = dy.sum(0, dtype=torch.float32).to(ctx.bias)
         if ctx.kept is not None:
-            ctx.kept.append((x, dy))
+            ctx.kept.append((x.detach(), dy))
         return dx, dbooks, dbias, None, None, None, None, None
