@@ -439,7 +439,7 @@ void gemv_fields(const PackedMatmulArgs& p, const float* x, const StoreFloats& e
 //            put them together: 17.5 instructions, 12 of them shuffles, for 4 W weights. Two vpermps and a blend for W took 7.
 // Other bits: five and more instructions (book.h). One thread's CPU time at batch 1, 4096 x 4096, on a busy machine, torch's fp32 3.1 to 3.4 ms in the same
 // run: AVX2 1 to 4 bits 0.9 to 1.07 ms (4 bits 1.24 with permutations), 5 bits 2.8, 6 bits 5.3, gathers 6.0; AVX-512 4 bits 0.63, others up to 5 bits
-// 1.06. Predicted for 4 bits with AVX2: 524288 runs of 4 W at 6 clocks, 0.85 ms.
+// 1.06, 6, 7 and 8 bits 2.1, 2.9 and 4.4 (gathers 6.3 to 6.8). Predicted for 4 bits with AVX2: 524288 runs of 4 W at 6 clocks, 0.85 ms.
 #if GM_LEVEL >= 2
 constexpr int64_t kBookSpan = 8 * W;
 inline int64_t book_order(int64_t i) { return i % W * 8 + i / W; }
