@@ -3,11 +3,11 @@
     report = gradmill.bct.quantize(model, bits=4, calibration=batches)     # in place; print(report)
     y = model(x)
 
-Weights, embeddings too, take ``bits`` a value and a shift for each block; a product is one exact integer product of 8-bit activations and the weights' codes; GELU, softmax,
-LayerNorm and what lies between them are integers of 16 bits with an exponent for each token. BCT says that every step is quantised with block-wise shifts to
-about 4 bits a stored value, not by which formulas: those here are ours, and stand in gradmill.reference.shifted and gradmill.nn.bct. In floats run: reading a layer's input and
-writing its output (a torch.nn.TransformerEncoderLayer is one layer), unpacking codes (exactly), the final fp32 rounding of integer sums beyond 2^24, and
-whatever a model does between its layers.
+Weights, embeddings too, take ``bits`` a value and a shift for each block; a product is one exact integer product of 8-bit activations and the
+weights' codes; GELU, softmax, LayerNorm and what lies between them are integers of 16 bits with an exponent for each token. BCT says that every step
+is quantised with block-wise shifts to about 4 bits a stored value, not by which formulas: those here are ours, and stand in
+gradmill.reference.shifted and gradmill.nn.bct. In floats run: reading a layer's input and writing its output (a torch.nn.TransformerEncoderLayer is
+one layer), unpacking codes (exactly), the final fp32 rounding of integer sums beyond 2^24, and whatever a model does between its layers.
 """
 from __future__ import annotations
 
@@ -160,23 +160,23 @@ def quantize(model: torch.nn.Module, bits: int = 4, block: int = 128, calibratio
              filter: Callable[[str, torch.nn.Module], bool] | None = None) -> tuple[torch.nn.Module, Report]:
     """Quantises a trained transformer block, or any tree of modules, to block-wise shift-quantised integers, in place where it can.
 
-    Replaced are exact nn.TransformerEncoderLayer, MultiheadAttention, Linear, Embedding, LayerNorm, RMSNorm, GELU, SiLU, ReLU and Softmax: the outermost that are
-    found, so that a TransformerEncoderLayer runs in integers throughout. Modules without Parameters that are none of these (Dropout, containers) stay. The result
-    only infers: no gradient, and dropout does nothing inside a replaced module.
+    Replaced are exact nn.TransformerEncoderLayer, MultiheadAttention, Linear, Embedding, LayerNorm, RMSNorm, GELU, SiLU, ReLU and Softmax: the
+    outermost that are found, so that a TransformerEncoderLayer runs in integers throughout. Modules without Parameters that are none of these
+    (Dropout, containers) stay. The result only infers: no gradient, and dropout does nothing inside a replaced module.
 
     Args:
         model: the module itself may be one of these; then the result is another module.
         bits: of a weight, 2, 3, 4 or 8. block: neighbours along a row that share a shift (0: a whole row); a multiple of 8.
-        calibration: batches for the model (a tensor, a tuple of positional or a dict of keyword arguments each): a weight's error then counts as much as the mean square
-            of what it is multiplied by, when shifts are chosen. By default all count alike.
+        calibration: batches for the model (a tensor, a tuple of positional or a dict of keyword arguments each): a weight's error then counts as
+            much as the mean square of what it is multiplied by, when shifts are chosen. By default all count alike.
         filter: ``filter(name, module)`` says what to quantise, the model itself being ''; by default everything, the head too.
 
     Returns:
         (the quantised module, a :class:`Report`).
 
     Raises:
-        TypeError: if model is not a Module. ValueError: for bits or block, a module with Parameters that is none of these, an activation without a table, a weight
-            that is not finite, calibration without a batch, or nothing to quantise (nothing is changed then).
+        TypeError: if model is not a Module. ValueError: for bits or block, a module with Parameters that is none of these, an activation without a
+            table, a weight that is not finite, calibration without a batch, or nothing to quantise (nothing is changed then).
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model is {type(model).__name__}; it must be a torch.nn.Module")

@@ -81,8 +81,8 @@ def lloyd(x: torch.Tensor, weights: torch.Tensor, count: int, iterations: int) -
     """``count`` ascending codewords (float64) of x (n,) for the least sum of weights * squared distance that Lloyd's algorithm finds.
 
     Of three starts the best: the density that is best for many codewords, the cube root of x's own (Panter and Dite, "Quantization distortion in
-    pulse-count modulation with nonuniform spacing of levels"), x's own density, and even steps, which reach outliers. It works on sorted x and running
-    sums: an iteration costs count log n. A codeword that nothing is nearest to stays where it is.
+    pulse-count modulation with nonuniform spacing of levels"), x's own density, and even steps, which reach outliers. It works on sorted x and
+    running sums: an iteration costs count log n. A codeword that nothing is nearest to stays where it is.
     """
     x, order = x.to(torch.float64).sort()
     weights = weights.to(torch.float64)[order]
@@ -116,9 +116,9 @@ def lloyd(x: torch.Tensor, weights: torch.Tensor, count: int, iterations: int) -
 
 
 def row_groups(weight: torch.Tensor, groups: int, shared: bool, iterations: int = 25) -> torch.Tensor:
-    """The group (int64) of each row of weight (rows, columns): k-means of the rows' quantile functions, where squared distance is that of the optimal transport of one
-    row's weights to the other's (Wasserstein-2); with ``shared``, of the logarithms of their root mean squares, as groups differ in scale alone. The
-    better of two starts: equal parts in the order of size, and rows that are far from each other."""
+    """The group (int64) of each row of weight (rows, columns): k-means of the rows' quantile functions, where squared distance is that of the
+    optimal transport of one row's weights to the other's (Wasserstein-2); with ``shared``, of the logarithms of their root mean squares, as groups
+    differ in scale alone. The better of two starts: equal parts in the order of size, and rows that are far from each other."""
     rows, columns = weight.shape
     if groups == 1 or not columns:
         return torch.zeros(rows, dtype=torch.int64)
@@ -194,8 +194,8 @@ def fit(model: torch.nn.Module, bits: int = 4, rows_per_group: int = 64, groups:
         filter: Callable[[str, torch.nn.Module], bool] | None = None, iterations: int = 100, progress: bool = True) -> Report:
     """Replaces the weight of every ``torch.nn.Linear`` in ``model`` by packed indices into codebooks, in place.
 
-    Rows of like distribution share a codebook, found by weighted k-means in one dimension (Lloyd's algorithm, :func:`lloyd`); deterministic, whatever the
-    threads. These exact classes only; biases stay the Parameters they are, tied weights stay tied. Layers with hooks, or whose
+    Rows of like distribution share a codebook, found by weighted k-means in one dimension (Lloyd's algorithm, :func:`lloyd`); deterministic,
+    whatever the threads. These exact classes only; biases stay the Parameters they are, tied weights stay tied. Layers with hooks, or whose
     forward was replaced, are skipped and said.
 
     Args:
@@ -204,8 +204,8 @@ def fit(model: torch.nn.Module, bits: int = 4, rows_per_group: int = 64, groups:
         rows_per_group: mean number of rows with a codebook of their own: a codebook costs 32 * 2^bits bits. groups: how many groups instead.
             At most 256 in either case.
         shared: one codebook for all rows of a layer and one scale a group: for many bits, where codebooks are long.
-        calibration: batches for the model (a tensor, a tuple of positional or a dict of keyword arguments each): the error of a weight then counts as much as
-            the mean square of the input it is multiplied by. By default all weights count alike.
+        calibration: batches for the model (a tensor, a tuple of positional or a dict of keyword arguments each): the error of a weight then counts
+            as much as the mean square of the input it is multiplied by. By default all weights count alike.
         filter: ``filter(name, layer)`` says whether to replace; by default everything but the head (:func:`gradmill.convert`).
         iterations: of Lloyd's algorithm, at most.
 
@@ -213,8 +213,8 @@ def fit(model: torch.nn.Module, bits: int = 4, rows_per_group: int = 64, groups:
         A :class:`Report`. The replaced layers have new Parameters: make the optimizer afterwards.
 
     Raises:
-        TypeError: if model is not a Module. ValueError: for bits, groups, no layer to replace, calibration without a batch, or a weight that is not finite (nothing
-            is changed then).
+        TypeError: if model is not a Module. ValueError: for bits, groups, no layer to replace, calibration without a batch, or a weight that is not
+            finite (nothing is changed then).
     """
     from rich.progress import Progress
 
@@ -279,20 +279,23 @@ def _cannot(parent, layer) -> str:
 class Indices(torch.optim.Optimizer):
     """Steps of the indices of every :class:`gradmill.nn.CodebookLinear` in a model, beside an optimizer for its Parameters.
 
-    Each index has a fraction of 8 binary digits, which is all the state there is: a byte a weight. A step of rate lr moves the two, as one number, by lr against the
-    sign of the gradient, on average over a row; the farther away the next codeword is, the less (:func:`gradmill.ops.move_indices`):
+    Each index has a fraction of 8 binary digits, which is all the state there is: a byte a weight. A step of rate lr moves the two, as one number,
+    by lr against the sign of the gradient, on average over a row; the farther away the next codeword is, the less
+    (:func:`gradmill.ops.move_indices`):
 
         index -= lr * G / rms(G's row) * 2 mean / (distance + mean)
 
-    with G the gradient of the weight, mean the mean distance of neighbours in the codebook; rounded stochastically to 256ths of an index, keyed, so that
-    a resumed run has the bits of one that was never interrupted. JLCM publishes that the weight falls with the distance, not how: the formula is ours. Rows with a gradient that is
-    not finite are left alone, so a GradScaler's scale needs no unscaling and a skipped step does nothing here.
+    with G the gradient of the weight, mean the mean distance of neighbours in the codebook; rounded stochastically to 256ths of an index, keyed, so
+    that a resumed run has the bits of one that was never interrupted. JLCM publishes that the weight falls with the distance, not how: the formula
+    is ours. Rows with a gradient that is not finite are left alone, so a GradScaler's scale needs no unscaling and a skipped step does nothing here.
 
     From construction on every backward pass keeps each layer's X and dY until :meth:`zero_grad`: nothing is summed over the weight, whose gradient
-    is made 256 rows at a time within :meth:`step`. Layers train their indices in eager mode (the passes are kept in a Python list); :meth:`stop` ends it.
+    is made 256 rows at a time within :meth:`step`. Layers train their indices in eager mode (the passes are kept in a Python list); :meth:`stop`
+    ends it.
 
     Args:
-        model: with CodebookLinear layers. lr: mean movement of an index in a step, in codewords; 0.01 to 0.05 over some hundreds of steps. Any LR scheduler takes it.
+        model: with CodebookLinear layers. lr: mean movement of an index in a step, in codewords; 0.01 to 0.05 over some hundreds of steps. Any LR
+        scheduler takes it.
         seed: of the rounding; drawn from torch's generator by default.
 
     Raises:
@@ -365,7 +368,8 @@ def save(model: torch.nn.Module, path: str | os.PathLike):
 
 
 def load(model: torch.nn.Module, path: str | os.PathLike) -> torch.nn.Module:
-    """Makes ``model``, which has nn.Linear or CodebookLinear where the saved one has CodebookLinear layers, what :func:`save` wrote; in place. Returns it.
+    """Makes ``model``, which has nn.Linear or CodebookLinear where the saved one has CodebookLinear layers, what :func:`save` wrote; in place.
+    Returns it.
 
     Raises:
         gradmill.CheckpointError: if the file is not one of these, or does not fit ``model``.

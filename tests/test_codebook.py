@@ -12,7 +12,7 @@ from gradmill.nn import CodebookLinear
 from gradmill.reference.codebook import values
 from gradmill.reference.quant import pack_bits
 
-from .conftest import FLOATS, LEVELS, assert_native_is_reference, assert_same_bits, key, misaligned, running, threads, wild
+from .conftest import FLOATS, LEVELS, assert_same_bits, key, misaligned, running, threads, wild
 
 SHAPES = [(1, 1, 1), (1, 3, 8), (1, 70, 63), (2, 33, 200), (4, 65, 129), (3, 20, 515), (1, 40, 1030), (7, 19, 100), (17, 33, 70), (70, 40, 300), (0, 5, 8), (3, 0, 9), (5, 4, 0)]
 

@@ -1,7 +1,7 @@
 """Layers of block-wise compressed transformers (BCT): weights of a few bits and integer arithmetic with power-of-two scales, forward only.
 
-See :mod:`gradmill.bct`, which makes them of torch's, and :mod:`gradmill.reference.shifted` for the arithmetic. Each ``forward`` takes and gives floats; ``integers`` takes
-and gives (q, e), q * 2^e with an exponent for each row, which is how BctEncoderLayer runs from its input to its output.
+See :mod:`gradmill.bct`, which makes them of torch's, and :mod:`gradmill.reference.shifted` for the arithmetic. Each ``forward`` takes and gives
+floats; ``integers`` takes and gives (q, e), q * 2^e with an exponent for each row, which is how BctEncoderLayer runs from its input to its output.
 """
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ FARTHEST = 16  # a row's exponent is at most so far below the matrix's largest
 class ShiftMatrix(torch.nn.Module):
     """A matrix (rows, columns) of ``bits`` = 2, 3, 4 or 8 a value: q * 2^(a row's exponent + its block's offset).
 
-    Offsets are 0 to 3 (8 bits: always 0), so that codes shifted by them fit int8 and a row is one operand of an exact integer product. Exponents and offsets are chosen by the
-    least squared error, ``energy`` (columns) weighing the columns; values beyond the range are clipped where that is better. Exactly rows * ceil(columns
-    * bits / 8) bytes of codes, a byte a row, and a quarter of a byte a block.
+    Offsets are 0 to 3 (8 bits: always 0), so that codes shifted by them fit int8 and a row is one operand of an exact integer product. Exponents and
+    offsets are chosen by the least squared error, ``energy`` (columns) weighing the columns; values beyond the range are clipped where that is
+    better. Exactly rows * ceil(columns * bits / 8) bytes of codes, a byte a row, and a quarter of a byte a block.
     """
 
     def __init__(self, weight: torch.Tensor, bits: int, block: int, energy: torch.Tensor | None = None):
@@ -176,8 +176,8 @@ class BctSoftmax(_Bct):
 class BctAttention(torch.nn.Module):
     """Multi-head self- or cross-attention as torch.nn.MultiheadAttention computes it, without its weights and its dropout.
 
-    Q has an exponent for each row of a head, K and V one for each head of a sequence; scores are exact int8 products, probabilities 14-bit integers in two
-    7-bit pieces, so two exact products with V, divided by their sum.
+    Q has an exponent for each row of a head, K and V one for each head of a sequence; scores are exact int8 products, probabilities 14-bit integers
+    in two 7-bit pieces, so two exact products with V, divided by their sum.
     """
 
     def __init__(self, q: BctLinear, k: BctLinear, v: BctLinear, out: BctLinear, heads: int, batch_first: bool):

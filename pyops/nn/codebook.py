@@ -14,16 +14,16 @@ class CodebookLinear(torch.nn.Module):
     """torch.nn.Linear whose weight is indices of 1 to 8 bits into a codebook for each group of rows; :func:`gradmill.codebook.fit` makes it of one.
 
     "Joint Learning of Codebooks and Mappings" (JLCM): rows are grouped by the distribution of their weights and nothing is stored for a group
-    but its codebook, or one scale. What a weight of (out, in) takes is exactly out * ceil(in * bits / 8) bytes of ``indices``, out bytes of ``row_groups``
-    and 4 * 2^bits a group of ``codebooks`` (``shared``: 4 * 2^bits once and 4 a group of ``scales``).
+    but its codebook, or one scale. What a weight of (out, in) takes is exactly out * ceil(in * bits / 8) bytes of ``indices``, out bytes of
+    ``row_groups`` and 4 * 2^bits a group of ``codebooks`` (``shared``: 4 * 2^bits once and 4 a group of ``scales``).
 
     Args:
         in_features, out_features, bias, device, dtype: as in torch.nn.Linear; dtype is the bias's, and that of :meth:`dequantize_`.
         bits: of an index. groups: at most 256. shared: one codebook for all groups, times a scale for each.
 
-    Parameters ``codebooks`` (groups, 2^bits), or (1, 2^bits) and ``scales`` (groups, 1), float32, and ``bias``; they train with any optimizer, indices with
-    :class:`gradmill.codebook.Indices`. Buffers ``indices`` (out, ceil(in * bits / 8)) and ``row_groups`` (out), uint8: ``state_dict`` holds the
-    packed form. A new layer's weight is zero. Raises ValueError for bits and groups.
+    Parameters ``codebooks`` (groups, 2^bits), or (1, 2^bits) and ``scales`` (groups, 1), float32, and ``bias``; they train with any optimizer,
+    indices with :class:`gradmill.codebook.Indices`. Buffers ``indices`` (out, ceil(in * bits / 8)) and ``row_groups`` (out), uint8: ``state_dict``
+    holds the packed form. A new layer's weight is zero. Raises ValueError for bits and groups.
     """
 
     def __init__(self, in_features, out_features, bias=True, bits=4, groups=1, shared=False, device=None, dtype=None):

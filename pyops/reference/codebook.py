@@ -32,7 +32,7 @@ def codebook_sums(dw, indices, row_groups, groups, bits):
 
 def move_indices(indices, fractions, codebooks, row_groups, dw, rates, bits, key, stream, first):
     """One proximal step of indices and their fractions, in place: see gradmill.ops.codebook."""
-    (rows, columns), last = dw.shape, (1 << bits) - 1
+    columns, last = dw.shape[1], (1 << bits) - 1
     if not dw.numel():
         return
     books, q = codebooks[row_groups.to(torch.int64)], unpack_bits(indices, bits, columns, False)

@@ -1,7 +1,8 @@
 """Integers with power-of-two scales: the arithmetic of gradmill.bct, in plain torch integer operations.
 
-A tensor is q (int64) and an exponent e (int64, last dimension 1): q * 2^e. Nothing here is a float but :func:`from_float`, which reads one, :func:`to_float`, which
-makes one, and the tables, made once. BCT publishes that every step has block-wise shift scales, not its formulas: these are ours.
+A tensor is q (int64) and an exponent e (int64, last dimension 1): q * 2^e. Nothing here is a float but :func:`from_float`, which reads one,
+:func:`to_float`, which makes one, and the tables, made once. BCT publishes that every step has block-wise shift scales, not its formulas: these are
+ours.
 """
 from __future__ import annotations
 
