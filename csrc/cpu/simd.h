@@ -377,7 +377,8 @@ GM_HD vu widened_nibbles(const uint8_t* p) {
 #elif GM_LEVEL == 1
   return (vu)codes_on_top<4>(p) >> 28;
 #else
-  return vu{p[0] & 15u, p[0] >> 4u, p[1] & 15u, p[1] >> 4u};
+  const uint32_t a = p[0], b = p[1];
+  return vu{a & 15u, a >> 4, b & 15u, b >> 4};
 #endif
 }
 GM_HD void store_narrowed_nibbles(uint8_t* p, vu x) {
