@@ -3,7 +3,9 @@
 #   make demo    virtual environment, build, and the main job             (ARGS="--steps 100": see gradmill demo --help)
 #   make test    every test                                               (ARGS="-k quant": pytest's arguments)
 #   make wheel   builds dist/*.whl and proves it in an empty virtual environment, without and with triton
-#   make bench   benchmarks against torch, interleaved                    (ARGS: see bench/run.py)
+#   make bench   benchmarks against torch and installed peers, under 5 minutes   (ARGS: see bench/run.py)
+#   make bench-peers    installs the peers in $(VENV)-peers, beside this torch; make bench then uses them
+#   make instructions   instructions per element, registers, spills: compared with the committed table
 #   make clean   removes what the above made
 #
 # PYTHON=python3.11 chooses the interpreter, VENV=folder the virtual environment. All paths are relative, so that the
@@ -22,7 +24,7 @@ NATIVE := setup.py pyproject.toml $(shell find csrc -type f \( -name '*.h' -o -n
 # Never with the checkout on sys.path: its kernels/ folder would hide the package of that name.
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo test wheel bench clean install install-dev
+.PHONY: demo test wheel bench bench-peers instructions clean install install-dev
 .DELETE_ON_ERROR:
 
 demo: install
@@ -32,7 +34,22 @@ test: install-dev
 	$(PY) -m pytest --import-mode=importlib $(ARGS)
 
 bench: install-dev
-	$(PY) bench/run.py $(ARGS)
+	"$$([ -x $(VENV)-peers/bin/python ] && echo $(VENV)-peers || echo $(VENV))/bin/python" bench/run.py $(ARGS)
+
+instructions: install-dev
+	$(PY) bench/instructions.py $(ARGS)
+
+# Peers live in a virtual environment that sees the first one's packages behind its own; torch and numpy are held where they are.
+bench-peers: install-dev
+	@rm -rf $(VENV)-peers && "$(PY)" -m venv $(VENV)-peers
+	@"$(PY)" -c 'import site, sys; print("import site; site.addsitedir(%r)" % site.getsitepackages()[0])' > $(VENV)-peers/behind.line
+	@mv $(VENV)-peers/behind.line "$$($(VENV)-peers/bin/python -c 'import site; print(site.getsitepackages()[0])')/behind.pth"
+	@$(PY) -m pip list --format=freeze 2>/dev/null | grep -iE '^(torch|numpy|triton)==' > $(VENV)-peers/held.txt
+	@failed=; grep -v '^#' bench/peers.txt | { while read -r peer; do \
+		$(VENV)-peers/bin/python -m pip --disable-pip-version-check install -q -c $(VENV)-peers/held.txt "$$peer" >> $(VENV)-peers/log.txt 2>&1 || \
+		$(VENV)-peers/bin/python -m pip --disable-pip-version-check install -q --no-deps "$$peer" >> $(VENV)-peers/log.txt 2>&1 || failed="$$failed $$peer"; done; \
+		[ -z "$$failed" ] || echo "not installed (log: $(VENV)-peers/log.txt):$$failed"; }
+	$(VENV)-peers/bin/python bench/peers.py
 
 # --- installing: stamps in the virtual environment, so that nothing is done twice ---------------------------
 install: $(VENV)/.installed
@@ -80,5 +97,5 @@ wheel: install
 	@ls -l dist
 
 clean:
-	rm -rf .venv .venv-ci build dist demo_out *.egg-info .pytest_cache .hypothesis .benchmarks pyops/_C*.so pyops/_C*.tmp
+	rm -rf .venv .venv-peers .venv-ci build dist demo_out *.egg-info .pytest_cache .hypothesis .benchmarks pyops/_C*.so pyops/_C*.tmp
 	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +

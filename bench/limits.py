@@ -91,9 +91,12 @@ def commit() -> str | None:
         return None
 
 
+CHILDREN: set[int] = set()   # processes that work for a case: not others
+
+
 class OtherWork:
-    """Share of the processors this process may use that went to others (a hypervisor's too) since construction, from
-    /proc/stat; None where there is none. Timings taken beside other work can be steady and still wrong by a factor: an
+    """Share of the processors this process (and CHILDREN) may use that went to others (a hypervisor's too) since construction,
+    from /proc/stat; None where there is none. Timings taken beside other work can be steady and still wrong by a factor: an
     OpenMP barrier waits whole time slices for a thread that is not running."""
 
     def __init__(self):
@@ -109,8 +112,10 @@ class OtherWork:
                 if name in cpus:
                     user, nice, system, _idle, _wait, irq, softirq, steal = map(int, ticks[:8])
                     busy += user + nice + system + irq + softirq + steal
-            own = os.times()
-            return time.perf_counter(), busy / os.sysconf("SC_CLK_TCK"), sum(own[:4]), len(cpus)
+            tick, own = os.sysconf("SC_CLK_TCK"), sum(os.times()[:4])   # ended children's too
+            for pid in CHILDREN:
+                own += sum(map(int, pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:15])) / tick
+            return time.perf_counter(), busy / tick, own, len(cpus)
         except (OSError, AttributeError, ValueError):
             return None
 
@@ -142,11 +147,11 @@ def measure(ctx, timer, seconds: float) -> dict[str, float]:
         try:
             timer.sample(run, 0, 1)  # warm-up
             found[name] = amount / best(lambda: timer.sample(run, 0, 1), seconds / (len(runs) + 2))
-        except RuntimeError:
+        except Exception:   # not here: what is bound by it shows no fraction
             continue
     if ctx.device == "cpu":
         found |= registers(ctx.isa, torch.get_num_threads(), seconds / (len(runs) + 2))
-    found.setdefault("fp32", found["fp32 matmul"])
+    found.setdefault("fp32", found.get("fp32 matmul", 0.0))
     found.setdefault("int8", found.get("int8 matmul", 0.0))
     found.setdefault("int7", found["int8"])
     return found

@@ -6,7 +6,7 @@ import torch
 
 import gradmill
 
-from .runner import Bench, Work, baseline, case, ours, peer, rival
+from .runner import Bench, Work, baseline, case, compiled, knowing, nbytes, ours, peer, rival
 
 BLOCK_SCALE = 4 / 256   # bytes of scale per 8-bit code
 SETTINGS = dict(lr=1e-3, betas=(0.9, 0.999), weight_decay=0.01)
@@ -31,7 +31,7 @@ def _count(ctx):
 
 def _stepper(optimizer):
     optimizer.step()   # makes the states
-    return lambda i: optimizer.step()
+    return knowing(lambda i: optimizer.step(), lambda: {"state bytes": nbytes(list(optimizer.state.values()))})
 
 
 def _bench(ctx, what, bytes_per_parameter, entries, operations=15.0):

@@ -1,4 +1,4 @@
-"""One self-contained HTML page of a run's JSON: ratios, rooflines, goals. Inline SVG in percentages, so that it fits any
+"""One self-contained HTML page of a run's JSON: ratios, rooflines, scaling, memory, goals. Inline SVG in percentages, so that it fits any
 width without scaling its text; colours are the reader's light or dark scheme. No script, no network."""
 from __future__ import annotations
 
@@ -10,22 +10,32 @@ from .limits import MEANING
 from .runner import DISTURBED
 
 STYLE = """
-:root { color-scheme: light dark; --paper: #fcfcfb; --ink: #1c1b1a; --soft: #5c5a55; --line: #dddbd6; --good: #2a78d6; --bad: #d64545; --even: #94918a; }
+:root { color-scheme: light dark; --paper: #fcfcfb; --ink: #1c1b1a; --soft: #5c5a55; --line: #dddbd6; --good: #2a78d6; --bad: #d64545; --even: #94918a;
+  --c1: #1c1b1a; --c2: #c2610c; --c3: #0f8a68; --c4: #8a4fc0; }
 @media (prefers-color-scheme: dark) {
-  :root { --paper: #1a1a19; --ink: #f1efea; --soft: #b0ada5; --line: #3b3a37; --good: #4a96ee; --bad: #ee6f6f; --even: #7d7a74; }
+  :root { --paper: #1a1a19; --ink: #f1efea; --soft: #b0ada5; --line: #3b3a37; --good: #4a96ee; --bad: #ee6f6f; --even: #7d7a74;
+    --c1: #f1efea; --c2: #f0954a; --c3: #3fc79d; --c4: #b98aea; }
 }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 62rem; background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem; } h3 { font-size: 1rem; margin: 1.2rem 0 .2rem; font-weight: 600; }
 p, pre, figcaption { color: var(--soft); } pre { overflow-x: auto; font-size: 13px; } .warn { color: var(--bad); font-weight: 600; }
-figure { margin: 0; } figcaption { margin-bottom: .5rem; }
-.bar { display: grid; grid-template-columns: 15rem minmax(0, 1fr) 10rem; column-gap: .75rem; align-items: center; }
+figure { margin: 0; } figure p { margin: .15rem 0; } .roofline { margin-top: 2rem; } figcaption { margin-bottom: .5rem; }
+.bar { display: grid; grid-template-columns: 17rem minmax(0, 1fr) 14.5rem; gap: 0 .75rem; align-items: center; padding: .1rem 0; line-height: 1.3; }
 .bar > :first-child { overflow-wrap: anywhere; } .bar > :last-child { text-align: right; font-variant-numeric: tabular-nums; }
 svg { display: block; width: 100%; overflow: visible; } .row { height: 20px; } .roof { height: 24rem; margin: 1rem 0 2.5rem; }
-svg text { fill: var(--soft); font-size: 12px; }
+svg text { fill: var(--soft); font-size: 12px; paint-order: stroke; stroke: var(--paper); stroke-width: 3px; }
 .good { fill: var(--good); } .bad { fill: var(--bad); } .even { fill: var(--even); } .track { fill: var(--line); }
 .grid { stroke: var(--line); } .axis, .whisker { stroke: var(--ink); } .limit { stroke: var(--even); stroke-width: 2; }
 .point { fill: var(--good); stroke: var(--paper); stroke-width: 2; } svg .number { fill: var(--ink); font-weight: 600; }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1.5rem 2.5rem; }
+.plot { height: 15rem; margin: .75rem 0 1.75rem; } .key { display: flex; flex-wrap: wrap; gap: .1rem 1rem; font-size: 13px; }
+.key svg { display: inline-block; width: 22px; height: 10px; margin-right: .35rem; }
+.l0 { stroke: var(--good); stroke-width: 3; } .l1 { stroke: var(--c1); stroke-width: 1.5; } .l2 { stroke: var(--c2); stroke-width: 1.5; }
+.l3 { stroke: var(--c3); stroke-width: 1.5; } .l4 { stroke: var(--c4); stroke-width: 1.5; }
+.p0 { fill: var(--good); } .p1 { fill: var(--c1); } .p2 { fill: var(--c2); } .p3 { fill: var(--c3); } .p4 { fill: var(--c4); }
+.table { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; } th, td { padding: .15rem 1.25rem .15rem 0; text-align: right; }
+th { color: var(--soft); font-weight: 400; } th:first-child, td:first-child { text-align: left; }
 @media (max-width: 40rem) {
   .bar { grid-template-columns: minmax(0, 1fr) auto; margin-top: .35rem; } .bar > svg { grid-row: 2; grid-column: 1 / 3; }
   .roof { height: 20rem; }
@@ -45,7 +55,9 @@ def page(data: dict) -> str:
              *(f'<p class="warn">{escape(line)}</p>' for line in warnings),
              f"<pre>{escape(chr(10).join([*report.machine_lines(facts, data['limits']), *peer_lines(facts)]))}</pre>", *rooflines(data)]
     for family in dict.fromkeys(r["family"] for r in results):
-        parts.append(ratios(family, [r for r in results if r["family"] == family]))
+        mine = [r for r in results if r["family"] == family]
+        jobs = [r for r in mine if not r.get("point")]
+        parts += [*([ratios(family, jobs)] if jobs else []), *scaling(family, [r for r in mine if r.get("point")]), *memory(family, jobs)]
     return ("<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">"
             f"<title>gradmill's benchmarks</title><style>{STYLE}</style></head><body>\n" + "\n".join(parts) + "\n</body></html>\n")
 
@@ -69,8 +81,8 @@ def bar(label: str, drawing: str, said: str) -> str:
 # --- ratios -----------------------------------------------------------------------------------------------
 def ratios(family: str, results: list[dict]) -> str:
     """A bar for each other way to do each job: its time by gradmill's, on a logarithmic axis that the family shares."""
-    known = [abs(math.log(x)) for r in results for e in r["entries"] if e.get("ratio") for x in e["ratio"].values()]
-    reach = max([math.log(2.0), *known]) * 1.05
+    logs = [abs(math.log(x)) for r in results for e in r["entries"] if e.get("ratio") for x in e["ratio"].values()]
+    reach = max([math.log(2.0), *logs]) * 1.05
 
     def x(ratio):
         return 50 + 50 * math.log(ratio) / reach
@@ -81,7 +93,7 @@ def ratios(family: str, results: list[dict]) -> str:
     for r in results:
         mine = ours(r)
         out.append(f"<h3>{escape(r['title'])}</h3>")
-        goal = r["goal"] and r["goal"]["said"] and f"; goal {r['goal']['ratio']:g}x of {r['goal']['against']}: {r['goal']['said']}" or ""
+        goal = r["goal"] and r["goal"]["said"] and f"; goal, against torch, {report.aim(r['goal']['against'], r['goal']['ratio'])}: {r['goal']['said']}" or ""
         if mine is not None:
             out.append(f"<p>gradmill: {report.seconds(mine['median_s'])}{escape(goal)}</p>")
         if disturbed(r):
@@ -95,16 +107,103 @@ def ratios(family: str, results: list[dict]) -> str:
                 drawing = (f'<line class="grid" x1="50%" x2="50%" y1="0" y2="100%"/>'
                            f'<rect class="{kind}" x="{min(50, x(middle)):.2f}%" width="{abs(x(middle) - 50):.2f}%" y="4" height="12" rx="2"/>'
                            f'<line class="whisker" x1="{x(low):.2f}%" x2="{x(high):.2f}%" y1="10" y2="10"/>')
-                said = f"tie ({report.times(middle)})" if e["tie"] else f"{report.times(max(middle, 1 / middle))} {'faster' if middle >= 1 else 'slower'}"
-                out.append(bar(e["label"], drawing, f"{said}, {report.seconds(e['median_s'])}"))
-        out += [f"<p>{escape(note)}</p>" for note in r["notes"]]
+                said = f"tie ({report.times(middle)})" if e["tie"] else f"gradmill {report.times(max(middle, 1 / middle))} {'faster' if middle >= 1 else 'slower'}"
+                out.append(bar(e["label"], drawing, f"{report.seconds(e['median_s'])}, {said}"))
+        out += [*known(r), *(f"<p>{escape(note)}</p>" for note in r["notes"])]
     return "\n".join([*out, "</figure>"])
+
+
+def known(r: dict) -> list[str]:
+    """A table of what a job's entries say besides their time, where they do."""
+    per_call, timed = r.get("per_call"), [e for e in r["entries"] if "not_run" not in e]
+    names = list(dict.fromkeys(name for e in timed for name in e.get("facts", {})))
+    if not per_call and all(name.endswith("bytes") for name in names):
+        return []   # memory's bars say it
+    head = ["", *([f"{per_call[1]}/s"] if per_call else []), *(name.removesuffix(" bytes") for name in names)]
+    rows = [[e["label"], *([report.amount(per_call[0] / e["median_s"], "")] if per_call else []), *(_fact(name, e.get("facts", {}).get(name)) for name in names)] for e in timed]
+    row = lambda cells, tag: "<tr>" + "".join(f"<{tag}>{escape(c)}</{tag}>" for c in cells) + "</tr>"
+    return ['<div class="table"><table>', row(head, "th"), *(row(cells, "td") for cells in rows), "</table></div>"]
+
+
+def _fact(name: str, value: float | None) -> str:
+    return "" if value is None else report.amount(value, "B") if name.endswith("bytes") else f"{value:.4g}"
+
+
+# --- scaling and memory -----------------------------------------------------------------------------------
+def tick(value: float) -> str:
+    for unit, scale in (("M", 1 << 20), ("k", 1 << 10)):
+        if value >= scale and value % scale == 0:
+            return f"{value // scale}{unit}"
+    return f"{value:g}"
+
+
+def scaling(family: str, results: list[dict]) -> list[str]:
+    """A plot for each series of points: time over size, batch or threads, both logarithmic, a line for each way."""
+    if not results:
+        return []
+    series = {}
+    for r in results:
+        series.setdefault(tuple(r["point"][:2]), []).append((r["point"][2], r))
+    return [f"<h2>{escape(family)}: time over size, batch and threads</h2>", '<div class="plots">',
+            *(curves(name, varies, sorted(jobs, key=lambda job: job[0])) for (name, varies), jobs in series.items()), "</div>"]
+
+
+def curves(name: str, varies: str, jobs: list[tuple[float, dict]]) -> str:
+    lines = {}
+    for value, r in jobs:
+        for e in r["entries"]:
+            if "not_run" not in e:
+                lines.setdefault(e["label"], []).append((value, e["median_s"]))
+    left, right = jobs[0][0], jobs[-1][0]
+    times = [t for line in lines.values() for _, t in line]
+    caption = f"<figcaption>{escape(name)}: time over {escape(varies)}, both logarithmic</figcaption>"
+    if not times:
+        return f'<figure class="curves">{caption}<p>nothing ran</p></figure>'
+    bottom, top = 10 ** math.floor(math.log10(min(times))), 10 ** math.ceil(math.log10(max(times) * 1.01))
+
+    def x(value):   # a margin for the times' labels
+        return 12 + 86 * (math.log(value / left) / math.log(right / left) if right > left else 0.5)
+
+    def y(value):
+        return 100 - 100 * math.log(value / bottom) / math.log(top / bottom)
+
+    out = [f'<figure class="curves">{caption}<svg class="plot" role="img" aria-label="{escape(name)} over {escape(varies)}">']
+    for power in range(round(math.log10(bottom)), round(math.log10(top)) + 1):
+        at = f'{y(10.0 ** power):.2f}%'
+        out.append(f'<line class="grid" x1="0" x2="100%" y1="{at}" y2="{at}"/><text x="0" y="{at}" dy="-3">{escape(_decade(power))}</text>')
+    out += [f'<text x="{x(value):.2f}%" y="100%" dy="16" text-anchor="middle">{tick(value)}</text>' for value, _ in jobs]
+    keys = []
+    for number, (label, line) in reversed(list(enumerate(lines.items()))):   # gradmill's, the first, on top
+        kind = min(number, 4)
+        out += [f'<line class="l{kind}" x1="{x(a):.2f}%" y1="{y(s):.2f}%" x2="{x(b):.2f}%" y2="{y(t):.2f}%"/>' for (a, s), (b, t) in zip(line, line[1:])]
+        out += [f'<circle class="p{kind}" cx="{x(a):.2f}%" cy="{y(s):.2f}%" r="{4 if kind == 0 else 3}"><title>{escape(label)}, {tick(a)}: {report.seconds(s)}</title></circle>'
+                for a, s in line]
+        keys.insert(0, f'<span><svg aria-hidden="true"><line class="l{kind}" x1="0" x2="100%" y1="50%" y2="50%"/></svg>{escape(label)}</span>')
+    return "\n".join([*out, '</svg><div class="key">', *keys, "</div></figure>"])
+
+
+def _decade(power: int) -> str:
+    return f"{10 ** (power % 3)} {('ns', 'us', 'ms', 's')[power // 3 + 3]}" if -9 <= power < 3 else f"1e{power} s"
+
+
+def memory(family: str, results: list[dict]) -> list[str]:
+    """Bars of what the ways of a job keep in memory, against the largest."""
+    out = []
+    for r in results:
+        held = {(e["label"], name): value for e in r["entries"] for name, value in e.get("facts", {}).items() if name.endswith("bytes")}
+        most = max(held.values(), default=0)
+        if most > 0 and len(held) > 1:
+            out.append(f"<h3>{escape(r['title'])}: {escape(', '.join(dict.fromkeys(name.removesuffix(' bytes') for _, name in held)))}</h3>")
+            mine = ours(r)
+            out += [bar(label, f'<rect class="{"good" if mine and label == mine["label"] else "even"}" width="{100 * max(value, 0) / most:.2f}%" y="4" height="12" rx="2"/>',
+                        report.amount(value, "B")) for (label, _), value in held.items()]
+    return [f'<h2>{escape(family)}: memory</h2><figure class="memory"><figcaption>Blue: gradmill\'s first way. Shorter is better.</figcaption>', *out, "</figure>"] if out else []
 
 
 # --- limits -----------------------------------------------------------------------------------------------
 def rooflines(data: dict) -> list[str]:
     """What gradmill reaches of each job's limit, as a plot of rates over operations per byte and as bars."""
-    jobs = [(r, e) for r in data["results"] if (e := ours(r)) is not None and e["of_limit"]]
+    jobs = [(r, e) for r in data["results"] if not r.get("point") and (e := ours(r)) is not None and e["of_limit"]]
     if not jobs:
         return []
     most = max(1.0, *(e["of_limit"] for _, e in jobs))

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from . import limits as machine
-from .runner import Result, Timed
+from .runner import LATER, Result, Timed
 
 SCHEMA = 1
 
@@ -54,6 +54,8 @@ def percent(fraction: float | None) -> str:
 
 
 def counted(result: Result) -> str:
+    if not result.work.bound:
+        return "not counted"
     return f"{amount(result.work.bytes, 'B')} moved, {amount(result.work.ops, 'op')} counted; bound by {result.work.bound}"
 
 
@@ -92,6 +94,12 @@ def cap_lines(level: str, rates: dict) -> list[str]:
     return lines
 
 
+def known(e: dict, per_call) -> str:
+    """What an entry (as data) says besides its time: rates, memory, what its run found."""
+    said = [f"{amount(per_call[0] / e['median_s'], per_call[1])}/s"] if per_call else []
+    return ", ".join(said + [f"{name.removesuffix(' bytes')} {amount(value, 'B')}" if name.endswith("bytes") else f"{name} {value:.4g}" for name, value in e.get("facts", {}).items()])
+
+
 def _line(*cells, style=""):
     """One row of a family's table: fixed widths, so that rows printed one by one line up."""
     grid = Table.grid(padding=(0, 1))
@@ -121,6 +129,8 @@ def block(result: Result) -> list:
         out.append(_line(Text("  " + e.label), seconds(e.median), spread(e), Text(said, style=style), percent(e.of_limit)))
         if len(e.parts) > 1:
             out.append(_indented(parts(e), 4, "dim"))
+        if more := known(_entry(e), result.per_call):
+            out.append(_indented(more, 4, "dim"))
     if result.disturbed:
         out.append(_indented(f"! Other processes had {percent(result.others)} of the processors meanwhile: no result.", 2, "bold red"))
     return [*out, _indented(counted(result), 2, "dim"), *(_indented(note, 2, "dim") for note in result.notes)]
@@ -134,12 +144,16 @@ def _row(result: Result) -> list[str]:
     mine, base, best = result.ours, result.torch, result.best_peer
     goal = ""
     if result.goal is not None:
-        goal = f"{result.goal[1]:g}x {result.goal_said}"
+        goal = f"{aim(*result.goal)} {result.goal_said}"
     title = ("! " if result.disturbed else "") + result.title
     if mine is None:
         return [title, "failed", "", "", "", goal]
     return [title, seconds(mine.median), verdict(base) if base else "not run", verdict(best) if best else "",
             f"{percent(mine.of_limit)} {result.work.bound}" if mine.of_limit is not None else "", goal]
+
+
+def aim(against: str, value: float) -> str:
+    return f"+{seconds(value)}" if against == LATER else f"{value:g}x"
 
 
 HEADER = ["job", "gradmill", "than torch", "than best peer", "of limit", "goal"]
@@ -161,7 +175,7 @@ def as_data(facts, limits, limits_after, cap, settings, results: list[Result]) -
         "family": r.case.family, "case": r.case.name, "title": r.title,
         "work": {"bytes": r.work.bytes, "ops": r.work.ops, "bound": r.work.bound},
         "goal": None if r.goal is None else {"against": r.goal[0], "ratio": r.goal[1], "said": r.goal_said},
-        "others_cpu": r.others, "notes": r.notes, "entries": [_entry(e) for e in r.entries]} for r in results]}
+        "point": r.point, "per_call": r.per_call, "others_cpu": r.others, "notes": r.notes, "entries": [_entry(e) for e in r.entries]} for r in results]}
 
 
 def _entry(e: Timed) -> dict:
@@ -170,7 +184,7 @@ def _entry(e: Timed) -> dict:
     low, high = e.quartiles
     return {"kind": e.kind, "label": e.label, "median_s": e.median, "q25_s": low, "q75_s": high, "samples_s": list(e.by_round.values()),
             "parts_s": e.parts if len(e.parts) > 1 else None, "of_limit": e.of_limit, "tie": e.tie,
-            "ratio": None if e.ratio is None else dict(zip(("median", "q25", "q75"), e.ratio))}
+            "facts": e.facts, "ratio": None if e.ratio is None else dict(zip(("median", "q25", "q75"), e.ratio))}
 
 
 def markdown(facts, limits, limits_after, cap_notes: list[str], settings, results: list[Result]) -> str:
@@ -190,6 +204,8 @@ def markdown(facts, limits, limits_after, cap_notes: list[str], settings, result
                     lines.append(f"| {e.label} | {seconds(e.median)} | {spread(e)} | {verdict(e) if e.ratio else ''} | {percent(e.of_limit)} |")
                     if len(e.parts) > 1:
                         lines[-1] = lines[-1].replace(e.label, f"{e.label} ({parts(e)})", 1)
+                    if more := known(_entry(e), r.per_call):
+                        lines.append(f"| {more} | | | | |")
             lines += [f"| {note} | | | | |" for note in r.notes]
             if r.disturbed:
                 lines.append(f"| Other processes had {percent(r.others)} of the processors meanwhile: no result. | | | | |")

@@ -2,7 +2,7 @@
 
     python bench/run.py                                    all families, under 5 minutes on 2 threads (= make bench)
     python bench/run.py --quick --family optim,quant       fewer rounds, two families
-    python bench/run.py --full --json OUT.json --markdown OUT.md
+    python bench/run.py --full --json OUT.json --html OUT.html    to publish: scaling, torch.compile; about an hour on 2 threads
     python bench/run.py --isa avx2                         gradmill and torch both held to AVX2
     python bench/run.py --device cuda
     python bench/run.py --from OUT.json --html OUT.html    a page of an earlier run
@@ -23,7 +23,7 @@ import time
 
 HERE = pathlib.Path(__file__).resolve().parent
 #: Seconds of timing per case and the fewest samples of a slow entry.
-PACE = {"quick": (2.5, 3), "default": (6.0, 5), "full": (30.0, 9)}
+PACE = {"quick": (1.5, 3), "default": (3.0, 3), "full": (20.0, 7)}
 
 
 def package():
@@ -36,19 +36,22 @@ def package():
 def arguments(argv=None):
     parser = argparse.ArgumentParser(prog="python bench/run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="?", metavar="FAMILY", default="", help="the same as --family FAMILY")
-    parser.add_argument("--family", default="", help="comma-separated: quant, matmul, conv, optim, projection, binary, codebook (default: all)")
+    parser.add_argument("--family", default="", help="comma-separated: quant, matmul, conv, optim, projection, binary, codebook, overhead, training, scaling (default: all; "
+                        "scaling and the larger models only with --full or by name)")
     parser.add_argument("--case", default="", help="only cases whose name contains this")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, help="CPU threads of every library (default: all that this process may use)")
     parser.add_argument("--isa", choices=("portable", "avx2", "avx512", "avx512_vnni"), help="hold gradmill and torch to an instruction set")
     pace = parser.add_mutually_exclusive_group()
-    pace.add_argument("--quick", dest="pace", action="store_const", const="quick", help="2.5 s a case")
-    pace.add_argument("--full", dest="pace", action="store_const", const="full", help="30 s a case: numbers to publish")
-    parser.add_argument("--no-peers", action="store_true", help="torch only")
+    pace.add_argument("--quick", dest="pace", action="store_const", const="quick", help="1.5 s a case")
+    pace.add_argument("--full", dest="pace", action="store_const", const="full", help="20 s a case, every case, torch.compile too: numbers to publish")
+    peers = parser.add_mutually_exclusive_group()
+    peers.add_argument("--peers", action="store_true", help="installed peers take part (they do anyway)")
+    peers.add_argument("--no-peers", action="store_true", help="torch only")
     parser.add_argument("--tiny", action="store_true", help="toy sizes: shows that everything runs, measures nothing")
     parser.add_argument("--json", metavar="FILE", help="everything, every sample")
     parser.add_argument("--markdown", metavar="FILE", help="the tables, for docs")
-    parser.add_argument("--html", metavar="FILE", help="one self-contained page: ratios, rooflines")
+    parser.add_argument("--html", metavar="FILE", help="one self-contained page: ratios, rooflines, scaling, memory")
     parser.add_argument("--from", dest="source", metavar="JSON", help="measure nothing: make --html of an earlier run's --json")
     parser.add_argument("--list", action="store_true", help="name the cases and stop")
     parser.set_defaults(pace="default")
@@ -75,7 +78,7 @@ def main() -> int:
     package()
     from rich.console import Console
 
-    from gradmill_bench import limits as machine, page, report, runner
+    from gradmill_bench import limits as machine, page, peers, report, runner
     if args.source:
         try:
             text = page.page(json.loads(pathlib.Path(args.source).read_text()))
@@ -85,12 +88,13 @@ def main() -> int:
         report.write(args.html or str(pathlib.Path(args.source).with_suffix(".html")), text)
         return 0
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
-    families = tuple(f for f in (args.family or args.families).split(",") if f) or runner.FAMILIES
+    named = tuple(f for f in (args.family or args.families).split(",") if f)
+    families = named or runner.FAMILIES
     unknown = [f for f in families if f not in runner.FAMILIES]
     if unknown:
         console.print(f"--family {','.join(unknown)}: there are {', '.join(runner.FAMILIES)}")
         return 2
-    cases = [c for c in runner.load(families) if args.case in c.name]
+    cases = [c for c in runner.load(families) if args.case in c.name and (not c.full or args.pace == "full" or args.case or c.family == "scaling" and named)]
     if args.list:
         for c in cases:
             print(f"{c.family}.{c.name}")
@@ -101,21 +105,29 @@ def main() -> int:
         return 2
     runner.pin(threads)
     seconds, rounds = (0.05, 2) if args.tiny else PACE[args.pace]
-    ctx, clock = runner.Context(args.device, args.tiny), runner.timer(args.device)
+    ctx, clock = runner.Context(args.device, args.tiny, args.pace == "full"), runner.timer(args.device)
 
     facts = machine.describe(args.device)
     cap = machine.check_cap(args.isa, threads, 1 if args.tiny else 3) if args.isa else {}
     cap_notes = report.cap_lines(args.isa, cap) if args.isa else []
     limits = machine.measure(ctx, clock, min(seconds, 4))
-    facts["peers"] = peers(cases, ctx, runner)
+    facts["peers"] = {} if args.no_peers else peers.found(args.device)
     for line in [*report.machine_lines(facts, limits), *cap_notes]:
         console.print(line, style="bold red" if line.startswith("!") else "", markup=False, soft_wrap=True)
-    console.print("peers: " + "; ".join(f"{k} {v}" for k, v in facts["peers"].items()), markup=False)
+    console.print("\n".join(page.peer_lines(facts)), markup=False, soft_wrap=True)
     if args.tiny:
         console.print("! --tiny: these sizes measure overheads; nothing below is a result.", style="bold red")
     console.print()
 
-    results, started, stopped = [], time.perf_counter(), False
+    results, started, stopped = [], time.perf_counter(), True   # until the end is reached
+
+    def save(after=()):
+        settings = {"pace": args.pace, "seconds_per_case": seconds, "rounds": rounds, "tiny": args.tiny, "complete": not stopped,
+                    "took_s": time.perf_counter() - started}
+        data = report.as_data(facts, limits, dict(after), cap, settings, results)
+        if args.json:
+            report.write(args.json, report.dumps(data))
+        return settings, data
     try:
         for family in families:
             mine = [c for c in cases if c.family == family]
@@ -123,14 +135,15 @@ def main() -> int:
                 console.print(line)
             for c in mine:
                 with console.status(f"{c.family}.{c.name}"):
-                    result = runner.measure(c, ctx, clock, seconds=seconds, rounds=rounds, peers=not args.no_peers)
+                    result = runner.measure(c, ctx, clock, seconds=seconds / (3 if c.family == "scaling" else 1), rounds=rounds, peers=not args.no_peers)
                 runner.score(result, limits)
                 results.append(result)
                 for line in report.block(result):
                     console.print(line)
+            save()   # what ends this process later leaves what was measured until here
             console.print()
+        stopped = False
     except KeyboardInterrupt:
-        stopped = True
         console.print("Stopped; what was measured until now:")
     after = {} if stopped else machine.measure(ctx, clock, min(seconds, 4))
     console.print(report.summary(results))
@@ -138,33 +151,15 @@ def main() -> int:
         console.print(line, style="bold red", markup=False)
     if any(r.disturbed for r in results):
         console.print("! Jobs marked ! were timed while other processes worked: measure again on a quiet machine.", style="bold red")
-    settings = {"pace": args.pace, "seconds_per_case": seconds, "rounds": rounds, "tiny": args.tiny, "complete": not stopped,
-                "took_s": time.perf_counter() - started}
+    settings, data = save(after)
     console.print(f"\n[dim]median of interleaved samples; spread: half the interquartile range; a ratio is the median over"
                   f"\nrounds of the other's time by gradmill's in the same round; tie: the ratio's interquartile range is"
                   f"\nwider than the difference. {settings['took_s']:.0f} s.[/dim]")
-    data = report.as_data(facts, limits, after, cap, settings, results)
-    if args.json:
-        report.write(args.json, report.dumps(data))
     if args.html:
         report.write(args.html, page.page(data))
     if args.markdown:
         report.write(args.markdown, report.markdown(facts, limits, after, cap_notes, settings, results))
     return 130 if stopped else 1 if any(r.failed for r in results) else 0
-
-
-def peers(cases, ctx, runner) -> dict[str, str]:
-    """{package: version, or why it is left out} of the peers that the cases name."""
-    import importlib.metadata
-    found = {}
-    for module in dict.fromkeys(e.module for c in cases for e in c.build(ctx).entries if e.module):
-        try:
-            with runner.quiet():
-                importlib.import_module(module)
-            found[module] = importlib.metadata.version(module)
-        except Exception as error:
-            found[module] = f"left out ({runner.explain(error)})"
-    return found
 
 
 if __name__ == "__main__":

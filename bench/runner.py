@@ -12,29 +12,28 @@ A family file defines cases::
 
 Calling a case allocates nothing: an entry's ``make`` does, once, and returns what is timed, ``run(i)``, where i counts
 calls so that inputs can rotate. An operation whose cost is a mixture returns {name: (weight, run)}: its time is the
-weighted sum.
+weighted sum. A run that knows more than its time says so in ``run.facts()``, called once after the timing
+(:func:`knowing`): {what: number}; bytes where the name ends so.
 """
 from __future__ import annotations
 
-import contextlib
 import functools
 import gc
 import importlib
-import io
-import logging
 import math
 import os
 import statistics
 import time
-import warnings
 from dataclasses import dataclass, field
 from typing import Callable
 
 import torch
 
 from . import limits as machine
+from .peers import explain, quiet
 
-FAMILIES = ("quant", "matmul", "conv", "optim", "projection", "binary", "codebook")
+FAMILIES = ("quant", "matmul", "conv", "optim", "projection", "binary", "codebook", "overhead", "training", "scaling")
+LATER = "torch, seconds more"   # a goal's kind: an allowance on top of torch's time
 DISTURBED = 0.05  # share of the processors that others may have during a job
 SAMPLE = 0.002  # seconds: a shorter call is timed several times in a row
 
@@ -51,7 +50,12 @@ class Work:
 
     @property
     def amount(self) -> float:
+        """What the limit counts."""
         return self.bytes if machine.MEANING[self.bound][0] == "B/s" else self.ops
+
+
+#: The work of jobs that no limit binds: call overhead, whole training steps.
+UNCOUNTED = Work(0.0, 0.0, "")
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ class Entry:
     label: str
     make: Callable          # () -> run(i) or {name: (weight, run)}; a peer's is called with its module
     module: str | None = None
+    full: bool = False      # in full runs only
 
 
 def ours(make, label="gradmill") -> Entry:
@@ -80,12 +85,26 @@ def peer(module, label, make) -> Entry:
     return Entry("peer", label, make, module)
 
 
+def compiled(label, make) -> Entry:
+    """torch.compile's way: in full runs only, because a compilation takes longer than the quick runs' timing."""
+    return Entry("peer", label, make, full=True)
+
+
+def knowing(run: Callable, facts: Callable[[], dict]) -> Callable:
+    """``run`` with what it can say of itself after the timing."""
+    run.facts = facts
+    return run
+
+
 @dataclass
 class Bench:
     title: str
     work: Work
     entries: list[Entry]
     notes: Callable[[], list[str]] = lambda: []   # said under the table, after the timing
+    point: tuple[str, str, float] | None = None   # (series, what varies, its value): where this job stands in a scaling plot
+    per_call: tuple[float, str] | None = None     # (1024, "tokens"): what a call gets done, for rates
+    threads: int | None = None                    # of this job, where it is not the run's
 
 
 @dataclass(frozen=True)
@@ -93,15 +112,16 @@ class Case:
     family: str
     name: str
     build: Callable[["Context"], Bench]
-    goal: tuple[str, float] | None   # ("torch", 1.1): on CPU at least 1.1 times as fast as torch's entry
+    goal: tuple[str, float] | None   # ("torch", 1.1): on CPU at least 1.1 times as fast as torch's entry; (LATER, 1e-5): at most 10 us later
+    full: bool                       # measured in full runs, or when asked for by name
 
 
 CASES: dict[str, Case] = {}
 
 
-def case(family: str, goal: tuple[str, float] | None = None):
+def case(family: str, goal: tuple[str, float] | None = None, full: bool = False, name: str = ""):
     def register(build):
-        CASES[f"{family}.{build.__name__}"] = Case(family, build.__name__, build, goal)
+        CASES[f"{family}.{name or build.__name__}"] = Case(family, name or build.__name__, build, goal, full)
         return build
     return register
 
@@ -116,9 +136,9 @@ def load(families=FAMILIES) -> list[Case]:
 class Context:
     """What cases are built with: device, sizes, reproducible inputs."""
 
-    def __init__(self, device: str = "cpu", tiny: bool = False):
+    def __init__(self, device: str = "cpu", tiny: bool = False, full: bool = False):
         import gradmill
-        self.device, self.tiny = device, tiny
+        self.device, self.tiny, self.full = device, tiny, full
         self.isa = gradmill._C.isa() if gradmill._C else "none"
         self.cache_bytes = machine.cache_bytes()
         self._generator = torch.Generator().manual_seed(0)
@@ -140,7 +160,7 @@ class Context:
         @functools.cache
         def ring():
             first = make()
-            size = max(_nbytes(first), 1)
+            size = max(nbytes(first), 1)
             count = 1 if self.device == "cuda" or self.tiny else min(max(1, math.ceil(2 * self.cache_bytes / size)), 64)
             return [first, *(make() for _ in range(count - 1))]
 
@@ -150,12 +170,15 @@ class Context:
         return at
 
 
-def _nbytes(x) -> int:
+def nbytes(x) -> int:
+    """Bytes that tensors hold, in lists and dicts and as parts of a wrapper (gradmill's or torchao's) too."""
     if isinstance(x, torch.Tensor):
+        if hasattr(x, "__tensor_flatten__"):
+            return sum(nbytes(getattr(x, name)) for name in x.__tensor_flatten__()[0])
         return x.numel() * x.element_size()
-    if isinstance(x, (tuple, list)):
-        return sum(map(_nbytes, x))
-    return getattr(x, "nbytes", 0)
+    if isinstance(x, dict):
+        x = list(x.values())
+    return sum(map(nbytes, x)) if isinstance(x, (tuple, list)) else 0
 
 
 # --- timing -----------------------------------------------------------------------------------------------
@@ -205,6 +228,7 @@ class Timed:
     ratio: tuple[float, float, float] | None = None   # its time / ours: median and quartiles
     tie: bool = False
     of_limit: float | None = None
+    facts: dict[str, float] = field(default_factory=dict)   # of knowing()
 
     @property
     def median(self) -> float:
@@ -224,6 +248,8 @@ class Result:
     notes: list[str]
     goal: tuple[str, float] | None
     others: float | None = None   # share of the processors that other processes had meanwhile
+    point: tuple[str, str, float] | None = None
+    per_call: tuple[float, str] | None = None
 
     @property
     def disturbed(self) -> bool:
@@ -258,6 +284,8 @@ class Result:
         if self.goal is None or self.ours is None or self.torch is None:
             return ""
         (middle, low, high), want = self.torch.ratio, self.goal[1]
+        if self.goal[0] == LATER:
+            return "met" if self.ours.median - self.torch.median <= want else "MISSED"
         if want == 1.0 and self.torch.tie and middle >= 0.97 and high / low < 1.1:
             return "met"
         if math.log(high / low) > abs(math.log(middle / want)):
@@ -282,18 +310,6 @@ def compare(mine: Timed, other: Timed):
 
 
 # --- the run ----------------------------------------------------------------------------------------------
-@contextlib.contextmanager
-def quiet():
-    """Peers talk while they are imported and compiled: not into our table."""
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
-
-
 def build(entry: Entry) -> dict[str, tuple[float, Callable]]:
     """{part: (weight, run)} of an entry, warmed up; raises with the reason where it cannot run."""
     with quiet():
@@ -304,17 +320,13 @@ def build(entry: Entry) -> dict[str, tuple[float, Callable]]:
     return parts
 
 
-def explain(error: BaseException) -> str:
-    if isinstance(error, ModuleNotFoundError):
-        return f"{error.name} is not installed"
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:160]}"
-
-
-def entry_parts(bench: Bench, peers: bool):
+def entry_parts(bench: Bench, peers: bool, full: bool):
     """Yields (entry, parts or None, reason) for all entries of a case."""
     for entry in bench.entries:
         if entry.module and not peers:
+            continue
+        if entry.full and not full:
+            yield entry, None, "it compiles for seconds: --full"
             continue
         try:
             yield entry, build(entry), ""
@@ -322,35 +334,52 @@ def entry_parts(bench: Bench, peers: bool):
             yield entry, None, explain(error)
 
 
+def plan(parts, clock, device: str):
+    """[(name, weight, run, calls in a row, an untimed call first?)] and what a round of them costs."""
+    once = {name: clock.sample(run, 1, 1) for name, (_, run) in parts.items()}
+    # Long enough for the clock; in a mixture a tenth of the slow part, so that the rest is not one call.
+    least = max(SAMPLE, 0.1 * max(once.values()) if len(once) > 1 else 0)
+    rows = [(name, weight, run, 5 if device == "cuda" else max(1, min(200, math.ceil(least / max(once[name], 1e-7)))), clock.settle and once[name] < 0.02)
+            for name, (weight, run) in parts.items()]
+    return rows, sum(clock.sample(run, 2, 1) * (inner + settle) for _, _, run, inner, settle in rows)
+
+
 def measure(the_case: Case, ctx: Context, clock, *, seconds: float, rounds: int, peers: bool = True) -> Result:
-    """Times a case's entries in turns for about ``seconds`` (longer where ``rounds`` turns of the slow ones take longer)."""
-    bench = the_case.build(ctx)
-    entries, live = [], []
-    for entry, parts, reason in entry_parts(bench, peers):
-        timed = Timed(entry.kind, entry.label, reason=reason)
-        entries.append(timed)
-        if parts is not None:
-            once = {name: clock.sample(run, 1, 1) for name, (_, run) in parts.items()}
-            plan = []
-            for name, (weight, run) in parts.items():
-                # Long enough for the clock; in a mixture a tenth of the slow part, so that the rest is not one call.
-                least = max(SAMPLE, 0.1 * max(once.values()) if len(once) > 1 else 0)
-                inner = 5 if ctx.device == "cuda" else max(1, min(200, math.ceil(least / max(once[name], 1e-7))))
-                plan.append((name, weight, run, inner, clock.settle and once[name] < 0.02))
-                timed.parts[name] = []
-            cost = sum(clock.sample(run, 2, 1) * (inner + settle) for _, _, run, inner, settle in plan)
-            live.append((timed, plan, cost))
-    watch = machine.OtherWork()
-    if live:
-        _take_turns(live, clock, seconds, rounds)
-    others = watch.share()
-    mine = next((t for t, *_ in live if t.kind == "ours"), None)
-    if mine is not None:
-        for timed, *_ in live:
-            if timed is not mine:
-                compare(mine, timed)
-    return Result(the_case, bench.title, bench.work, entries, [] if mine is None else bench.notes(),
-                  the_case.goal if ctx.device == "cpu" else None, others)
+    """Times a case's entries in turns for about ``seconds`` (longer where ``rounds`` turns of the slow ones take longer).
+    What fails, even half-way, is an entry with its reason; a case that cannot be built is one such entry."""
+    goal = the_case.goal if ctx.device == "cpu" else None
+    threads = torch.get_num_threads()
+    try:
+        bench = the_case.build(ctx)
+        if bench.threads:
+            torch.set_num_threads(bench.threads)
+        entries, live = [], []
+        for entry, parts, reason in entry_parts(bench, peers, ctx.full):
+            timed = Timed(entry.kind, entry.label, reason=reason)
+            entries.append(timed)
+            if parts is not None:
+                try:
+                    live.append((timed, *plan(parts, clock, ctx.device)))
+                    timed.parts.update((name, []) for name in parts)
+                except Exception as error:
+                    timed.reason = explain(error)
+        watch = machine.OtherWork()
+        if live:
+            _take_turns(live, clock, seconds, rounds)
+        others = watch.share()
+        live = [job for job in live if not job[0].reason]
+        for timed, rows, _ in live:
+            timed.facts = {k: v for _, _, run, *_ in rows for k, v in getattr(run, "facts", dict)().items()}
+        mine = next((t for t, *_ in live if t.kind == "ours"), None)
+        if mine is not None:
+            for timed, *_ in live:
+                if timed is not mine:
+                    compare(mine, timed)
+        return Result(the_case, bench.title, bench.work, entries, [] if mine is None else bench.notes(), goal, others, bench.point, bench.per_call)
+    except Exception as error:
+        return Result(the_case, the_case.name, UNCOUNTED, [Timed("ours", "gradmill", reason=explain(error))], [], goal)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _take_turns(live, clock, seconds: float, rounds: int):
@@ -364,26 +393,29 @@ def _take_turns(live, clock, seconds: float, rounds: int):
     gc.disable()
     try:
         for r in range(total):
-            for (timed, plan, _), want in zip(live, wanted):
-                if (r + 1) * want // total == r * want // total:
+            for (timed, rows, _), want in zip(live, wanted):
+                if timed.reason or (r + 1) * want // total == r * want // total:
                     continue
                 value = 0.0
-                for name, weight, run, inner, settle in plan:
-                    if settle:
-                        run(counter)
-                        counter += 1
-                    one = clock.sample(run, counter, inner)
-                    counter += inner
-                    timed.parts[name].append(one)
-                    value += weight * one
-                timed.by_round[r] = value
+                try:
+                    for name, weight, run, inner, settle in rows:
+                        if settle:
+                            run(counter)
+                            counter += 1
+                        one = clock.sample(run, counter, inner)
+                        counter += inner
+                        timed.parts[name].append(one)
+                        value += weight * one
+                    timed.by_round[r] = value
+                except Exception as error:
+                    timed.reason = explain(error)
     finally:
         gc.enable()
 
 
 def score(result: Result, limits: dict[str, float]):
     """Sets of_limit: gradmill's counted work per second as a fraction of the measured limit."""
-    limit = limits.get(result.work.bound)
+    limit = limits.get(result.work.bound)   # none for UNCOUNTED
     for timed in result.find("ours")[:1]:
         timed.of_limit = result.work.amount / timed.median / limit if limit else None
 

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -117,9 +118,88 @@ def test_hostile_text_ties_losses_and_what_did_not_run(page):
     data["results"] = [one, {**one, "case": "failed", "title": "ours failed", "entries": [{"kind": "ours", "label": "gradmill", "not_run": "broken"}]}]
     data["settings"].update(complete=False)
     tree = checked(page(data))
-    for said in ("<script>alert(1)</script> & co", "a <b> note", "20000x faster", "1000x slower", "tie (1.01x)", "absent: not run, <absent> is not installed",
+    for said in ("<script>alert(1)</script> & co", "a <b> note", "gradmill 20000x faster", "gradmill 1000x slower", "tie (1.01x)", "absent: not run, <absent> is not installed",
                  "30% of the processors", "stopped before its end", "gradmill: not run, broken", "125% of copy"):
         assert said in tree.said, said
     assert [tree.count("rect", kind) for kind in ("good", "bad", "even")] == [2, 1, 1]
     data["results"] = []
     checked(page(data))
+
+
+# --- in a browser -----------------------------------------------------------------------------------------
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+
+#: The page in a frame of a chosen width (a headless window has a least one), and what the browser made of it.
+FRAME = """<!doctype html><meta charset="utf-8"><body style="margin:0"><iframe style="border:0;width:%dpx;height:%dpx" srcdoc="%s"></iframe><pre id="seen"></pre><script>
+addEventListener("load", () => {
+  const page = document.querySelector("iframe").contentDocument, box = e => { const b = e.getBoundingClientRect(); return [b.left, b.top, b.right, b.bottom]; };
+  const figures = [...page.querySelectorAll("figure")].map(f => ({kind: f.className, box: box(f),
+    svgs: [...f.querySelectorAll("svg")].map(s => ({box: box(s), shapes: [...s.querySelectorAll("rect, line, circle")].map(e => [e.tagName, ...box(e)]), text: [...s.querySelectorAll("text")].map(box)}))}));
+  document.getElementById("seen").textContent = JSON.stringify({figures, width: page.documentElement.scrollWidth, paper: getComputedStyle(page.body).backgroundColor});
+});
+</script>"""
+
+
+def browsed(text, folder, width, dark=False, height=3000, picture=None):
+    """What a browser makes of a page at a width: its figures' boxes; the console must stay clean."""
+    file = folder / "frame.html"
+    file.write_text(FRAME % (width, height, html.escape(text)), encoding="utf-8")
+    done = subprocess.run([BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr", f"--user-data-dir={folder / 'profile'}",
+                           f"--window-size={max(width, 500)},{height}", f"--blink-settings=preferredColorScheme={0 if dark else 1}",
+                           f"--screenshot={picture}" if picture else "--dump-dom", file.as_uri()], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "CONSOLE" not in done.stderr, done.stderr
+    return None if picture else json.loads(html.unescape(re.search(r'<pre id="seen">(.*?)</pre>', done.stdout, re.S)[1]))
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+@pytest.mark.parametrize("width, dark", [(1100, False), (1100, True), (360, False)])
+def test_every_figure_draws_in_a_browser(page, tmp_path, width, dark):
+    text = page(everything())
+    seen = browsed(text, tmp_path, width, dark)
+    assert {f["kind"] for f in seen["figures"]} == {"limits", "roofline", "ratios", "curves", "memory"}
+    assert seen["width"] <= width, "nothing makes the page scroll sideways"
+    assert (seen["paper"] == "rgb(26, 26, 25)") == dark
+    assert sum(not figure["svgs"] for figure in seen["figures"]) == 1, "the series of which nothing ran"
+    for figure in seen["figures"]:
+        left, top, right, bottom = figure["box"]
+        assert 0 <= left < right <= width and top < bottom, figure["kind"]
+        for svg in figure["svgs"]:
+            (x0, y0, x1, y1), shapes = svg["box"], svg["shapes"]
+            assert x1 - x0 > 15 and y1 - y0 > 5 and shapes, figure["kind"]
+            assert any(tag != "line" or (r - l) + (b - t) > 3 for tag, l, t, r, b in shapes), "something is drawn"
+            for tag, l, t, r, b in shapes:
+                assert x0 - 8 <= l <= r <= x1 + 8 and y0 - 8 <= t <= b <= y1 + 8, (figure["kind"], tag)
+            assert all(l >= -1 and r <= width + 1 for l, _, r, _ in svg["text"]), "every label is on the page"
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+def test_a_script_error_would_be_seen(tmp_path):
+    with pytest.raises(AssertionError, match="CONSOLE"):
+        browsed("<body><script>nothing.here()</script></body>", tmp_path, 600)
+
+
+def everything():
+    """A run's data with every kind of figure: committed results, points of a scaling plot, memory."""
+    data = json.loads((ROOT / "bench" / "results" / "cpu-zen4-2core.json").read_text())
+    one = data["results"][0]
+
+    def entry(kind, label, seconds, facts):
+        return {"kind": kind, "label": label, "median_s": seconds, "q25_s": seconds, "q75_s": seconds, "of_limit": None, "tie": False, "ratio": None, "facts": facts}
+    points = [{**one, "family": "scaling", "case": f"p{n}", "title": f"a step, parameters {n}", "point": ["a step", "parameters", n], "entries": [
+        entry("ours", "gradmill", 1e-6 * n ** 0.9, {}), entry("torch", "torch", 3e-5 + 2e-6 * n, {}), entry("peer", "another <peer>", 1e-3 + 1e-7 * n, {}),
+        {"kind": "peer", "label": "absent", "not_run": "not installed"}]} for n in (1 << 10, 1 << 16, 1 << 25)]
+    alone = {**points[0], "case": "alone", "point": ["alone", "threads", 2]}
+    nothing = {**points[0], "case": "nothing", "point": ["nothing ran", "batch", 3], "entries": points[0]["entries"][-1:]}
+    training = {**one, "family": "training", "case": "t", "title": "train a model", "per_call": [1024, "tokens"], "entries": [
+        entry("ours", "gradmill", 0.05, {"peak memory bytes": 5e7, "loss after 20 steps": 2.25}), entry("torch", "torch", 0.06, {"peak memory bytes": 9e7})]}
+    data["results"] += [*points, alone, nothing, training]
+    return data
+
+
+def test_scaling_and_memory(page):
+    tree = checked(page(everything()))
+    assert [tree.count("figure", kind) for kind in ("curves", "memory")] == [3, 1]
+    assert tree.count("circle", "p0") == 4 and tree.count("line", "l0") == 2 + 2   # points, pieces and keys of gradmill's lines
+    for said in ("32M", "64k", "another <peer>", "nothing ran", "50 MB", "20.5 k", "tokens/s", "2.25", "peak memory"):
+        assert said in tree.said, said
