@@ -7,8 +7,9 @@ import torch.nn.functional as F
 import gradmill
 from gradmill import ops
 
+from . import peers
 from .quant import torch_int8, torch_pack, torch_unpack, torch_zero_point
-from .runner import Bench, Work, baseline, case, ours, peer, rival
+from .runner import Bench, Work, baseline, case, knowing, nbytes, ours, peer, rival
 
 
 def _operands(ctx, n):
@@ -233,15 +234,27 @@ def _weight_only(ctx, batch):
 
     def bnb(m):
         ring = ctx.rotate(lambda: m.functional.quantize_4bit(w(), blocksize=GROUP, quant_type="nf4"))
-        return torch.no_grad()(lambda i: m.matmul_4bit(x(), ring(i)[0].t(), quant_state=ring(i)[1]))
+        run = torch.no_grad()(lambda i: m.matmul_4bit(x(), ring(i)[0].t(), quant_state=ring(i)[1]))
+        return knowing(run, lambda: {"weight bytes": nbytes([ring(0)[0], ring(0)[1].absmax])})
+    def layer(make):
+        """A peer's layer. One: making its weight takes seconds, so that it may find it in the cache where the others do not."""
+        def made(m):
+            linear = torch.nn.Linear(n, n, bias=False, device=ctx.device)
+            linear.weight.data.copy_(w())
+            run = make(m, linear)
+            return torch.no_grad()(lambda i: run(x()))
+        return made
     bytes = n * n / 2 + n * n / GROUP * 5 + 8.0 * batch * n
     # At batch 16 it is still the codes' bytes that bound it, if the arithmetic keeps up: 16 x 2 operations per half byte.
     entries = [
-        ours(lambda: lambda i: ops.matmul_packed(x(), *packed(i), "uint4", GROUP, n, False, None, torch.float32)),
-        baseline("torch fp32 weight", lambda: lambda i: F.linear(x(), plain(i))),
+        ours(lambda: knowing(lambda i: ops.matmul_packed(x(), *packed(i), "uint4", GROUP, n, False, None, torch.float32), lambda: {"weight bytes": nbytes(packed(0))})),
+        baseline("torch fp32 weight", lambda: knowing(lambda i: F.linear(x(), plain(i)), lambda: {"weight bytes": nbytes(plain(0))})),
         rival("torch _weight_int4pack_mm_for_cpu", make_int4pack),
         rival("torch unpack + fp32 matmul", make_unpacked),
-        peer("bitsandbytes", "bitsandbytes matmul_4bit (nf4)", bnb)]
+        peer("bitsandbytes", "bitsandbytes matmul_4bit (nf4)", bnb),
+        *(peer(module, f"{label}, one weight", layer(make)) for module, label, make in (
+            ("hqq", "hqq HQQLinear", peers.hqq_layer), ("optimum.quanto", "optimum-quanto QLinear (qint4)", peers.quanto_layer))),
+        peer("gemlite", "gemlite GemLiteLinear", lambda m: peers.gemlite_layer(m, n, ctx.device))]
     return Bench(f"packed INT4 weight-only, batch {batch}, {n}x{n}", Work(bytes, 2.0 * batch * n * n, "read" if batch == 1 else "fp32"),
                  [e for e in entries if ctx.device == "cpu" or "for_cpu" not in e.label])
 

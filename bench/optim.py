@@ -59,10 +59,19 @@ def _torchao(name):
     return get
 
 
+def _compiled(ctx):
+    def make():
+        optimizer = torch.optim.AdamW(_parameters(ctx), **{**SETTINGS, "lr": torch.tensor(SETTINGS["lr"])})   # a float lr recompiles when it changes
+        step = torch.compile(optimizer.step)
+        step()
+        return lambda i: step()
+    return compiled("torch AdamW, compiled step", make)
+
+
 @case("optim", goal=("torch", 1.0))
 def adamw_fp32(ctx):
     return _bench(ctx, "AdamW, fp32 states", 28, [
-        _ours(ctx), _torch(ctx), _torch(ctx, label="torch AdamW(foreach=True)", foreach=True),
+        _ours(ctx), _torch(ctx), _torch(ctx, label="torch AdamW(foreach=True)", foreach=True), _compiled(ctx),
         _peer(ctx, "bitsandbytes", "bitsandbytes AdamW", lambda m: m.optim.AdamW)])
 
 
@@ -76,7 +85,22 @@ def adamw_int8_states(ctx):
     return _bench(ctx, "AdamW, 8-bit states", 16 + 4 * BLOCK_SCALE, [
         _ours(ctx, states="int8"), _torch(ctx, label="torch AdamW(fused=True), fp32 states"),
         _peer(ctx, "bitsandbytes", "bitsandbytes AdamW8bit", lambda m: m.optim.AdamW8bit),
-        _peer(ctx, "torchao", "torchao AdamW8bit (compiled)", _torchao("AdamW8bit"))])
+        _peer(ctx, "torchao", "torchao AdamW8bit (compiled)", _torchao("AdamW8bit")),
+        _peer(ctx, "flashoptim", "flashoptim FlashAdamW", lambda m: m.FlashAdamW)])
+
+
+@case("optim", full=True)
+def adamw_int4_states(ctx):
+    return _bench(ctx, "AdamW, 4-bit states", 14 + 4 * 4 / 128, [
+        _ours(ctx, states="int4"), _torch(ctx, label="torch AdamW(fused=True), fp32 states"),
+        _peer(ctx, "torchao", "torchao AdamW4bit (compiled)", _torchao("AdamW4bit"))])
+
+
+@case("optim", full=True)
+def adamw_fp8_states(ctx):
+    return _bench(ctx, "AdamW, FP8 states", 16 + 4 * BLOCK_SCALE, [
+        _ours(ctx, states="fp8"), _torch(ctx, label="torch AdamW(fused=True), fp32 states"),
+        _peer(ctx, "torchao", "torchao AdamWFp8 (compiled)", _torchao("AdamWFp8"))])
 
 
 @case("optim")
@@ -113,12 +137,15 @@ def lion_int8_states(ctx):
         return _stepper(gradmill.optim.Lion(_parameters(ctx), **SETTINGS, states="int8"))
     return _bench(ctx, "Lion, 8-bit states", 14 + 2 * BLOCK_SCALE, [
         ours(make), baseline("torch foreach ops, fp32 states", lambda: _stepper(TorchLion(_parameters(ctx), **SETTINGS))),
-        _peer(ctx, "lion_pytorch", "lion-pytorch", lambda m: m.Lion),
+        _peer(ctx, "lion_pytorch", "lion-pytorch", lambda m: m.Lion), _peer(ctx, "pytorch_optimizer", "pytorch-optimizer Lion", lambda m: m.Lion),
         _peer(ctx, "bitsandbytes", "bitsandbytes Lion8bit", lambda m: m.optim.Lion8bit)], operations=8.0)
 
 
 # --- the other rules --------------------------------------------------------------------------------------
 # Bytes per parameter with fp32 and 8-bit states: weight in and out, gradient in, every state in and out.
+PYTORCH_OPTIMIZER = ("AdaBelief", "DiffGrad", "Grams")   # rules of that package's that torch has not
+
+
 def _rule(name, states, torch_name=None, **options):
     """A case for a rule with ``states`` states: fp32 and 8-bit ones, beside torch's optimizer of the rule, or its AdamW."""
     settings = {"lr": 1e-3, **options}
@@ -131,7 +158,8 @@ def _rule(name, states, torch_name=None, **options):
             params = _parameters(ctx)
             return _stepper(getattr(torch.optim, torch_name)(params, fused=True, **settings) if torch_name else torch.optim.AdamW(params, fused=True))
         return _bench(ctx, name, 12 + 8 * states, [
-            ours(make()), rival("gradmill, 8-bit states", make(states="int8")), baseline(f"torch {torch_name or 'AdamW'}(fused=True)", theirs)])
+            ours(make()), rival("gradmill, 8-bit states", make(states="int8")), baseline(f"torch {torch_name or 'AdamW'}(fused=True)", theirs),
+            *([peer("pytorch_optimizer", f"pytorch-optimizer {name}", lambda m: _stepper(getattr(m, name)(_parameters(ctx), lr=1e-3)))] if name in PYTORCH_OPTIMIZER else [])])
     build.__name__ = name.lower()
     return case("optim")(build)
 

@@ -9,7 +9,9 @@ import importlib
 import importlib.metadata
 import io
 import logging
+import signal
 import sys
+import threading
 import warnings
 from typing import Callable, NamedTuple
 
@@ -36,9 +38,13 @@ def _step(make):
     return probe
 
 
+#: q-galore-torch's options of a parameter group.
+GALORE_QUANTISED = {"quant": True, "quant_n_bit": 4, "quant_group_size": 256, "cos_threshold": 0.4, "gamma_proj": 2, "queue_size": 5}
+
+
 def _galore(name):
     def make(module, p):
-        more = {"quant": True, "quant_n_bit": 4, "quant_group_size": 256, "cos_threshold": 0.4, "gamma_proj": 2, "queue_size": 5} if name.startswith("QGaLore") else {}
+        more = GALORE_QUANTISED if name.startswith("QGaLore") else {}
         return getattr(module, name)([{"params": [p], "rank": 32, "update_proj_gap": 50, "scale": 0.25, "proj_type": "std", **more}], lr=1e-3)
     return make
 
@@ -66,11 +72,13 @@ def _liger(module, device):
     LigerCrossEntropyLoss()(x, torch.arange(4, device=device)).backward()
 
 
-def _gemlite(module, device):
-    codes, scale = torch.randint(0, 15, (256, 256), dtype=torch.uint8, device=device), torch.ones(512, 1, device=device, dtype=torch.float16)
-    layer = module.GemLiteLinear(4, group_size=128, in_features=256, out_features=256, input_dtype=module.DType.FP16, output_dtype=module.DType.FP16)
+def gemlite_layer(module, n, device):
+    """run(i) of gemlite's 4-bit layer of n x n, groups of 128, batch 1."""
+    codes, scale = torch.randint(0, 15, (n, n), dtype=torch.uint8, device=device), torch.ones(n * n // 128, 1, device=device, dtype=torch.float16)
+    layer = module.GemLiteLinear(4, group_size=128, in_features=n, out_features=n, input_dtype=module.DType.FP16, output_dtype=module.DType.FP16)
     layer.pack(codes, scale, scale, None)
-    layer.forward(torch.randn(1, 256, dtype=torch.float16, device=device))
+    x = torch.randn(1, n, dtype=torch.float16, device=device)
+    return lambda i: layer.forward(x)
 
 
 def hqq_layer(module, linear):
@@ -100,6 +108,8 @@ def peft_layer(module, linear, rank=16):
     return module.inject_adapter_in_model(module.LoraConfig(r=rank, lora_alpha=rank, target_modules=["0"]), model)
 
 
+PATIENCE = 180   # seconds for a peer's first call: some compile
+
 PEERS = [
     Peer("torchao", "torchao", _torchao, "matmul, optim, training"),
     Peer("bitsandbytes", "bitsandbytes", _bitsandbytes, "quant, matmul, optim, training, scaling"),
@@ -107,12 +117,12 @@ PEERS = [
     Peer("q_galore_torch", "q-galore-torch", _step(_galore("QGaLoreAdamW8bit")), "projection (its algorithm in plain torch is there too)"),
     Peer("flashoptim", "flashoptim", _step(lambda m, p: m.FlashAdamW([p], lr=1e-3)), "optim"),
     Peer("liger_kernel", "liger-kernel", _liger, "in no case: losses and norms, which gradmill leaves to torch"),
-    Peer("gemlite", "gemlite", _gemlite, "matmul"),
+    Peer("gemlite", "gemlite", lambda m, device: gemlite_layer(m, 256, device)(0), "matmul"),
     Peer("hqq", "hqq", _forward(hqq_layer), "matmul"),
     Peer("optimum.quanto", "optimum-quanto", _forward(quanto_layer), "matmul"),
     Peer("lion_pytorch", "lion-pytorch", _step(lambda m, p: m.Lion([p], lr=1e-3)), "optim"),
     Peer("pytorch_optimizer", "pytorch-optimizer", _step(lambda m, p: m.AdaBelief([p], lr=1e-3)), "optim"),
-    Peer("peft", "peft", _forward(peft_layer), "matmul"),
+    Peer("peft", "peft", _forward(peft_layer), "in no case: adapters around torch's own layers, no kernel (gradmill.lora works on them)"),
 ]
 
 
@@ -126,6 +136,24 @@ def quiet():
             yield
     finally:
         logging.disable(logging.NOTSET)
+
+
+@contextlib.contextmanager
+def within(seconds: int):
+    """Raises TimeoutError in what takes longer (a compilation that waits for a lock nobody holds), where signals can: POSIX, the main thread."""
+    if not hasattr(signal, "SIGALRM") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def late(*_):
+        raise TimeoutError(f"not ready after {seconds} s")
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def explain(error: BaseException) -> str:
@@ -145,7 +173,7 @@ def found(device: str = "cpu") -> dict[str, str]:
             said[peer.distribution] = "not here: not installed (make bench-peers)"
             continue
         try:
-            with quiet():
+            with quiet(), within(PATIENCE):
                 peer.probe(importlib.import_module(peer.module), device)
             said[peer.distribution] = f"{version}: {peer.cases}"
         except Exception as error:

@@ -11,6 +11,7 @@ from gradmill import ops
 from gradmill.optim.projection import Projection, dct_vectors, find_basis
 from gradmill.weight import QuantizedWeight
 
+from .peers import GALORE_QUANTISED
 from .quant import torch_zero_point
 from .runner import Bench, Work, baseline, case, ours, peer, rival
 
@@ -265,18 +266,22 @@ def qgalore_step(ctx):
             return _amortised(lambda i: run(i, False), lambda i: run(i, True))
         return make
 
-    def galore(m):
-        p = torch.nn.Parameter(start().clone())
-        optimizer = m.GaLoreAdamW([{"params": [p], "rank": rank, "update_proj_gap": EVERY, "scale": 0.25, "proj_type": "std"}], lr=1e-3,
-                                  no_deprecation_warning=True)
-        p.grad = real()[0]
-        optimizer.step()
-
-        def run(i, due):
-            p.grad = real()[1] if due else grads(i)
-            optimizer.state[p]["projector"].update_proj_gap = 1 if due else 1 << 60
+    def galore(name):
+        def make(m):
+            p = torch.nn.Parameter(start().clone())
+            quantised = name.startswith("Q")
+            more = {**GALORE_QUANTISED, "quant_group_size": group} if quantised else {}
+            optimizer = getattr(m, name)([{"params": [p], "rank": rank, "update_proj_gap": EVERY, "scale": 0.25, "proj_type": "std", **more}], lr=1e-3,
+                                         **({} if quantised else {"no_deprecation_warning": True}))
+            p.grad = real()[0]
             optimizer.step()
-        return _amortised(lambda i: run(i, False), lambda i: run(i, True))
+
+            def run(i, due):
+                p.grad = real()[1] if due else grads(i)
+                optimizer.state[p]["projector"].update_proj_gap = 1 if due else 1 << 60
+                optimizer.step()
+            return _amortised(lambda i: run(i, False), lambda i: run(i, True))
+        return make
 
     # A plain step: gradient in, projected gradient out and in, two 8-bit states, 8-bit weight in and out, basis twice; two
     # products. A refresh adds about as much as two products, once in EVERY steps.
@@ -285,7 +290,8 @@ def qgalore_step(ctx):
     return Bench(f"Q-GaLore step {side}x{side}, rank {rank}, refreshed every {EVERY} steps", work, [
         ours(make_ours), baseline("plain torch + linalg.svd, fp32 states", make_torch("fp32")),
         rival("plain torch + linalg.svd, 8-bit states", make_torch("int8")),
-        peer("galore_torch", "galore-torch AdamW, nothing quantised", galore)])
+        peer("galore_torch", "galore-torch AdamW, nothing quantised", galore("GaLoreAdamW")),
+        peer("q_galore_torch", "q-galore-torch AdamW8bit", galore("QGaLoreAdamW8bit"))])
 
 
 def _copies(ctx, nbytes):

@@ -6,7 +6,7 @@ import torch
 from gradmill import functional, ops
 from gradmill.formats import Format
 
-from .runner import Bench, Work, baseline, case, ours, peer
+from .runner import Bench, Work, baseline, case, compiled, ours, peer
 
 ROWS, COLUMNS = 4096, 1024   # 4096 tokens of width 1024, 16 MB in fp32
 
@@ -49,6 +49,14 @@ def torch_unpack(packed, scale, zero, block):
     return (_blocks(codes, block).to(torch.float32).sub_(zero)).mul_(scale).view(codes.shape)
 
 
+def _compiled(expression, *rings):
+    """The expression under torch.compile; the inputs are chosen outside of it."""
+    def make():
+        run = torch.compile(expression, dynamic=False)
+        return lambda i: run(*(ring(i) for ring in rings))
+    return compiled("torch expression, compiled", make)
+
+
 # --- cases ------------------------------------------------------------------------------------------------
 def _quantize(ctx, title, code, block, expression, peers=(), transpose=False, key=None):
     rows, columns = _shape(ctx)
@@ -56,7 +64,7 @@ def _quantize(ctx, title, code, block, expression, peers=(), transpose=False, ke
     out = Format(code, block).nbytes(*((columns, rows) if transpose else (rows, columns)))
     return Bench(f"{title}, {rows}x{columns}", Work(4.0 * rows * columns + out, 4.0 * rows * columns, "copy"), [
         ours(lambda: lambda i: ops.quantize(x(i), code, block, transpose, key)),
-        baseline("torch expression", lambda: lambda i: expression(x(i))),
+        baseline("torch expression", lambda: lambda i: expression(x(i))), _compiled(expression, x),
         *(peer(module, label, lambda m, run=run: lambda i: run(m, x(i))) for module, label, run in peers)])
 
 

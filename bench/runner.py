@@ -30,7 +30,7 @@ from typing import Callable
 import torch
 
 from . import limits as machine
-from .peers import explain, quiet
+from .peers import PATIENCE, explain, quiet, within
 
 FAMILIES = ("quant", "matmul", "conv", "optim", "projection", "binary", "codebook", "overhead", "training", "scaling")
 LATER = "torch, seconds more"   # a goal's kind: an allowance on top of torch's time
@@ -86,7 +86,7 @@ def peer(module, label, make) -> Entry:
 
 
 def compiled(label, make) -> Entry:
-    """torch.compile's way: in full runs only, because a compilation takes longer than the quick runs' timing."""
+    """A way under torch.compile: in full runs only, because a compilation takes longer than the quick runs' timing."""
     return Entry("peer", label, make, full=True)
 
 
@@ -312,7 +312,7 @@ def compare(mine: Timed, other: Timed):
 # --- the run ----------------------------------------------------------------------------------------------
 def build(entry: Entry) -> dict[str, tuple[float, Callable]]:
     """{part: (weight, run)} of an entry, warmed up; raises with the reason where it cannot run."""
-    with quiet():
+    with quiet(), within(2 * PATIENCE):
         made = entry.make(importlib.import_module(entry.module)) if entry.module else entry.make()
         parts = made if isinstance(made, dict) else {"": (1.0, made)}
         for _, run in parts.values():

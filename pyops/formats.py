@@ -46,6 +46,10 @@ _BITS = {"fp32": 32, "delta": 32, "bf16": 16, "fp16": 16, "int4": 4, "uint4": 4,
 _DTYPES = {"int8": torch.int8, "int7": torch.int8, "e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}  # every other blocked code: uint8
 #: Bytes an int4_outlier block keeps beside its codes: two fp32 values, their two positions, two bytes unused.
 OUTLIER_BYTES = 12
+#: code -> Format's bits, multiple, blocked, has_zero_point, code_dtype
+_OF_CODE = {code: (bits := _BITS.get(code, 8), {4: 2, 3: 8, 2: 4, 1: 8}.get(bits, 1), (blocked := code not in ("fp32", "bf16", "fp16", "delta", *SPLIT)),
+                   code in ("uint8", "uint4", "uint3", "uint2"),
+                   SPLIT[code][0] if code in SPLIT else _DTYPES.get(code, torch.uint8) if blocked else FLOAT_DTYPES.get(code, torch.float32)) for code in CODES}
 _FLOAT_CODES = {dtype: code for code, dtype in FLOAT_DTYPES.items()}
 
 
@@ -92,20 +96,21 @@ class Format:
         if self.shared and (self.has_zero_point or self.code in ("int4_outlier", "sign", *STATE_CODES) or not self.blocked):
             raise ValueError(f"code is {self.code!r}; rows and scale need a symmetric integer or a float8 or fp4 code")
 
+    # Looked up by code: every op asks several times a call.
     @property
     def bits(self) -> int:
         """Bits per code."""
-        return _BITS.get(self.code, 8)
+        return _OF_CODE[self.code][0]
 
     @property
     def multiple(self) -> int:
         """Blocks are multiples of so many elements: whole bytes."""
-        return {4: 2, 3: 8, 2: 4, 1: 8}.get(self.bits, 1)
+        return _OF_CODE[self.code][1]
 
     @property
     def blocked(self) -> bool:
         """Whether the codes need scales."""
-        return self.code not in ("fp32", "bf16", "fp16", "delta", *SPLIT)
+        return _OF_CODE[self.code][2]
 
     @property
     def shared(self) -> bool:
@@ -114,16 +119,12 @@ class Format:
 
     @property
     def has_zero_point(self) -> bool:
-        return self.code in ("uint8", "uint4", "uint3", "uint2")
+        return _OF_CODE[self.code][3]
 
     @property
     def code_dtype(self) -> torch.dtype:
         """torch dtype of the stored codes."""
-        if self.code in SPLIT:
-            return SPLIT[self.code][0]
-        if not self.blocked:
-            return FLOAT_DTYPES.get(self.code, torch.float32)
-        return _DTYPES.get(self.code, torch.uint8)
+        return _OF_CODE[self.code][4]
 
     def blocks(self, columns: int) -> int:
         """How many blocks a row of ``columns`` elements has (a whole-row block is there even when the row is empty)."""

@@ -219,7 +219,7 @@ def require_matrix(op: str, argument: str, x: torch.Tensor, dtypes, shape=None, 
         reject(op, argument, str(x.layout), "a dense (strided) tensor", TypeError)
     if x.dim() != 2:
         reject(op, argument, x, "2-D")
-    if shape is not None and any(want is not None and want != got for want, got in zip(shape, x.shape)):
+    if shape is not None and (shape[0] is not None and shape[0] != x.shape[0] or shape[1] is not None and shape[1] != x.shape[1]):
         reject(op, argument, x, f"of shape ({', '.join('any' if s is None else str(s) for s in shape)})")
     if device is not None and x.device != device:
         reject(op, argument, x, f"on {device}")
