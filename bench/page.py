@@ -261,3 +261,37 @@ def roofline(limits: dict[str, float], jobs: list[tuple[int, dict, dict]]) -> st
     roofs = ", ".join(f"{name} {report.amount(value, MEANING[name][0])}" for name, value in limits.items())
     return ('<figure class="roofline"><figcaption>Roofline: operations per second over operations per byte moved, both counted and logarithmic; numbers as '
             f"above. Slanted lines are bandwidths, level ones peaks: {escape(roofs)}.</figcaption>\n" + "".join(out) + "</svg></figure>")
+
+
+# --- one picture ------------------------------------------------------------------------------------------
+def picture(data: dict, path: str):
+    """A PNG for a README: of every job (points of scaling plots aside) how much faster gradmill is than torch's entry and than its best peer."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = []
+    for r in data["results"]:
+        kinds = {kind: [e["ratio"]["median"] for e in r["entries"] if e["kind"] == kind and e.get("ratio") and not e["label"].startswith("gradmill")] for kind in ("torch", "peer")}
+        if kinds["torch"] and r["work"]["bound"] and not r.get("point") and ours(r):   # call overhead and whole training are other questions
+            rows.append((f"{r['family']}: {r['title']}", kinds["torch"][0], min(kinds["peer"], default=None), disturbed(r)))
+    rows.reverse()
+    figure, axes = pyplot.subplots(figsize=(11, 1.2 + 0.26 * len(rows)), layout="constrained")
+    for y, (_, torch_ratio, peer_ratio, unsure) in enumerate(rows):
+        axes.plot([1, torch_ratio], [y, y], color="#2a78d6" if torch_ratio >= 1 else "#d64545", linewidth=7, solid_capstyle="butt", alpha=0.4 if unsure else 1)
+        if peer_ratio is not None:
+            axes.plot([peer_ratio], [y], marker="D", color="#1c1b1a", markersize=5)
+    axes.axvline(1, color="#5c5a55", linewidth=1)
+    axes.set(xscale="log", yticks=range(len(rows)), ylim=(-0.7, len(rows) - 0.3), xlabel="times as fast as torch (bars) and as the best other way, peer or torch (diamonds); beside each job's baseline in the tables")
+    axes.set_yticklabels([name for name, *_ in rows], fontsize=8)
+    ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if axes.get_xlim()[0] <= t <= axes.get_xlim()[1]]
+    axes.set_xticks(ticks, [f"{t:g}x" for t in ticks])
+    axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+    axes.grid(axis="x", color="#dddbd6", linewidth=0.6)
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.tick_params(length=0)
+    figure.suptitle(f"{data['machine']['cpu']}, {data['machine']['threads']} threads, torch {data['machine']['torch']}, {data['machine']['date'][:10]}", fontsize=10)
+    figure.savefig(path, dpi=110, facecolor="#fcfcfb")
+    pyplot.close(figure)

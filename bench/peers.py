@@ -163,7 +163,7 @@ def explain(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:160]}"
 
 
-def found(device: str = "cpu") -> dict[str, str]:
+def found(device: str = "cpu", patience: int = PATIENCE) -> dict[str, str]:
     """{distribution: its version and where it takes part, or why it does not}."""
     said = {}
     for peer in PEERS:
@@ -173,7 +173,7 @@ def found(device: str = "cpu") -> dict[str, str]:
             said[peer.distribution] = "not here: not installed (make bench-peers)"
             continue
         try:
-            with quiet(), within(PATIENCE):
+            with quiet(), within(patience):
                 peer.probe(importlib.import_module(peer.module), device)
             said[peer.distribution] = f"{version}: {peer.cases}"
         except Exception as error:
@@ -182,5 +182,5 @@ def found(device: str = "cpu") -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    for name, text in found(*sys.argv[1:2]).items():
+    for name, text in found(*(sys.argv[1:2] or ["cpu"]), patience=1800).items():   # after installing: quanto compiles once
         print(f"{name:<20} {text}")

@@ -52,7 +52,8 @@ def arguments(argv=None):
     parser.add_argument("--json", metavar="FILE", help="everything, every sample")
     parser.add_argument("--markdown", metavar="FILE", help="the tables, for docs")
     parser.add_argument("--html", metavar="FILE", help="one self-contained page: ratios, rooflines, scaling, memory")
-    parser.add_argument("--from", dest="source", metavar="JSON", help="measure nothing: make --html of an earlier run's --json")
+    parser.add_argument("--png", metavar="FILE", help="one picture: every job's ratio to torch and to its best peer")
+    parser.add_argument("--from", dest="source", metavar="JSON", help="measure nothing: make --html (and --png) of an earlier run's --json")
     parser.add_argument("--list", action="store_true", help="name the cases and stop")
     parser.set_defaults(pace="default")
     return parser.parse_args(argv)
@@ -81,11 +82,15 @@ def main() -> int:
     from gradmill_bench import limits as machine, page, peers, report, runner
     if args.source:
         try:
-            text = page.page(json.loads(pathlib.Path(args.source).read_text()))
+            data = json.loads(pathlib.Path(args.source).read_text())
+            text = page.page(data)
         except (OSError, ValueError, KeyError, TypeError) as error:
             print(f"--from {args.source}: no run's JSON ({runner.explain(error)})", file=sys.stderr)
             return 2
-        report.write(args.html or str(pathlib.Path(args.source).with_suffix(".html")), text)
+        if args.html or not args.png:
+            report.write(args.html or str(pathlib.Path(args.source).with_suffix(".html")), text)
+        if args.png:
+            page.picture(data, args.png)
         return 0
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
     named = tuple(f for f in (args.family or args.families).split(",") if f)
@@ -157,6 +162,8 @@ def main() -> int:
                   f"\nwider than the difference. {settings['took_s']:.0f} s.[/dim]")
     if args.html:
         report.write(args.html, page.page(data))
+    if args.png:
+        page.picture(data, args.png)
     if args.markdown:
         report.write(args.markdown, report.markdown(facts, limits, after, cap_notes, settings, results))
     return 130 if stopped else 1 if any(r.failed for r in results) else 0

@@ -81,7 +81,8 @@ def test_the_command_measures_and_writes_the_page(tmp_path):
     assert [tree.count("figure", kind) for kind in ("limits", "roofline", "ratios")] == [1, 1, 1]
     assert tree.count("circle", "point") == len(data["results"]) and tree.count("line", "limit") >= 2
     assert "--tiny" in tree.said and data["machine"]["command"].startswith("python bench/run.py quant")
-    assert bench("--from", str(tmp_path / "a.json"), "--html", str(tmp_path / "b.html")).returncode == 0
+    assert bench("--from", str(tmp_path / "a.json"), "--html", str(tmp_path / "b.html"), "--png", str(tmp_path / "b.png")).returncode == 0
+    assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "b.html").read_text() == text
 
 
