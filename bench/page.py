@@ -282,7 +282,7 @@ def picture(data: dict, path: str):
         if peer_ratio is not None:
             axes.plot([peer_ratio], [y], marker="D", color="#1c1b1a", markersize=5)
     axes.axvline(1, color="#5c5a55", linewidth=1)
-    axes.set(xscale="log", yticks=range(len(rows)), ylim=(-0.7, len(rows) - 0.3), xlabel="times as fast as torch (bars) and as the best other way, peer or torch (diamonds); beside each job's baseline in the tables")
+    axes.set(xscale="log", yticks=range(len(rows)), ylim=(-0.7, len(rows) - 0.3), xlabel="bars: times as fast as torch; diamonds: as the best other way")
     axes.set_yticklabels([name for name, *_ in rows], fontsize=8)
     ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if axes.get_xlim()[0] <= t <= axes.get_xlim()[1]]
     axes.set_xticks(ticks, [f"{t:g}x" for t in ticks])

@@ -99,7 +99,7 @@ def main() -> int:
     if unknown:
         console.print(f"--family {','.join(unknown)}: there are {', '.join(runner.FAMILIES)}")
         return 2
-    cases = [c for c in runner.load(families) if args.case in c.name and (not c.full or args.pace == "full" or args.case or c.family == "scaling" and named)]
+    cases = [c for c in runner.load(families) if args.case in c.name and (not c.full or args.pace == "full" or (named if c.family == "scaling" else args.case))]
     if args.list:
         for c in cases:
             print(f"{c.family}.{c.name}")

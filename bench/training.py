@@ -61,8 +61,8 @@ def _training(ctx, title, per_call, steps, ways, **job):
             loss = worker(f"train {steps}")
 
             def facts():
-                measured = worker("measure")
-                return {"peak memory bytes": measured["peak_memory_bytes"], f"loss after {steps} steps": loss}
+                peak = worker("measure")["peak_memory_bytes"]   # None where the system does not tell
+                return {**({} if peak is None else {"peak memory bytes": max(0, peak)}), f"loss after {steps} steps": loss}
             return knowing(lambda i: worker("step"), facts)
         return made
     entries = {"gradmill": ours(make("gradmill"), "gradmill int8, AdamW 8-bit"), "gradmill fp32": rival("torch layers, gradmill AdamW 8-bit", make("gradmill fp32")),
