@@ -21,7 +21,7 @@ body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 62rem; background: 
 h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem; } h3 { font-size: 1rem; margin: 1.2rem 0 .2rem; font-weight: 600; }
 p, pre, figcaption { color: var(--soft); } pre { overflow-x: auto; font-size: 13px; } .warn { color: var(--bad); font-weight: 600; }
 figure { margin: 0; } figure p { margin: .15rem 0; } .roofline { margin-top: 2rem; } figcaption { margin-bottom: .5rem; }
-.bar { display: grid; grid-template-columns: 17rem minmax(0, 1fr) 14.5rem; gap: 0 .75rem; align-items: center; padding: .1rem 0; line-height: 1.3; }
+.bar { display: grid; grid-template-columns: 17rem minmax(0, 1fr) 15.5rem; gap: 0 .75rem; align-items: center; padding: .1rem 0; line-height: 1.3; }
 .bar > :first-child { overflow-wrap: anywhere; } .bar > :last-child { text-align: right; font-variant-numeric: tabular-nums; }
 svg { display: block; width: 100%; overflow: visible; } .row { height: 20px; } .roof { height: 24rem; margin: 1rem 0 2.5rem; }
 svg text { fill: var(--soft); font-size: 12px; paint-order: stroke; stroke: var(--paper); stroke-width: 3px; }
@@ -34,10 +34,10 @@ svg text { fill: var(--soft); font-size: 12px; paint-order: stroke; stroke: var(
 .l0 { stroke: var(--good); stroke-width: 3; } .l1 { stroke: var(--c1); stroke-width: 1.5; } .l2 { stroke: var(--c2); stroke-width: 1.5; }
 .l3 { stroke: var(--c3); stroke-width: 1.5; } .l4 { stroke: var(--c4); stroke-width: 1.5; }
 .p0 { fill: var(--good); } .p1 { fill: var(--c1); } .p2 { fill: var(--c2); } .p3 { fill: var(--c3); } .p4 { fill: var(--c4); }
-.table { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; } th, td { padding: .15rem 1.25rem .15rem 0; text-align: right; }
+.table { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; } th, td { padding: .15rem 1.25rem .15rem 0; text-align: right; white-space: nowrap; }
 th { color: var(--soft); font-weight: 400; } th:first-child, td:first-child { text-align: left; }
 @media (max-width: 40rem) {
-  .bar { grid-template-columns: minmax(0, 1fr) auto; margin-top: .35rem; } .bar > svg { grid-row: 2; grid-column: 1 / 3; }
+  .bar { display: flex; flex-wrap: wrap; justify-content: space-between; margin-top: .35rem; } .bar > svg { order: 3; flex: 0 0 100%; }
   .roof { height: 20rem; }
 }
 """
