@@ -252,8 +252,8 @@ def _weight_only(ctx, batch):
         rival("torch _weight_int4pack_mm_for_cpu", make_int4pack),
         rival("torch unpack + fp32 matmul", make_unpacked),
         peer("bitsandbytes", "bitsandbytes matmul_4bit (nf4)", bnb),
-        *(peer(module, f"{label}, one weight", layer(make)) for module, label, make in (
-            ("hqq", "hqq HQQLinear", peers.hqq_layer), ("optimum.quanto", "optimum-quanto QLinear (qint4)", peers.quanto_layer))),
+        peer("hqq", "hqq HQQLinear, one weight", layer(peers.hqq_layer), full=True),   # 15 s of searching for its scales
+        peer("optimum.quanto", "optimum-quanto QLinear (qint4), one weight", layer(peers.quanto_layer)),
         peer("gemlite", "gemlite GemLiteLinear", lambda m: peers.gemlite_layer(m, n, ctx.device))]
     return Bench(f"packed INT4 weight-only, batch {batch}, {n}x{n}", Work(bytes, 2.0 * batch * n * n, "read" if batch == 1 else "fp32"),
                  [e for e in entries if ctx.device == "cpu" or "for_cpu" not in e.label])

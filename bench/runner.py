@@ -64,7 +64,7 @@ class Entry:
     label: str
     make: Callable          # () -> run(i) or {name: (weight, run)}; a peer's is called with its module
     module: str | None = None
-    full: bool = False      # in full runs only
+    full: bool = False      # in full runs only, because it takes long to make ready
 
 
 def ours(make, label="gradmill") -> Entry:
@@ -80,9 +80,9 @@ def rival(label, make) -> Entry:
     return Entry("peer", label, make)
 
 
-def peer(module, label, make) -> Entry:
+def peer(module, label, make, full=False) -> Entry:
     """An optional package's way: left out with the reason where it cannot be imported or does not run."""
-    return Entry("peer", label, make, module)
+    return Entry("peer", label, make, module, full)
 
 
 def compiled(label, make) -> Entry:
@@ -268,7 +268,7 @@ class Result:
 
     @property
     def best_peer(self) -> Timed | None:
-        return min(self.find("peer"), key=lambda e: e.median, default=None)
+        return min((e for e in self.find("peer") if not e.label.startswith("gradmill")), key=lambda e: e.median, default=None)
 
     @property
     def failed(self) -> str:
@@ -326,7 +326,7 @@ def entry_parts(bench: Bench, peers: bool, full: bool):
         if entry.module and not peers:
             continue
         if entry.full and not full:
-            yield entry, None, "it compiles for seconds: --full"
+            yield entry, None, "it takes long to make ready: --full"
             continue
         try:
             yield entry, build(entry), ""
