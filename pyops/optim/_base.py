@@ -169,7 +169,7 @@ class _Kept:
     tensor: torch.Tensor
 
 
-@torch.compiler.disable
+@torch._disable_dynamo  # as torch's own optimizers: torch.compiler.disable would import dynamo, and triton with it, along with gradmill (2 s)
 def _uncompiled(optimizer, closure):
     return optimizer._step(closure)
 
