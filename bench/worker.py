@@ -70,7 +70,8 @@ class Language(demo.Half):
     def _torch(self, options):
         optimizer, prepare = WAYS[self.way]
         if optimizer is None:
-            return self._gradmill(replace(options, recipe="int8_weights", optimizer="qgalore", lr=demo.OPTIMIZERS["qgalore"]))
+            self.choice = demo.OPTIMIZERS["qgalore"]
+            return self._gradmill(replace(options, recipe="int8_weights", lr=self.choice.lr))
         prepare(self.model)
         return optimizer(self._groups(), options.baseline_lr)
 
@@ -86,19 +87,13 @@ class Images(Language):
         self.images, self.held_images = (x[~held], y[~held]), (x[held], y[held])
         demo.Half.__init__(self, "torch", demo.Options(steps=steps, batch=batch, seq=1, device=device, threads=torch.get_num_threads()).checked(), b"..", b"..")
 
-    def _build(self, options):
-        torch.manual_seed(options.seed)
-        self.starts = torch.Generator().manual_seed(options.seed)
+    def _model(self, options):
         n = min(self.width, options.width)   # the throw-away step's is 32
         block = lambda inputs, outputs, stride=1: (nn.Conv2d(inputs, outputs, 3, stride, 1), nn.GroupNorm(4, outputs), nn.GELU())
-        layers = nn.Sequential(*block(1, n), *block(n, n), *block(n, 2 * n, 2), *block(2 * n, 2 * n), nn.Flatten(), nn.Linear(32 * n, 10))
-        self.model = Scored(layers).to(self.device)
-        self.parameters, self.replaced, self.gradient_bytes = sum(p.numel() for p in self.model.parameters()), 0, 0
-        self.optimizer = self._torch(options)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._lr_factor)
+        return Scored(nn.Sequential(*block(1, n), *block(n, n), *block(n, 2 * n, 2), *block(2 * n, 2 * n), nn.Flatten(), nn.Linear(32 * n, 10)))
 
-    def _groups(self, **projected):
-        return [{"params": [p for p in self.model.parameters() if p.dim() > 1], "weight_decay": demo.WEIGHT_DECAY, **projected},
+    def _groups(self, decay=demo.WEIGHT_DECAY, **projected):
+        return [{"params": [p for p in self.model.parameters() if p.dim() > 1], "weight_decay": decay, **projected},
                 {"params": [p for p in self.model.parameters() if p.dim() == 1], "weight_decay": 0.0}]
 
     def _windows(self, text, starts):

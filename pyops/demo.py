@@ -284,7 +284,7 @@ class Half:
     def _build(self, options: Options):
         torch.manual_seed(options.seed)
         self.starts = torch.Generator().manual_seed(options.seed)  # the same batches in both halves
-        self.model = LanguageModel(options.width, options.depth, options.seq).to(self.device)
+        self.model = self._model(options).to(self.device)
         self.parameters = sum(p.numel() for p in self.model.parameters())
         self.replaced, self.beside = 0, []
         self.choice = OPTIMIZERS[options.optimizer] if self.name == "gradmill" else None
@@ -293,6 +293,9 @@ class Half:
         self.stepped = [getattr(self.optimizer, "optimizer", self.optimizer), *self.beside]
         self.schedules = [torch.optim.lr_scheduler.LambdaLR(o, self._lr_factor) for o in self.stepped]
         self.gradient_bytes = self.taken = 0
+
+    def _model(self, options: Options) -> nn.Module:
+        return LanguageModel(options.width, options.depth, options.seq)
 
     def _lr_factor(self, step: int) -> float:
         """Linear warm-up over a tenth of the run, then a cosine down to a tenth."""

@@ -138,6 +138,16 @@ def test_a_training_process_answers_and_its_end_is_said(bench):
         training.Worker(model="language", way="no_such_way", width=32, depth=1, batch=2, seq=16, steps=2, device="cpu")("step")
 
 
+@pytest.mark.parametrize("model", ["language", "images"])
+@pytest.mark.parametrize("way", ["torch", "gradmill", "gradmill fp32", "gradmill q-galore"])
+def test_every_way_trains(bench, model, way):
+    if model == "images":
+        pytest.importorskip("sklearn")
+    size = {"depth": 1, "seq": 16} if model == "language" else {}
+    worker = bench("training").Worker(model=model, way=way, width=32, batch=4, steps=2, device="cpu", **size)
+    assert 1 < worker("train 2") < 7 and worker("step") > 0 and worker("measure")["parameters"] > 1000
+
+
 # --- instructions -----------------------------------------------------------------------------------------
 @pytest.fixture
 def instructions():
