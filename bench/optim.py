@@ -2,6 +2,9 @@
 gradient are written; nothing stays in cache between two tensors."""
 from __future__ import annotations
 
+import statistics
+import time
+
 import torch
 
 import gradmill
@@ -181,3 +184,47 @@ def muon(ctx):
         return _stepper(cls([p]))
     return Bench(f"Muon, one {n} x {n}", Work(20 * n * n, 5 * 6 * n ** 3, "update"), [
         ours(lambda: make(gradmill.optim.Muon)), baseline("torch Muon", lambda: make(torch.optim.Muon))])
+
+
+#: Element-wise rules, with what they need to be one; and bytes a parameter has in each state format beside weight and gradient.
+RULES = {"SGD": {"momentum": 0.9}, "Lion": {}, "Adagrad": {}, "CLASSP": {}, "AdamW": {}, "AdamW amsgrad": {"amsgrad": True}, "AdaBelief": {}, "Grams": {},
+         "Sophia": {}, "DiffGrad": {}, "LAMB": {}, "LARS": {}, "StableSPAM": {}}
+STATES = ("fp32", "bf16", "fp8", "int8", "int4")
+
+
+@case("optim", full=True)
+def rules_by_states(ctx):
+    """AdamW against a bare pass over its bytes; beside it every element-wise rule with every format of its states."""
+    n = _count(ctx)
+
+    def bare():
+        x = ctx.randn(28 * n // 8)   # x.mul_ moves 8 bytes an element
+        return lambda i: x.mul_(1.0000001)
+
+    def table():
+        params, pass_over = _parameters(ctx), bare()
+        lines = ["ns a parameter, bytes of states a parameter, share of the bandwidth of x.mul_ that the counted bytes come to:",
+                 f"{'':<14}" + "".join(f"{s:^17}" for s in STATES)]
+        for label, options in RULES.items():
+            cells = []
+            for states in STATES:
+                optimizer = getattr(gradmill.optim, label.split()[0])(params, lr=1e-6, states=states, **options)
+                optimizer.step(), optimizer.step()
+                mine, limit = [], []
+                for _ in range(5):
+                    mine.append(_timed(optimizer.step))
+                    limit.append(_timed(lambda: pass_over(0)))
+                size = gradmill.optim.state_nbytes(optimizer) / n
+                # weight in and out, gradient in, states in and out
+                share = (12 + 2 * size) * n / statistics.median(mine) / (28 * n / statistics.median(limit))
+                cells.append(f"{statistics.median(mine) / n * 1e9:5.2f} {size:5.2f} {100 * share:3.0f}%")
+            lines.append(f"{label:<14}" + "".join(f"{c:^17}" for c in cells))
+        return lines
+    return Bench(f"AdamW and a bare pass, {n / 1e6:.1f}M parameters", Work(28 * n, 15 * n, "update"), [
+        _ours(ctx), baseline("x.mul_ over the same bytes", bare)], notes=table)
+
+
+def _timed(run):
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
