@@ -395,7 +395,7 @@ def plan(model: torch.nn.Module, example_input: torch.Tensor, memory_bytes: int 
     The last k biases train, and of the layers behind the first of these some input channels: an eighth, a quarter, half or all, those of the largest L2 norm (Lin et al.,
     3.2). What a choice contributes: the squares of its gradients over ``data``, which to first order is what a step of SGD takes off the loss, and adds up over
     layers (the paper fine-tunes each choice alone, and searches by evolution). The search is exact for those sums: for every k a knapsack over what a layer keeps and its
-    gradients take, on top of the measured peak with biases alone; then the choice is measured and the budget moved by what it is off, up to eight times.
+    gradients take, on top of the measured peak with biases alone; then the choice is measured, and the knapsack's budget set by bisection to what just fits.
 
     Args:
         model: in floats, on the CPU; not changed. It is looked at in eval mode.
@@ -478,27 +478,26 @@ def _search(memory_bytes: int, count: int, options, of_bias, modules, measured):
                 raise ValueError(f"memory_bytes is {memory_bytes:,}; training the last layer's {'bias' if last is none else 'first input channels'} alone takes "
                                  f"{smallest:,}: use a smaller batch or model")
             break
-    best, offset, tried = None, 0, set()
-    for _ in range(8):
-        candidates = []
-        for reach, (base, *_) in reaches.items():
-            budget = memory_bytes + offset - base.peak
-            if budget < 0:
-                continue
+    best = max(((sum(of_bias[reach:]), result) for reach, result in reaches.items()), key=lambda found: found[0])
+    for reach, (base, *_) in sorted(reaches.items()):
+        if sum(of_bias[reach:]) + sum(max(value for value, _ in choices) for choices in options[reach:]) <= best[0]:
+            continue  # not even everything would be better
+        tried: dict = {}
+        low, high = 0, sum(max(cost for _, cost in choices) for choices in options[reach:])  # budgets beside the biases' peak: all of it, then between what fits and what does not
+        budget = high
+        for _ in range(10):
             chosen = [0] * reach + _knapsack(options[reach:], budget)
-            candidates.append((sum(of_bias[reach:]) + sum(options[i][chosen[i]][0] for i in range(count)), reach, chosen))
-        if not candidates:
-            break
-        value, reach, chosen = max(candidates, key=lambda c: c[0])
-        if (reach, *chosen) in tried:
-            break
-        tried.add((reach, *chosen))
-        result = measured(reach, chosen) if any(chosen) else reaches[reach]
-        off = memory_bytes - result[0].peak
-        if off >= 0 and (best is None or value > best[0]):
-            best = value, result
-        offset += off if off < 0 else off // 2
-    return best[1] if best is not None else max(reaches.items(), key=lambda r: -r[0])[1]
+            if tuple(chosen) not in tried:
+                tried[tuple(chosen)] = measured(reach, chosen)
+            result, value = tried[tuple(chosen)], sum(of_bias[reach:]) + sum(options[i][chosen[i]][0] for i in range(count))
+            fits = result[0].peak <= memory_bytes
+            if fits and value > best[0]:
+                best = value, result
+            low, high = (budget, high) if fits else (low, budget)
+            if high - low < 2:
+                break
+            budget = (low + high) // 2
+    return best[1]
 
 
 def prepare(model: torch.nn.Module, plan: Plan, qas: bool = True) -> torch.nn.Module:

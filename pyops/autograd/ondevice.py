@@ -46,9 +46,9 @@ def _select(codes, part: Part):
     return codes if part.channels is None else codes.index_select(1, part.channels)
 
 
-def _pieces(n: int, size: int, limit: int = PIECE):
-    """Ranges of images that take ``limit`` bytes of patches, where each takes ``size``."""
-    step = max(1, limit // max(1, size))
+def _pieces(n: int, size: int, groups: int, limit: int = PIECE):
+    """Ranges of images that take ``limit`` bytes of patches, where each takes ``size``; 4 times that in many groups."""
+    step = max(1, limit // max(1, size * (4 if groups > 1 else 1)))
     return [(first, min(first + step, n)) for first in range(0, n, step)]
 
 
@@ -82,7 +82,7 @@ def _product(codes, scales, weight, bias, window: Window | None):
         return matmul_int8(codes, weight.codes, scales, weight.scales, bias, torch.float32)
     n, (oh, ow), out, groups = len(codes), window.output(codes.shape), weight.shape[0], window.groups
     y = torch.empty((n, out, oh, ow), device=codes.device)
-    for first, last in _pieces(n, oh * ow * codes.shape[1] * window.kernel[0] * window.kernel[1]):
+    for first, last in _pieces(n, oh * ow * codes.shape[1] * window.kernel[0] * window.kernel[1], groups):
         rows = scales[first:last].repeat_interleave(oh * ow, 0)
         part = _products(_patches(codes[first:last], window), _grouped(weight.codes, groups), rows.expand(groups, -1, 1), _grouped(weight.scales, groups))
         y[first:last] = part.transpose(1, 2).reshape(out, last - first, oh, ow).transpose(0, 1)
@@ -96,7 +96,7 @@ def _input_gradient(dy, weight, shape, window: Window | None):
         return matmul_int8(codes, weight.codes.t().contiguous(), scales, scales.new_ones((weight.codes.shape[1], 1)), None, torch.float32)
     dx, groups, columns = torch.empty(shape, device=dy.device), window.groups, weight.codes.shape[1]
     right, ones = _grouped(weight.codes, groups).mT, dy.new_ones((groups, columns, 1))
-    for first, last in _pieces(len(dy), dy.shape[2] * dy.shape[3] * 4 * groups * columns):
+    for first, last in _pieces(len(dy), dy.shape[2] * dy.shape[3] * 4 * groups * columns, 1):
         d = _turned(dy[first:last] * weight.scales.view(-1, 1, 1), groups).mT  # (groups, tokens, out / groups)
         tokens = d.shape[1]
         codes, scales, _ = quantize(d.reshape(groups * tokens, d.shape[2]), "int8", 0)
@@ -113,7 +113,7 @@ def _weight_gradient(dy, codes, x_scale, shape, window: Window | None):
         left = quantize(dy, "int8", 0, True)
         return matmul_int8(left[0], codes.t().contiguous(), left[1], scales, None, torch.float32)
     dw, groups = None, window.groups
-    for first, last in _pieces(len(dy), dy.shape[2] * dy.shape[3] * groups * columns, max(PIECE, 4 * shape.numel())):  # patches may take what the gradient takes
+    for first, last in _pieces(len(dy), dy.shape[2] * dy.shape[3] * groups * columns, groups, max(PIECE, 4 * shape.numel())):  # patches may take what the gradient takes
         left, left_scales, _ = quantize(_turned(dy[first:last], groups).flatten(0, 1), "int8", 0)
         part = _products(_grouped(left, groups), _patches(codes[first:last], window).mT, _grouped(left_scales, groups), scales.expand(groups, -1, 1)).view(shape)
         dw = part if dw is None else dw.add_(part)
