@@ -87,17 +87,19 @@ def measure(model: torch.nn.Module, x: torch.Tensor, loss: Callable | None = Non
     seen in torch's own kernels. ``loss``: output -> scalar; default the mean square of the output.
 
     Raises:
-        ValueError: unless model and x are on the CPU. RuntimeError: where nothing trains.
+        ValueError: unless model and x are on the CPU and something trains.
     """
     model = copy.deepcopy(model)
     held = [*model.parameters(), *model.buffers()]
     if any(t.device.type != "cpu" for t in (*held, x)):
         raise ValueError("model or x is not on the CPU; bytes are counted there (they are the same elsewhere)")
-    for p in model.parameters():
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        raise ValueError("model has no parameter that requires a gradient; there is no step to count")
+    for p in trained:
         p.grad = None
     inner = [t for p in held for t in ((p.codes, p.scales, p.zeros) if isinstance(p, QuantizedWeight) else (p,))]
     weights, saved = {t.untyped_storage().data_ptr() for t in inner}, {}
-    trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = SGD(trained, lr=0.0) if any(isinstance(p, QuantizedWeight) for p in trained) else torch.optim.SGD(trained, lr=0.0)
 
     def keep(t):

@@ -385,6 +385,8 @@ def test_what_is_refused():
         ondevice.plan(nn.Linear(2, 2), torch.randn(1, 2))
     with pytest.raises(ValueError, match="no nn.Linear or nn.Conv2d"):
         ondevice.plan(nn.Sequential(nn.ReLU()), x)
+    with pytest.raises(ValueError, match="no parameter that requires a gradient"):
+        ondevice.measure(network().requires_grad_(False), x)
     with pytest.raises(ValueError, match="share is 0.5 and memory_bytes 10"):
         ondevice.plan(model, x, 10, share=0.5)
     plan = ondevice.plan(model, x)

@@ -156,10 +156,8 @@ class OnDevice(torch.autograd.Function):
             y = y.clamp_(0, cap)  # keeps nan
             if needs_x or needs_w or needs_b:
                 inside = _inside(y, cap)
-        weights = [part.weight for part in parts] if needs_x else [part.weight for part in parts if part.trains and needs_w]
-        ctx.save_for_backward(kept, inside, x_scale, trained, *weights)
+        ctx.save_for_backward(kept, inside, x_scale, trained, weight if needs_x or needs_w else None, frozen if needs_x else None)
         ctx.backend = None if torch.compiler.is_compiling() else forced_backend()
-        ctx.trains = [part.trains for part in parts] if needs_x else [True] * len(weights)
         ctx.x_shape, ctx.x_dtype, ctx.window, ctx.qas, ctx.bias_dtype = x.shape, x.dtype, window, qas, None if bias is None else bias.dtype
         ctx.row_scales = None if not needs_b or qas else parts[0].weight.scales.detach()
         return y.to(x.dtype)
@@ -172,14 +170,13 @@ class OnDevice(torch.autograd.Function):
 
     @staticmethod
     def _backward(ctx, dy):
-        kept, inside, x_scale, trained, *weights = ctx.saved_tensors
+        kept, inside, x_scale, trained, weight, frozen = ctx.saved_tensors
         window, dx, dw, db, dy = ctx.window, None, None, None, dy.to(torch.float32)
         if inside is not None:
             half, none = dy.new_full((len(dy), 1), -0.5), torch.empty(0, dtype=torch.uint8, device=dy.device)
             dy = dequantize(inside, half, none, "sign", 0, dy.shape[1:].numel(), torch.float32).add_(0.5).view(dy.shape).mul_(dy)
-        parts = _parts(*(next((w for w, t in zip(weights, ctx.trains) if t == trains), None) for trains in (True, False)), trained)
         if ctx.needs_input_grad[0]:
-            for part in parts:
+            for part in _parts(weight, frozen, trained):
                 shape = (ctx.x_shape[0], ctx.x_shape[1] if part.channels is None else len(part.channels), *ctx.x_shape[2:])
                 d = _input_gradient(dy, part.weight, shape, window)
                 if part.channels is None:
@@ -189,7 +186,6 @@ class OnDevice(torch.autograd.Function):
                     dx.index_copy_(1, part.channels, d)
             dx = dx.to(ctx.x_dtype)
         if ctx.needs_input_grad[1]:
-            weight = next(part.weight for part in parts if part.trains)
             dw = _weight_gradient(dy, kept, x_scale, weight.shape, window).to(weight.dtype)
             if not ctx.qas:
                 dw *= weight.scales.view(-1, *[1] * (dw.dim() - 1)).square()

@@ -50,17 +50,13 @@ class Int8Layer(torch.nn.Module):
             raise ValueError(f"channels is {channels}; of a convolution in {layer.groups} groups all or none train")
         self._take(layer)
         self.cap, self.qas = cap, qas
-        chosen, rest = torch.tensor(sorted(channels), dtype=torch.int64), torch.tensor([c for c in of if c not in set(channels)], dtype=torch.int64)
+        trained = torch.zeros(count, dtype=torch.bool, device=weight.device)
+        trained[channels] = True
         scales = _scales(weight)
-        split = len(chosen) and len(rest)
-        for name, index in (("weight", chosen), ("frozen", rest)):
-            part = None
-            if len(index):
-                values = weight if not split else weight.index_select(1, index.to(weight.device))
-                part = torch.nn.Parameter(_int8(values, scales), name == "weight")
-            self.register_parameter(name, part)
+        for name, mask in (("weight", trained), ("frozen", ~trained)):
+            self.register_parameter(name, torch.nn.Parameter(_int8(weight[:, mask], scales), name == "weight") if mask.any() else None)
         self.register_parameter("bias", None if layer.bias is None else torch.nn.Parameter(layer.bias.detach().clone(), bias))
-        self.register_buffer("trained", torch.tensor([c in set(channels) for c in of], device=weight.device) if split else None)
+        self.register_buffer("trained", trained if 0 < len(channels) < count else None)
         self.register_buffer("x_scale", torch.full((1, 1), x_scale, device=weight.device))
         self.train(layer.training)
 
