@@ -6,11 +6,13 @@ import contextlib
 import torch
 
 from gradmill.autograd.window import Window
-from gradmill.formats import cached
+from gradmill.formats import Format
 from gradmill.ops._registry import forced_backend, use_backend
 from gradmill.ops.binary import matmul_binary, matmul_planes, pack_planes, pack_signs
 from gradmill.ops.quant import dequantize
 from gradmill.reference.philox import stream
+
+SIGN = Format("sign")
 
 
 def inclusion(ranges: torch.Tensor, count: float) -> torch.Tensor:
@@ -65,7 +67,7 @@ class OneBit(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, scales, bias, bits, pruning, dtype, window: Window | None = None):
         def signs_of(transpose):  # of a convolution straight from the image
-            return pack_signs(x, transpose) if window is None else window.patches(x, 0).quantize(cached("sign"), transpose)[:2]
+            return pack_signs(x, transpose) if window is None else window.patches(x, 0).quantize(SIGN, transpose)[:2]
 
         columns = weight.shape[1:].numel()
         signs, nans = signs_of(False)
