@@ -17,7 +17,7 @@ import gradmill
 from gradmill import demo, ondevice
 
 BATCH, EPOCHS = 16, 3
-RATES = {"fp32": (0.01, 0.03), "qas": (0.03,), "plain": (0.03, 1e5)}
+RATES = {"fp32": (0.01, 0.03), "qas": (0.03,), "plain": (0.03, 1e2, 1e3, 1e4)}
 
 
 def cnn() -> nn.Sequential:
