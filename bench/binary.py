@@ -98,3 +98,36 @@ def one_bit_conv_256(ctx):
 @case("binary", goal=("torch", 3.0))
 def one_bit_conv_512(ctx):
     return _conv(ctx, 512, 4)
+
+
+@case("binary", goal=("torch", 2.0))
+def one_bit_vgg(ctx):
+    """A VGG-16 for 32x32 images (BatchNorm and Hardtanh behind every convolution), a whole step: all convolutions but the first in one_bit_fqt."""
+    batch, widths = ctx.pick((128, (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0)), (2, (8, 8, 0, 8, 0)))
+    x, labels = ctx.once(lambda: ctx.randn(batch, 3, 32, 32)), torch.arange(batch, device=ctx.device) % 10
+
+    def model():
+        layers, channels = [], 3
+        for width in widths:
+            layers += [torch.nn.Conv2d(channels, width, 3, padding=1), torch.nn.BatchNorm2d(width), torch.nn.Hardtanh(inplace=True)] if width else [torch.nn.MaxPool2d(2)]
+            channels = width or channels
+        return torch.nn.Sequential(*layers, torch.nn.Flatten(), torch.nn.LazyLinear(10)).to(ctx.device)
+
+    def step(recipe):
+        network = model()
+        network(x()[:2])
+        if recipe:
+            gradmill.convert(network, recipe)
+        optimizer = (gradmill.optim if recipe else torch.optim).SGD(network.parameters(), lr=0.01)
+
+        def run(i):
+            optimizer.zero_grad()
+            F.cross_entropy(network(x()), labels).backward()
+            optimizer.step()
+        return run
+    products, channels, side = 0, 3, 32
+    for width in widths:
+        products += batch * channels * width * 9 * side * side
+        channels, side = width or channels, side if width else side // 2
+    return Bench(f"one_bit_fqt, a step of VGG-16 at 32x32, batch {batch}", Work(0.0, 6.0 * products / 8, "int8"), [
+        ours(lambda: step("one_bit_fqt"), "gradmill, recipe one_bit_fqt"), baseline("torch fp32", lambda: step(None))])

@@ -1,6 +1,7 @@
 """conv: convolutions in a recipe, at the size of VGG-16's middle layers."""
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 
 import gradmill
@@ -31,3 +32,18 @@ def vgg_128(ctx):
 @case("conv")
 def vgg_256(ctx):
     return _layer(ctx, 256)
+
+
+@case("conv")
+def on_device(ctx):
+    """Made for memory: its bytes are in docs/results/ondevice.md."""
+    batch, channels, side = ctx.pick((8, 64, 16), (2, 4, 5))
+    x, dy = ctx.once(lambda: ctx.randn(batch, channels, side, side).requires_grad_()), ctx.once(lambda: ctx.randn(batch, channels, side, side))
+    plain = ctx.once(lambda: torch.nn.Conv2d(channels, channels, 3, padding=1, device=ctx.device))
+    ops = 6.0 * batch * side * side * 9 * channels * channels
+
+    def run(make):
+        layer = make()
+        return lambda i: torch.autograd.grad(layer(x()), (x(), *layer.parameters()), dy())
+    return Bench(f"nn.Int8Conv2d forward + backward, batch {batch}, {channels}->{channels}, 3x3, {side}x{side}", Work(24.0 * dy().numel(), ops, "int8"), [
+        ours(lambda: run(lambda: gradmill.nn.Int8Conv2d(plain(), 0.05)), "gradmill, all INT8"), baseline("torch fp32", lambda: run(plain))])

@@ -164,8 +164,8 @@ void quantize_patches(uint64_t image, const std::array<int64_t, 11>& geometry, c
   cpu().conv->quantize_patches(a);
 }
 
-void fold_patches(uint64_t d, const std::array<int64_t, 11>& geometry, int64_t images, uint64_t image) {
-  FoldArgs a{pointer<const float>(d), window(geometry), images, pointer<float>(image)};
+void fold_patches(uint64_t d, uint64_t kept, int64_t count, const std::array<int64_t, 11>& geometry, int64_t images, uint64_t image) {
+  FoldArgs a{pointer<const float>(d), pointer<const int64_t>(kept), count, window(geometry), images, pointer<float>(image)};
   py::gil_scoped_release release;
   cpu().conv->fold_patches(a);
 }

@@ -6,7 +6,7 @@ try:  # a broken build still imports: `gradmill info` says what is wrong, and th
 except ImportError:
     _C = None
 
-from gradmill import bct, biper, bitdelta, codebook, formats, functional, lora, nn, ops, optim, qat, recipes
+from gradmill import bct, biper, bitdelta, codebook, formats, functional, lora, nn, ondevice, ops, optim, qat, recipes
 from gradmill.convert import convert
 from gradmill.ops import BackendError, use_backend
 from gradmill.optim import CheckpointError
@@ -16,5 +16,5 @@ from gradmill.weight import QuantizedWeight, nbytes
 __version__ = "0.1.0"
 
 
-__all__ = ["BackendError", "CheckpointError", "QuantizedWeight", "bct", "biper", "bitdelta", "codebook", "convert", "formats", "functional", "lora", "nbytes", "nn", "ops",
-           "optim", "profile", "qat", "recipes", "use_backend", "__version__"]
+__all__ = ["BackendError", "CheckpointError", "QuantizedWeight", "bct", "biper", "bitdelta", "codebook", "convert", "formats", "functional", "lora", "nbytes", "nn",
+           "ondevice", "ops", "optim", "profile", "qat", "recipes", "use_backend", "__version__"]

@@ -223,7 +223,7 @@ GEOMETRIES = [((3, 3), (1, 1), (1, 1), (1, 1)), ((1, 1), (1, 1), (0, 0), (1, 1))
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
-@pytest.mark.parametrize("code", [*BLOCKED, "fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("code", [*BLOCKED, "sign", "fp32", "bf16", "fp16"])
 def test_quantised_patches_have_the_references_bits(code, geometry):
     for n, c, h, w in ((2, 3, 9, 7), (1, 17, 8, 40), (0, 3, 9, 9), (3, 0, 9, 9), (1, 1, 7, 7)):
         x = torch.randn(n, c, h, w)
@@ -256,6 +256,18 @@ def test_folded_patches_have_the_references_bits(geometry):
             assert ((got - want).abs() <= size * 2.0 ** -21).all()
 
 
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+def test_a_few_rows_of_patches_fold_as_all_with_zeros(geometry):
+    for n, c, h, w in ((2, 3, 9, 7), (3, 17, 8, 11), (1, 1, 7, 7), (0, 3, 9, 9)):
+        oh, ow = output_size(h, w, *geometry)
+        for count in {0, 1, n * oh * ow // 4, n * oh * ow}:
+            kept = torch.randperm(n * oh * ow)[:count].sort().values
+            d = wild(len(kept), c * geometry[0][0] * geometry[0][1])
+            full = torch.zeros(n * oh * ow, d.shape[1]).index_copy_(0, kept, d)
+            assert_same_bits(ops.fold_patches(d, n, c, h, w, *geometry, torch.float32, kept), ops.fold_patches(full, n, c, h, w, *geometry, torch.float32))
+            assert_native_is_reference(ops.fold_patches, d, n, c, h, w, *geometry, torch.bfloat16, kept)
+
+
 def test_patches_are_torchs_unfold():
     for kernel, stride, padding, dilation in GEOMETRIES:
         x = torch.randn(2, 3, 9, 8)
@@ -274,6 +286,9 @@ def test_bad_arguments_of_the_kernels_are_refused_by_name(change, error, message
         ops.quantize_patches(**{**arguments, **change})
     with pytest.raises(ValueError, match="d is .*of shape"):
         ops.fold_patches(torch.ones(3, 4), 1, 1, 3, 3, [2, 2], [1, 1], [0, 0], [1, 1], torch.float32)
+    for kept in ([2, 1], [1, 1], [-1, 2], [0, 4], torch.ones(2)):
+        with pytest.raises(ValueError, match="kept is"):
+            ops.fold_patches(torch.ones(2, 4), 1, 1, 3, 3, [2, 2], [1, 1], [0, 0], [1, 1], torch.float32, torch.as_tensor(kept))
 
 
 # --- special values and layouts ---------------------------------------------------------------------------

@@ -80,9 +80,10 @@ def samples():
     yield "matmul_packed", (x, *packed, "uint4", 4, 12, False, torch.randn(7), torch.float32)
     yield "matmul_packed", (torch.randn(5, 7).bfloat16(), *packed, "uint4", 4, 12, True, None, torch.bfloat16)
     image, geometry = torch.randn(2, 3, 6, 5), ([3, 2], [2, 1], [1, 0], [1, 2])
-    for code in ("int8", "uint4", "bf16"):
+    for code in ("int8", "uint4", "bf16", "sign"):
         yield "quantize_patches", (image, *geometry, code, 4 if code == "uint4" else 0, code == "int8")
     yield "fold_patches", (torch.randn(2 * 3 * 3, 18), 2, 3, 6, 5, *geometry, torch.bfloat16)
+    yield "fold_patches", (torch.randn(2, 18), 2, 3, 6, 5, *geometry, torch.bfloat16, torch.tensor([1, 7]))
     offs, wide = torch.tensor([2, 2, 5], dtype=torch.int32), torch.randn(3, 7, 12)
     yield "quantize_grouped", (x, offs, "int8")
     yield "quantize_grouped", (x.bfloat16(), offs, "e4m3", 4, key(1, 2), 3, torch.ones(12, 4))

@@ -272,16 +272,19 @@ struct Window {
   int64_t channels, height, width, kernel[2], stride[2], dilation[2], out[2];
   int64_t columns() const { return channels * kernel[0] * kernel[1]; }
 };
-// out = the image's patches (images * out[0] * out[1], columns), or with `transpose` theirs; out.code may be a plain float.
+// out = the image's patches (images * out[0] * out[1], columns), or with `transpose` theirs; out.code may be a plain float or
+// a sign.
 struct PatchArgs {
   const float* image;
   Window window;
   Matrix out;
   bool transpose;
 };
-// image = the sum of what d (images * out[0] * out[1], columns) holds for each pixel.
+// image = the sum of what d (images * out[0] * out[1], columns) holds for each pixel. With `kept`, ascending, d has only these of its rows, the others are zeros.
 struct FoldArgs {
   const float* d;
+  const int64_t* kept;
+  int64_t count;
   Window window;
   int64_t images;
   float* image;

@@ -6,11 +6,13 @@ import contextlib
 import torch
 
 from gradmill.autograd.window import Window
-from gradmill.formats import FORMATS
+from gradmill.formats import Format
 from gradmill.ops._registry import forced_backend, use_backend
 from gradmill.ops.binary import matmul_binary, matmul_planes, pack_planes, pack_signs
 from gradmill.ops.quant import dequantize
 from gradmill.reference.philox import stream
+
+SIGN = Format("sign")
 
 
 def inclusion(ranges: torch.Tensor, count: float) -> torch.Tensor:
@@ -64,21 +66,20 @@ class OneBit(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, scales, bias, bits, pruning, dtype, window: Window | None = None):
-        rows = x
-        if window is not None:  # patches of +-1 in 16 bits, straight from the image; x - x keeps what is not finite
-            signs = (torch.where(x < 0, -1.0, 1.0) + (x - x)).to(torch.bfloat16)
-            rows = window.patches(signs, 0).quantize(FORMATS["bf16"], False)[0]
+        def signs_of(transpose):  # of a convolution straight from the image
+            return pack_signs(x, transpose) if window is None else window.patches(x, 0).quantize(SIGN, transpose)[:2]
+
         columns = weight.shape[1:].numel()
-        signs, nans = pack_signs(rows)
+        signs, nans = signs_of(False)
         w, w_nans = pack_signs(weight.reshape(weight.shape[0], columns))
         y = matmul_binary(signs, w, columns, nans, w_nans * scales, bias, dtype)
         if any(ctx.needs_input_grad):
             offsets = torch.rand(2, dtype=torch.float64, device="cpu")
             key = torch.stack((torch.randint(-2 ** 63, 2 ** 63 - 1, (), dtype=torch.int64, device="cpu"), torch.zeros((), dtype=torch.int64, device="cpu")))
             outside = pack_signs(1 - x.reshape(len(x), x.shape[1:].numel()).abs())[0] if ctx.needs_input_grad[0] else None
-            ctx.save_for_backward(key, offsets, weight, scales, signs, nans, *pack_signs(rows, transpose=True), outside)
+            ctx.save_for_backward(key, offsets, weight, scales, signs, nans, *signs_of(True), outside)
         ctx.backend = None if torch.compiler.is_compiling() else forced_backend()  # backward may run in another thread, outside the user's `with use_backend`
-        ctx.how, ctx.x_shape, ctx.x_dtype, ctx.tokens, ctx.window = (bits, pruning), x.shape, x.dtype, len(rows), window
+        ctx.how, ctx.x_shape, ctx.x_dtype, ctx.tokens, ctx.window = (bits, pruning), x.shape, x.dtype, len(signs), window
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y if window is None else window.image(y, x.shape, x)
 
@@ -100,9 +101,11 @@ class OneBit(torch.autograd.Function):
             kept, factor = prune(*_ranges(g, 1), bits, pruning, to_rows)
             planes, steps, offsets = pack_planes(g[kept], bits, False, key, stream(0, "gradient"))
             part = matmul_planes(planes, *_pair(pack_signs(matrix, transpose=True), out, steps * factor[:, None], offsets * factor[:, None]), torch.float32)
-            dx = part if len(kept) == ctx.tokens else part.new_zeros((ctx.tokens, columns)).index_copy_(0, kept, part)
+            some = len(kept) < ctx.tokens
             if window is not None:
-                dx = window.patches(dx.new_empty(ctx.x_shape), 0).fold(dx, torch.float32)
+                dx = window.patches(part.new_empty(ctx.x_shape), 0).fold(part, torch.float32, kept if some else None)
+            else:
+                dx = part.new_zeros((ctx.tokens, columns)).index_copy_(0, kept, part) if some else part
             half, none = dx.new_full((ctx.x_shape[0], 1), 0.5), torch.empty(0, dtype=torch.uint8, device=dx.device)
             inside = dequantize(outside, half, none, "sign", 0, ctx.x_shape[1:].numel(), torch.float32).add_(0.5).view(ctx.x_shape)  # 1 where |X| <= 1, else 0
             dx = (dx * inside).to(ctx.x_dtype)  # a product, so that a nan shows outside, too

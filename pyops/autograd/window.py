@@ -93,9 +93,9 @@ class Patches:
         step = length if whole else max(1, length * CHUNK // max(numel, 1))
         return [self] if step >= length else [Patches(part, self.window) for part in self.image.split(step, dim)]
 
-    def fold(self, d, dtype):
-        """The gradient of the image, given that of this matrix."""
-        return fold_patches(d, *self.image.shape, *self.window[:4], dtype)
+    def fold(self, d, dtype, kept=None):
+        """The gradient of the image, given that of this matrix, or of its rows ``kept``, the others being zeros."""
+        return fold_patches(d, *self.image.shape, *self.window[:4], dtype, kept)
 
 
 #: Elements of a patch matrix worked off at a time.

@@ -5,6 +5,7 @@ import torch
 
 from gradmill.formats import FLOAT_DTYPES, cached
 from gradmill.ops._registry import Op, native_module, reject, require_matrix, short
+from gradmill.ops.binary import pack_signs
 from gradmill.ops.quant import FLOATS, check_format, empty_quantized, matrix_tuple, quantize
 from gradmill.reference import conv as reference
 
@@ -52,7 +53,7 @@ def _native_patches(x, kernel, stride, padding, dilation, code, block=0, transpo
         return _quantize_unfolded(x, kernel, stride, padding, dilation, code, block, transpose)
     codes, scales, zeros = out = _fake_patches(x, kernel, stride, padding, dilation, code, block, transpose)
     if not codes.numel():
-        scales.zero_(), zeros.zero_()
+        scales.fill_(code == "sign"), zeros.zero_()
         return out
     geometry = _window(*x.shape[1:], kernel, stride, padding, dilation)
     image = torch.nn.functional.pad(x, (padding[1], padding[1], padding[0], padding[0])) if any(padding) else x
@@ -67,7 +68,8 @@ def _quantize_unfolded(x, kernel, stride, padding, dilation, code, block=0, tran
     """Where there is no fused kernel: torch unfolds, ``quantize`` reads."""
     if code in FLOAT_DTYPES:
         return reference.quantize_patches(x, kernel, stride, padding, dilation, code, block, transpose)
-    return quantize(reference.patches(x, kernel, stride, padding, dilation), code, block, transpose)
+    matrix = reference.patches(x, kernel, stride, padding, dilation)
+    return (*pack_signs(matrix, transpose), x.new_empty((0,), dtype=torch.uint8)) if code == "sign" else quantize(matrix, code, block, transpose)
 
 
 quantize_patches = Op(
@@ -80,42 +82,55 @@ quantize_patches.__doc__ = """quantize_patches(x, kernel, stride, padding, dilat
 
 ``quantize`` of a convolution's patches, the matrix (n oh ow, c kh kw) of x (n, c, height, width) fp32, bf16 or fp16, or with
 ``transpose`` of its transpose, rounded to nearest; on CPU without making that matrix. The window's sizes are (vertical, horizontal)
-each. A plain float code gives the patches themselves, scales and zeros empty. Bit-equal in every backend. Raises TypeError
+each. A plain float code gives the patches themselves, scales and zeros empty; "sign" what :func:`pack_signs` makes of them. Bit-equal in every backend. Raises TypeError
 for dtypes, ValueError for shapes, geometry, code and block."""
 
 
 # --- patches' gradients to the image's --------------------------------------------------------------------
-def _check_fold(d, n, channels, height, width, kernel, stride, padding, dilation, dtype):
+def _check_fold(d, n, channels, height, width, kernel, stride, padding, dilation, dtype, kept=None):
     op = "fold_patches"
     check_geometry(op, height, width, kernel, stride, padding, dilation)
     oh, ow = reference.output_size(height, width, kernel, stride, padding, dilation)
-    require_matrix(op, "d", d, FLOATS, (n * oh * ow, channels * kernel[0] * kernel[1]))
+    if kept is not None and not (kept.dtype == torch.int64 and kept.dim() == 1 and kept.device == d.device):
+        reject(op, "kept", kept, f"int64 of one dimension on {d.device}")
+    require_matrix(op, "d", d, FLOATS, (n * oh * ow if kept is None else len(kept), channels * kernel[0] * kernel[1]))
     if dtype not in FLOATS:
         reject(op, "dtype", dtype, "float32, bfloat16 or float16", TypeError)
 
 
-def _fake_fold(d, n, channels, height, width, kernel, stride, padding, dilation, dtype):
+def _kept_values(d, n, channels, height, width, kernel, stride, padding, dilation, dtype, kept=None):
+    if kept is not None and len(kept):
+        oh, ow = reference.output_size(height, width, kernel, stride, padding, dilation)
+        if int(kept[0]) < 0 or int(kept[-1]) >= n * oh * ow or not bool((kept.diff() > 0).all()):
+            reject("fold_patches", "kept", kept.tolist(), f"ascending, 0 to {n * oh * ow - 1}")
+
+
+def _fake_fold(d, n, channels, height, width, kernel, stride, padding, dilation, dtype, kept=None):
     return d.new_empty((n, channels, height, width), dtype=dtype)
 
 
-def _native_fold(d, n, channels, height, width, kernel, stride, padding, dilation, dtype):
+def _native_fold(d, n, channels, height, width, kernel, stride, padding, dilation, dtype, kept=None):
     if d.is_cuda:
-        return reference.fold_patches(d, n, channels, height, width, kernel, stride, padding, dilation, dtype)
+        return reference.fold_patches(d, n, channels, height, width, kernel, stride, padding, dilation, dtype, kept)
+    kept = None if kept is None else kept.contiguous()
     d, geometry = d.to(torch.float32).contiguous(), _window(channels, height, width, kernel, stride, padding, dilation)
     image = d.new_empty((n, *geometry[:3]))
-    if image.numel():
-        native_module().fold_patches(d.data_ptr(), geometry, n, image.data_ptr())
+    if not d.numel():
+        image.zero_()
+    elif image.numel():
+        native_module().fold_patches(d.data_ptr(), *((0, 0) if kept is None else (kept.data_ptr(), len(kept))), geometry, n, image.data_ptr())
     return image[:, :, padding[0]:padding[0] + height, padding[1]:padding[1] + width].to(dtype).contiguous()
 
 
 fold_patches = Op(
     "fold_patches", "(Tensor d, int n, int channels, int height, int width, int[] kernel, int[] stride, int[] padding, int[] dilation, "
-    "ScalarType dtype) -> Tensor",
-    _check_fold, _fake_fold,
+    "ScalarType dtype, Tensor? kept=None) -> Tensor",
+    _check_fold, _fake_fold, values=_kept_values,
     backends={"native": _native_fold, "triton": reference.fold_patches, "reference": reference.fold_patches},
     order={"cpu": ("native", "triton", "reference"), "cuda": ("native", "triton", "reference")})
-fold_patches.__doc__ = """fold_patches(d, n, channels, height, width, kernel, stride, padding, dilation, dtype) -> (n, channels, height, width) of ``dtype``
+fold_patches.__doc__ = """fold_patches(d, n, channels, height, width, kernel, stride, padding, dilation, dtype, kept=None) -> (n, channels, height, width) of ``dtype``
 
 The gradient of an image, given that of its patches, d (n oh ow, channels kh kw) fp32, bf16 or fp16: each element is added to the
 pixel it came from, in fp32, in the order of the window's elements: the same bits in every backend, whatever the thread count.
+With ``kept`` (rows,) int64, ascending, d has only these of the patches' rows, the others being zeros.
 Raises TypeError for dtypes, ValueError for shapes and geometry."""

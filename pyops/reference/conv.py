@@ -4,7 +4,7 @@ from __future__ import annotations
 import torch
 
 from gradmill.formats import FLOAT_DTYPES
-from gradmill.reference import quant
+from gradmill.reference import binary, quant
 
 
 def output_size(height, width, kernel, stride, padding, dilation):
@@ -28,13 +28,17 @@ def quantize_patches(x, kernel, stride, padding, dilation, code, block=0, transp
     if code in FLOAT_DTYPES:
         return ((matrix.t() if transpose else matrix).to(FLOAT_DTYPES[code]).contiguous(),
                 *(x.new_empty((0,), dtype=dtype) for dtype in (torch.float32, torch.uint8)))
+    if code == "sign":
+        return (*binary.pack_signs(matrix, transpose), x.new_empty((0,), dtype=torch.uint8))
     return quant.quantize(matrix, code, block, transpose)
 
 
-def fold_patches(d, n, channels, height, width, kernel, stride, padding, dilation, dtype):
+def fold_patches(d, n, channels, height, width, kernel, stride, padding, dilation, dtype, kept=None):
     """col2im, the transpose of ``patches``: every element of d (n oh ow, c kh kw) is added to the pixel it came from. Sums in
-    fp32, kernel positions in order."""
+    fp32, kernel positions in order. With ``kept`` d has only these of its rows; the others are zeros."""
     oh, ow = output_size(height, width, kernel, stride, padding, dilation)
+    if kept is not None:
+        d = d.new_zeros((n * oh * ow, d.shape[1])).index_copy_(0, kept, d)
     out = d.new_zeros((n, channels, height + 2 * padding[0], width + 2 * padding[1]), dtype=torch.float32)
     d = d.to(torch.float32).reshape(n, oh, ow, channels, *kernel).permute(0, 3, 4, 5, 1, 2)
     for i in range(kernel[0]):
