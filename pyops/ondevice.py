@@ -14,7 +14,7 @@ import torch
 
 from gradmill import optim
 from gradmill.autograd.ondevice import PIECE
-from gradmill.formats import FORMATS, float_code
+from gradmill.formats import FORMATS
 from gradmill.nn.ondevice import Int8Conv2d, Int8Layer, Int8Linear
 from gradmill.ops.quant import quantize
 from gradmill.reference.philox import stream
