@@ -100,6 +100,9 @@ def main() -> int:
         console.print(f"--family {','.join(unknown)}: there are {', '.join(runner.FAMILIES)}")
         return 2
     cases = [c for c in runner.load(families) if args.case in c.name and (not c.full or args.pace == "full" or (named if c.family == "scaling" else args.case))]
+    if not cases:
+        console.print(f"--case {args.case}: no case's name contains it (--list names them; some are of --full runs alone)")
+        return 2
     if args.list:
         for c in cases:
             print(f"{c.family}.{c.name}")

@@ -17,6 +17,8 @@ def input_energy(model: torch.nn.Module, layers: dict[str, torch.nn.Module], bat
 
     Raises ValueError where there is no batch, a layer is never called, or what it gets is not finite.
     """
+    if isinstance(batches, (torch.Tensor, dict)):
+        raise TypeError(f"calibration is {type(batches).__name__}; it must be an iterable of batches: [batch], if it is one batch")
     sums, counts, modes = {}, dict.fromkeys(layers, 0), {m: m.training for m in model.modules()}
 
     def watch(name):

@@ -1,6 +1,6 @@
 """Block-wise compressed transformers (BCT): a trained model in integers with power-of-two scales, after training, forward only.
 
-    report = gradmill.bct.quantize(model, bits=4, calibration=batches)     # in place; print(report)
+    model, report = gradmill.bct.quantize(model, bits=4, calibration=batches)     # in place where it can; print(report)
     y = model(x)
 
 Weights, embeddings too, take ``bits`` a value and a shift for each block; a product is one exact integer product of 8-bit activations and the
@@ -18,6 +18,7 @@ from typing import Callable, Iterable
 import torch
 
 from gradmill._calibrate import input_energy
+from gradmill.convert import leave_fast_path
 from gradmill.nn.bct import CODES, BctActivation, BctAttention, BctEmbedding, BctEncoderLayer, BctLinear, BctNorm, BctSoftmax, ShiftMatrix
 
 __all__ = ["Report", "quantize"]
@@ -214,5 +215,6 @@ def quantize(model: torch.nn.Module, bits: int = 4, block: int = 128, calibratio
         else:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, made[module])
+    leave_fast_path(model)
     report.bytes_after = _held(model)
     return model, report

@@ -19,7 +19,7 @@ from gradmill import recipes
 from gradmill._calibrate import input_energy
 from gradmill._files import read_layers, write_layers
 from gradmill.autograd.codebook import ROWS, gradient_tiles
-from gradmill.convert import _why_not
+from gradmill.convert import _why_not, leave_fast_path
 from gradmill.nn.codebook import CodebookLinear
 from gradmill.ops.codebook import MAX_GROUPS, move_indices
 from gradmill.optim._base import CheckpointError
@@ -207,7 +207,7 @@ def fit(model: torch.nn.Module, bits: int = 4, rows_per_group: int = 64, groups:
         calibration: batches for the model (a tensor, a tuple of positional or a dict of keyword arguments each): the error of a weight then counts
             as much as the mean square of the input it is multiplied by. By default all weights count alike.
         filter: ``filter(name, layer)`` says whether to replace; by default everything but the head (:func:`gradmill.convert`).
-        iterations: of Lloyd's algorithm, at most.
+        iterations: of Lloyd's algorithm, at most. progress: a bar, layer by layer.
 
     Returns:
         A :class:`Report`. The replaced layers have new Parameters: make the optimizer afterwards.
@@ -264,6 +264,7 @@ def fit(model: torch.nn.Module, bits: int = 4, rows_per_group: int = 64, groups:
         setattr(parent, child_name, new)
         report.layers[name] = LayerFit(child.weight.nbytes, new.nbytes(), new.groups, error, id(child.weight) in seen)
         seen.add(id(child.weight))
+    leave_fast_path(model)
     return report
 
 
@@ -303,6 +304,8 @@ class Indices(torch.optim.Optimizer):
     """
 
     def __init__(self, model: torch.nn.Module, lr: float = 0.02, seed: int | None = None):
+        if not isinstance(model, torch.nn.Module):
+            raise TypeError(f"model is {type(model).__name__}; it must be a torch.nn.Module, whose CodebookLinear layers are found")
         if not 0 <= lr < float("inf"):
             raise ValueError(f"lr is {lr!r}; it must be finite and at least 0")
         if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
@@ -386,6 +389,7 @@ def load(model: torch.nn.Module, path: str | os.PathLike) -> torch.nn.Module:
         new = CodebookLinear(columns, rows, False, bits, groups, shared, weight.device, weight.dtype if type(old) is torch.nn.Linear else old.dtype)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, _adopt(new, old))
+    leave_fast_path(model)
     try:
         wrong = model.load_state_dict(tensors, strict=False)
     except RuntimeError as error:

@@ -142,12 +142,24 @@ def convert(model: torch.nn.Module, recipe: str | recipes.Recipe = "int8",
                 if speed is not None and speed < SLOWER:
                     report.slower[name] = speed
             report.layers[name] = LayerBytes(nbytes(child.weight), after, *new.kept_bytes(), again)
+    leave_fast_path(model)
     if report.slower:
         worst = min(report.slower, key=report.slower.get)
         warnings.warn(f"recipe {recipe.name} trains slower than torch's fp32 at {len(report.slower)} of the {len(report.layers)} layers on this kind of "
                       f"CPU, by measurements of layers of like size: {report.slower[worst]:.2g}x at {worst}. It saves memory there, not time: "
                       "convert with another recipe, or leave layers out with filter=.", stacklevel=2)
     return report
+
+
+def leave_fast_path(model: torch.nn.Module):
+    """Turns off torch's fast path in the encoder layers of ``model`` that hold a gradmill module: in eval mode it reads the weights of linear layers
+    instead of calling them, and would leave out what they do."""
+    for module in model.modules():
+        ours = any(type(m).__module__.startswith("gradmill.") for m in module.modules())
+        if ours and isinstance(module, torch.nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0
+        elif ours and isinstance(module, torch.nn.TransformerEncoder):
+            module.use_nested_tensor = False
 
 
 def _why_not(name, child_name, child, filter, embeddings, recipe, end) -> str:

@@ -166,7 +166,19 @@ class Plan:
     other_saved_bytes: int   #: kept by what is no INT8 layer, the loss and the batch included
 
     def to_dict(self) -> dict:
+        """Plain data, for ``torch.save`` or JSON beside the model's state_dict; :meth:`from_dict` makes it a plan again."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, saved: dict) -> "Plan":
+        """The plan that :meth:`to_dict` gave, also by way of JSON. ValueError where ``saved`` is none."""
+        def counted(b):
+            return Bytes(*(b[name] for name in ("weights", "saved", "gradients", "peak")))
+        try:
+            layers = [LayerPlan(**{**layer, "channels": tuple(layer["channels"])}) for layer in saved["layers"]]
+            return cls(layers, tuple(saved["batch"]), saved["memory_bytes"], counted(saved["bytes"]), counted(saved["torch_bytes"]), saved["other_saved_bytes"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"saved is no plan's to_dict(): {error!r}") from None
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -417,6 +429,8 @@ def plan(model: torch.nn.Module, example_input: torch.Tensor, memory_bytes: int 
         raise TypeError(f"example_input is {type(example_input).__name__}; it must be a torch.Tensor, a batch")
     if type(model) in MADE_FROM:
         raise ValueError(f"model is itself a torch.nn.{type(model).__name__}, which cannot be replaced in place: use gradmill.nn.{MADE_FROM[type(model)].__name__}")
+    if memory_bytes is not None and not isinstance(memory_bytes, (int, float)):
+        raise TypeError(f"memory_bytes is {memory_bytes!r}; it must be a number of bytes or None")
     if share is not None and (memory_bytes is not None or not 0 <= share <= 1):
         raise ValueError(f"share is {share!r} and memory_bytes {memory_bytes!r}; share must be 0 to 1, without memory_bytes, or None")
     data = list(data or ())

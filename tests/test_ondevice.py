@@ -441,3 +441,11 @@ def test_example_of_the_docs_page(tmp_path):
     fresh = ondevice.prepare(network(), names["plan"])
     fresh.load_state_dict(held)
     assert isinstance(held["9.weight"], gradmill.QuantizedWeight)
+
+
+def test_a_plan_survives_json():
+    import json
+    plan = ondevice.plan(torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4)), torch.randn(5, 8))
+    assert ondevice.Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+    with pytest.raises(ValueError, match="no plan"):
+        ondevice.Plan.from_dict({"layers": []})

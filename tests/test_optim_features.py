@@ -832,3 +832,15 @@ def test_a_compiled_training_step_is_the_eager_one_and_compiles_once(name):
     compiled, counts = run(CompileCounter())
     close(compiled, eager)
     assert counts[-1] == counts[1] > 0, counts  # the first step makes the gradients, which the second finds
+
+
+def test_weights_cast_in_mid_run_get_their_low_bits():
+    params = parameters(shapes=[(70, 130), (130,)])
+    optimizer = AdamW(params, lr=0.01, master_weight_bits=32)
+    give_gradients(params, 0)
+    optimizer.step()
+    for p in params:
+        p.data, p.grad = p.data.to(torch.bfloat16), None
+    give_gradients(params, 1)
+    optimizer.step()
+    assert all(optimizer.state[p]["low_bits"].shape == (*p.shape, 2) for p in params)

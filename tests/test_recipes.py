@@ -379,3 +379,57 @@ def test_convert_reports_bytes_of_weights_and_kept_inputs():
     assert report("int8").layers["0"][:4] == (256 * 8 * 4, 256 * 8 * 4, 1024 * 256 * 4, 1024 * 256 + 256 * 4)
     assert report("w4").layers["0"][:4] == (256 * 8 * 4, 256 * 8 // 2 + 8 * 2 * 5, 1024 * 256 * 4, 0)
     assert "1,048,576 -> 263,168" in str(report("int8"))
+
+
+# --- beside torch's own machinery -------------------------------------------------------------------------
+def encoder():
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(64, 4, 128, dropout=0.0, batch_first=True)
+    return torch.nn.TransformerEncoder(layer, 2).eval(), torch.randn(2, 8, 64)
+
+
+@pytest.mark.parametrize("how", ["qat_w2", "int8", "one_bit_fqt", "w4", "codebook", "bct"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_torchs_fast_path_for_encoders_does_not_go_around_a_layer(how, masked):
+    model, x = encoder()
+    mask = {"src_key_padding_mask": torch.arange(8).expand(2, 8) >= torch.tensor([[5], [8]])} if masked else {}
+    with torch.no_grad():
+        plain = model(x, **mask)
+    if how == "codebook":
+        gradmill.codebook.fit(model, bits=2, progress=False)
+    elif how == "bct":
+        model, _ = gradmill.bct.quantize(model)
+    else:
+        gradmill.convert(model, how)
+    with torch.no_grad():
+        got = model(x, **mask)
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad():
+            want = model(x, **mask)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+    shown = torch.ones(2, 8, dtype=torch.bool) if not masked else ~mask["src_key_padding_mask"]
+    # Attention's own fast path stays, and rounds in another order: an operand's code may differ here and there.
+    assert (got - want)[shown].norm() < 0.5 * (plain - want)[shown].norm()
+
+
+@pytest.mark.parametrize("how", ["fp8_delayed", "one_bit_fqt", "qat_w4", "codebook"])
+def test_what_kernels_read_as_float32_stays_so_under_to(how):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 72), torch.nn.Linear(72, 64), torch.nn.Linear(64, 8))
+    if how == "codebook":
+        gradmill.codebook.fit(model, progress=False, filter=lambda *_: True)
+    else:
+        gradmill.convert(model, how)
+    model(torch.randn(5, 64)).sum().backward()
+    names = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.dtype == torch.float32 and not n.endswith((".weight", ".bias"))]
+    tensors = dict((*model.named_parameters(), *model.named_buffers()))
+    before = {n: tensors[n].detach().clone() for n in names}
+    grads = {n: tensors[n].grad.clone() for n in names if tensors[n].grad is not None}
+    assert names
+    model.to(torch.bfloat16)
+    after = dict((*model.named_parameters(), *model.named_buffers()))
+    assert model[1].bias.dtype == torch.bfloat16 and all(torch.equal(after[n], before[n]) for n in names)
+    assert all(torch.equal(after[n].grad, g) for n, g in grads.items())
+    model(torch.randn(5, 64, dtype=torch.bfloat16)).sum().backward()

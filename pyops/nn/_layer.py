@@ -9,10 +9,31 @@ from gradmill.weight import QuantizedWeight
 _FAKE = ("weight_steps", "weight_zeros")  # Parameters of a recipe that fakes
 
 
-class RecipeLayer:
+class KeepsFloat32:
+    """Mixin before a module: the Parameters and buffers that ``_float32`` names stay float32 under ``.to(dtype)``, ``.half()`` and their like,
+    bit for bit, because kernels read them so; gradients too. They follow to other devices."""
+
+    _float32: tuple[str, ...] = ()
+
+    def _apply(self, fn, recurse=True):
+        held = {name: (t.data, None if t.grad is None else t.grad.data) for name in self._float32
+                if (t := self._parameters.get(name, self._buffers.get(name))) is not None and t.dtype == torch.float32}
+        super()._apply(fn, recurse)
+        for name, (value, grad) in held.items():
+            new = self._parameters.get(name, self._buffers.get(name))
+            if new.dtype != torch.float32:
+                kept_grad, new.grad = new.grad, None
+                new.data = value.to(new.device)
+                if kept_grad is not None:
+                    new.grad = grad.to(new.device)
+        return self
+
+
+class RecipeLayer(KeepsFloat32):
     """Mixin before a torch layer with ``weight`` and ``bias``, which ``_plain`` names."""
 
     _plain: type[torch.nn.Module]
+    _float32 = ("weight_steps", "weight_zeros", "steps", "amax_history")
 
     def _adopt(self, recipe: recipes.Recipe):
         self.recipe = recipe

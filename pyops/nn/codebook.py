@@ -5,12 +5,13 @@ import torch
 
 from gradmill import functional
 from gradmill.autograd.codebook import ROWS, CodebookProduct
+from gradmill.nn._layer import KeepsFloat32
 from gradmill.ops.codebook import MAX_GROUPS, row_bytes
 from gradmill.reference.codebook import values
 from gradmill.reference.quant import pack_bits, unpack_bits
 
 
-class CodebookLinear(torch.nn.Module):
+class CodebookLinear(KeepsFloat32, torch.nn.Module):
     """torch.nn.Linear whose weight is indices of 1 to 8 bits into a codebook for each group of rows; :func:`gradmill.codebook.fit` makes it of one.
 
     "Joint Learning of Codebooks and Mappings" (JLCM): rows are grouped by the distribution of their weights and nothing is stored for a group
@@ -25,6 +26,8 @@ class CodebookLinear(torch.nn.Module):
     indices with :class:`gradmill.codebook.Indices`. Buffers ``indices`` (out, ceil(in * bits / 8)) and ``row_groups`` (out), uint8: ``state_dict``
     holds the packed form. A new layer's weight is zero. Raises ValueError for bits and groups.
     """
+
+    _float32 = ("codebooks", "scales")
 
     def __init__(self, in_features, out_features, bias=True, bits=4, groups=1, shared=False, device=None, dtype=None):
         super().__init__()

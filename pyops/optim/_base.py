@@ -406,6 +406,9 @@ class FusedOptimizer(Optimizer):
             for p, state in zip(params, states):
                 if not state:
                     self._init_state(p, group)
+                elif group["master_weight_bits"] is not None and p.dtype in LOW_BITS and "low_bits" not in state:  # it was fp32 before
+                    if not isinstance(p, QuantizedWeight) and "next_refresh" not in state:
+                        state["low_bits"] = self._no_low_bits(p, group)
             steps = [state["step"] for state in states]
             if steps:
                 torch._foreach_add_(steps, 1)

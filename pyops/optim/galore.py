@@ -57,7 +57,8 @@ class QGaLoreAdamW(GaLoreAdamW):
 
 
 class FiraAdamW(GaLoreAdamW):
-    """GaLore whose residual steps too, scaled as AdamW scaled its low-rank part, under a norm-growth limiter of 1.01.
+    """GaLore whose residual steps too, scaled as AdamW scaled its low-rank part, under a norm-growth limiter of 1.01. Without a ``rank``
+    (``param_groups_for_projection`` makes groups with one) steps are plain AdamW's.
 
     Source: Chen et al., "Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank Constraint?", Algorithm 1. (The
     official code takes the residual from alpha P R, and a zero first residual freezes its limiter: here the residual is

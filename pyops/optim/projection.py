@@ -529,7 +529,8 @@ class Projected:
 
 # --- groups -----------------------------------------------------------------------------------------------
 def param_groups_for_projection(model: torch.nn.Module, rank: int | float, filter=None, **options) -> list[dict]:
-    """Two parameter groups: the matrices of the model's linear layers, with ``rank`` and ``options``, and everything else.
+    """Two parameter groups: the matrices of the model's linear layers, with ``rank`` and ``options``, and everything else; frozen ones too, which are stepped
+    from when they get gradients.
 
     As GaLore does, only attention and MLP weights are projected: of every nn.Linear (and gradmill.nn.Linear) but the head (a layer
     named as ``gradmill.convert`` names heads) and those whose weight is an embedding's.
@@ -547,9 +548,9 @@ def param_groups_for_projection(model: torch.nn.Module, rank: int | float, filte
     for name, layer in model.named_modules():
         if isinstance(layer, torch.nn.Linear):
             take = filter(name, layer) if filter is not None else name.split(".")[-1] not in HEAD_NAMES and id(layer.weight) not in embeddings
-            if take and layer.weight.requires_grad and projection.rank_of(layer.weight.shape):
+            if take and projection.rank_of(layer.weight.shape):
                 chosen[id(layer.weight)] = layer.weight
     if not chosen:
         raise ValueError(f"no linear layer of the model has both sides larger than rank {rank}")
-    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
+    rest = [p for p in model.parameters() if id(p) not in chosen]
     return [{"params": list(chosen.values()), "rank": rank, **options}, *([{"params": rest, "rank": None}] if rest else [])]
