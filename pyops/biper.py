@@ -12,7 +12,7 @@ from typing import Callable
 import torch
 
 from gradmill import recipes
-from gradmill.convert import _why_not
+from gradmill.convert import _why_not, leave_fast_path
 from gradmill.nn.biper import BinaryConv2d, BinaryLinear, BiPerConv2d, BiPerLinear
 
 __all__ = ["binarize", "convert", "pack"]
@@ -63,6 +63,7 @@ def convert(model: torch.nn.Module, omega: float = 20.0, filter: Callable[[str, 
             return _BIPER[type(layer)]._from(layer, omega)
 
     names = _replace(model, make)
+    leave_fast_path(model)
     if not names:
         raise ValueError("model has no nn.Linear or nn.Conv2d inside it to replace beside the first and the last; pass filter= to choose")
     return names

@@ -16,6 +16,7 @@ from typing import Callable, Iterable
 import torch
 
 from gradmill._files import read_layers, write_layers
+from gradmill.convert import leave_fast_path
 from gradmill.nn.bit_delta import BitDeltaLinear, serving
 from gradmill.optim._base import CheckpointError
 
@@ -31,6 +32,7 @@ def _layers(model) -> dict[str, BitDeltaLinear]:
 def _put(model, name: str, layer):
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, layer)
+    leave_fast_path(model)
 
 
 def _shell(model, keep: Iterable[torch.Tensor] = ()):

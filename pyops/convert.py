@@ -155,11 +155,9 @@ def leave_fast_path(model: torch.nn.Module):
     """Turns off torch's fast path in the encoder layers of ``model`` that hold a gradmill module: in eval mode it reads the weights of linear layers
     instead of calling them, and would leave out what they do."""
     for module in model.modules():
-        ours = any(type(m).__module__.startswith("gradmill.") for m in module.modules())
-        if ours and isinstance(module, torch.nn.TransformerEncoderLayer):
-            module.activation_relu_or_gelu = 0
-        elif ours and isinstance(module, torch.nn.TransformerEncoder):
-            module.use_nested_tensor = False
+        if isinstance(module, (torch.nn.TransformerEncoder, torch.nn.TransformerEncoderLayer)):
+            if any(type(m).__module__.startswith("gradmill.") for m in module.modules()):
+                module.activation_relu_or_gelu, module.use_nested_tensor = 0, False  # what the one and the other ask for it
 
 
 def _why_not(name, child_name, child, filter, embeddings, recipe, end) -> str:

@@ -14,6 +14,7 @@ import torch
 
 from gradmill import optim
 from gradmill.autograd.ondevice import PIECE
+from gradmill.convert import leave_fast_path
 from gradmill.formats import FORMATS
 from gradmill.nn.ondevice import Int8Conv2d, Int8Layer, Int8Linear
 from gradmill.ops.quant import quantize
@@ -398,6 +399,7 @@ def _replace(model, name, x_scale, channels, bias, activation, qas):
         cap = CAPS[type(model.get_submodule(activation))]
         _set(model, activation, Merged(model.get_submodule(activation)))
     _set(model, name, MADE_FROM[type(module)](module, x_scale, channels, bias, cap, qas))
+    leave_fast_path(model)
 
 
 def plan(model: torch.nn.Module, example_input: torch.Tensor, memory_bytes: int | None = None, data: Iterable | None = None,
