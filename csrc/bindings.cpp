@@ -253,6 +253,12 @@ void project_back(int device, uint64_t stream, const MatrixTuple& weight, uint64
   GM_RUN(cpu().projection->project_back(args), cuda::project_back(args, launch))
 }
 
+// The fp32 step counters' common value; 0 if they differ.
+int64_t count(const std::vector<uint64_t>& counters) {
+  for (uint64_t at : counters)
+    if (*pointer<float>(at) != *pointer<float>(counters[0])) return 0;
+  return counters.empty() ? 0 : static_cast<int64_t>(*pointer<float>(counters[0]));
+}
 // Adds 1 to every fp32 step counter and returns the last. (torch._foreach_add_ takes 1.8 us for each.)
 int64_t advance(const std::vector<uint64_t>& counters) {
   float last = 0.0f;
@@ -347,6 +353,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("move_indices", &move_indices);
   m.def("project", &project);
   m.def("project_back", &project_back);
+  m.def("count", &count);
   m.def("advance", &advance);
   m.def("fused_step", &fused_step);
   m.def("measure", &measure);

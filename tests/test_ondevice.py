@@ -438,9 +438,9 @@ def test_example_of_the_docs_page(tmp_path):
     exec(block.replace('"trained.pt"', repr(str(tmp_path / "trained.pt"))), names)
     assert type(names["model"][0]) is nn.Conv2d and names["plan"].bytes.peak <= 64 * 1024
     held = torch.load(tmp_path / "trained.pt")
-    fresh = ondevice.prepare(network(), names["plan"])
-    fresh.load_state_dict(held)
-    assert isinstance(held["9.weight"], gradmill.QuantizedWeight)
+    fresh = ondevice.prepare(network(), ondevice.Plan.from_dict(held["plan"]))
+    fresh.load_state_dict(held["model"])
+    assert isinstance(held["model"]["9.weight"], gradmill.QuantizedWeight)
 
 
 def test_a_plan_survives_json():

@@ -740,6 +740,14 @@ def interfere(kind, optimizer, params):
         optimizer.state[p].clear()
     elif kind == "step set":
         optimizer.state[p]["step"] = torch.tensor(40.0)
+    elif kind == "step zeroed":
+        optimizer.state[p]["step"].zero_()
+    elif kind == "step of another dtype":
+        optimizer.state[p]["step"] = torch.tensor(40)
+    elif kind == "number":
+        optimizer.state[p]["rng_id"] = 77
+    elif kind == "gradient negated":
+        p.grad = torch._neg_view(p.grad)
     elif kind == "weight replaced":
         p.data = p.data.clone() + 1
     elif kind == "gradient transposed":
@@ -760,7 +768,7 @@ def interfere(kind, optimizer, params):
         optimizer.add_param_group({"params": [more], "lr": 0.5})
 
 
-@pytest.mark.parametrize("kind", ["nothing", "state replaced", "state moved", "state forgotten", "step set", "weight replaced", "gradient transposed",
+@pytest.mark.parametrize("kind", ["nothing", "state replaced", "state moved", "state forgotten", "step set", "step zeroed", "step of another dtype", "number", "weight replaced", "gradient negated", "gradient transposed",
                                   "gradient missing", "hyperparameters", "amsgrad", "loaded", "group"])
 def test_a_repeated_step_is_the_step(kind, monkeypatch):
     ours, theirs = mixed_parameters(), mixed_parameters()
@@ -776,7 +784,36 @@ def test_a_repeated_step_is_the_step(kind, monkeypatch):
         assert_same_bits(ours, theirs)
         assert_same_bits([t for s in a.state.values() for t in s.values() if isinstance(t, torch.Tensor)],
                          [t for s in b.state.values() for t in s.values() if isinstance(t, torch.Tensor)])
-    assert repeated[:4] == [False, False, True, True] and repeated[4] == (kind in ("nothing", "hyperparameters", "group")) and repeated[7]
+    assert repeated[:4] == [False, False, True, True] and repeated[4] == (kind in ("nothing", "hyperparameters", "group"))
+    assert repeated[7] == (kind != "step of another dtype")
+
+
+def test_plans_keep_no_state_alive_and_forget_groups():
+    import gc
+    import weakref
+    params = parameters(shapes=[(70, 130), (130,)])
+    optimizer = AdamW([{"params": [p]} for p in params])
+    for step in range(3):
+        give_gradients(params, step)
+        optimizer.step()
+    moments = [weakref.ref(optimizer.state[p]["exp_avg"]) for p in params]
+    optimizer.state.clear()
+    gc.collect()
+    assert [m() for m in moments] == [None, None]
+    optimizer.param_groups.pop()
+    params.pop()
+    for step in range(3):
+        give_gradients(params, step)
+        optimizer.step()
+    assert len(optimizer._plans) == len(optimizer._seen) == 1
+
+
+def test_meta_parameters_take_every_step():
+    p = torch.nn.Parameter(torch.empty(8, 9, device="meta"))
+    optimizer = AdamW([p])
+    for _ in range(4):
+        p.grad = torch.empty(8, 9, device="meta")
+        optimizer.step()
 
 
 @pytest.mark.parametrize("name", ["SGD", "Lion", "Grams", "Adagrad"])

@@ -146,27 +146,27 @@ def _native(rule, params, param_scales, param_zeros, grads, states, state_scales
             original.copy_(copy)
 
 
+def repeats_on(device: str) -> bool:
+    """Whether a step on this kind of device runs in native code now."""
+    return device in ("cpu", "cuda") and fused_step.function(device) is _native
+
+
 class Launch:
     """A native fused step that took place, to be repeated with other gradients: checking ten thousand small tensors again costs
-    more than stepping them. Its owner sees to it that params and states still are the tensors they were.
-
-    ``repeatable`` is False where a repetition would need copies or another backend.
+    more than stepping them. Its owner sees to it that params and states still are the tensors they were, contiguous and not
+    empty, on a device that ``repeats_on`` says yes to.
     """
 
     def __init__(self, rule, params, param_scales, param_zeros, grads, states, state_scales, ids, param_code, param_block, state_codes, state_block, offsets=None):
-        (self._head, self._table), kept, copies = _table(rule, params, param_scales, param_zeros, grads, states, state_scales, ids, param_code,
-                                                         param_block, state_codes, state_block, offsets)
+        (self._head, self._table), *_ = _table(rule, params, param_scales, param_zeros, grads, states, state_scales, ids, param_code,
+                                               param_block, state_codes, state_block, offsets)
         self._width, self._numels, self._like = 8 + 2 * len(state_codes), [g.numel() for g in grads], grads[0].new_empty(0)
-        self.repeatable = not copies and len(kept) == len(params) and self._live()
-
-    def _live(self):
-        return fused_step.function("cuda" if self._like.is_cuda else "cpu") is _native
 
     def fits(self, grads) -> bool:
         """Whether ``grads`` can take the place of the first ones."""
         dtype, device, strided = self._like.dtype, self._like.device, torch.strided
-        return (self._live() and _registry.profiler is None and [g.numel() for g in grads] == self._numels
-                and all([g.dtype == dtype and g.layout == strided and g.is_contiguous() and g.device == device for g in grads]))
+        return (repeats_on(device.type) and _registry.profiler is None and [g.numel() for g in grads] == self._numels
+                and all([g.dtype == dtype and g.layout == strided and g.is_contiguous() and g.device == device and not g.is_neg() for g in grads]))
 
     def run(self, grads, scalars, seed, step):
         """The step, with ``scalars`` a list of MAX_SCALARS."""

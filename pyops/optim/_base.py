@@ -1,6 +1,8 @@
 """FusedOptimizer: what every gradmill optimizer shares. A subclass names its rule and its hyperparameters."""
 from __future__ import annotations
 
+import os
+import weakref
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from operator import is_
@@ -12,7 +14,7 @@ from torch.optim import Optimizer
 from gradmill import formats
 from gradmill.formats import SPLIT, Format, cached
 from gradmill.ops._registry import describe, native_module, short
-from gradmill.ops.optim import MAX_SCALARS, Launch, as_matrix_shape, fused_step, measure
+from gradmill.ops.optim import MAX_SCALARS, Launch, as_matrix_shape, fused_step, measure, repeats_on
 from gradmill.ops.quant import FLOATS, dequantize, quantize
 from gradmill.optim.projection import FIELDS as PROJECTION_FIELDS
 from gradmill.optim.projection import COMING, QUEUE, Projected, Projection, later
@@ -140,26 +142,49 @@ def state_nbytes(optimizer: Optimizer) -> int:
     return sum(v.nbytes for state in optimizer.state.values() for k, v in state.items() if isinstance(v, torch.Tensor) and k != "step")
 
 
+def repeatable(p, item) -> bool:
+    """Whether a Plan can step this parameter: plain memory throughout, and its step counted as fp32 on the CPU."""
+    step = item.state["step"]
+    return (type(p) in (torch.Tensor, torch.nn.Parameter) and "next_refresh" not in item.state and step.dtype == torch.float32 and step.numel() == 1
+            and step.device.type == "cpu" and repeats_on(p.device.type) and p.numel() > 0
+            and all(t.is_contiguous() and not t.is_neg() for t in (p, item.grad, *item.state.values()) if isinstance(t, torch.Tensor)))
+
+
 def padded(scalars) -> tuple[float, ...]:
     """scalars as fused_step takes a row of them."""
     return (*scalars, *[0.0] * (MAX_SCALARS - len(scalars)))
 
 
+class Coming(NamedTuple):
+    """A basis that is being computed beside training: for which state, the step that takes it, and in which process."""
+
+    future: object
+    state: dict
+    adopt_at: int
+    process: int
+
+
 class Plan:
-    """A group's step that can be repeated as it was: its launches, and how to find out that every tensor still is where it was."""
+    """A group's step that can be repeated as it was: its launches, and how to find out that every tensor still is where it was.
+
+    It keeps no state alive: who clears or replaces states to free memory frees it."""
 
     def __init__(self, rule, params, states, launches):
-        self.rule, self.params, self.states, self.launches = rule, params, states, launches
-        self._sizes = [len(state) for state in states]
-        self._tensors = [(state, name, t) for state in states for name, t in state.items() if isinstance(t, torch.Tensor)]
-        self._pointers = [p.data_ptr() for p in params] + [t.data_ptr() for *_, t in self._tensors]
+        self.rule, self.params, self.launches = rule, params, launches
+        self._states = [(id(state), len(state), state["rng_id"]) for state in states]
+        self._tensors = [(i, name, weakref.ref(t)) for i, state in enumerate(states) for name, t in state.items() if isinstance(t, torch.Tensor)]
+        self._pointers = [p.data_ptr() for p in params] + [states[i][name].data_ptr() for i, name, _ in self._tensors]
 
     def fits(self, params, state) -> bool:
         """Whether these are the same parameters, and ``state``, the optimizer's, holds the same tensors, all in the same memory."""
-        return (len(params) == len(self.params) and all(map(is_, params, self.params))
-                and all(map(is_, [state.get(p) for p in params], self.states)) and list(map(len, self.states)) == self._sizes
-                and all([state.get(name) is t for state, name, t in self._tensors])
-                and [p.data_ptr() for p in params] + [t.data_ptr() for *_, t in self._tensors] == self._pointers)
+        if len(params) != len(self.params) or not all(map(is_, params, self.params)):
+            return False
+        states = [state.get(p, {}) for p in params]
+        if [(id(s), len(s), s.get("rng_id")) for s in states] != self._states:
+            return False
+        tensors = [states[i].get(name) for i, name, _ in self._tensors]
+        return (all([t is not None and t is ref() for t, (*_, ref) in zip(tensors, self._tensors)]) and all([p.is_contiguous() for p in params])
+                and [p.data_ptr() for p in params] + [t.data_ptr() for t in tensors] == self._pointers)
 
 
 @dataclass
@@ -372,8 +397,8 @@ class FusedOptimizer(Optimizer):
         for _, params in work:  # every reason to refuse comes before anything is changed
             for p in params:
                 self._check_gradient(p)
-        coming = self.__dict__.get("_coming", {})
-        self.settle([p for p in coming if int(self.state[p]["step"]) + 1 >= self.state[p]["adopt_at"]])
+        if self.__dict__.get("_coming"):
+            self.settle([p for _, params in work for p in params if p in self._coming and int(self._coming[p].state.get("step", 0)) + 1 >= self._coming[p].adopt_at])
         if self.max_grad_norm is not None or self.on_nonfinite != "propagate":
             clip = self._survey([p for _, params in work for p in params], factor)
             if clip is None:
@@ -427,14 +452,16 @@ class FusedOptimizer(Optimizer):
         plans.pop(id(group), None)
         if not params or seen is None or len(seen) != len(params) or not all(map(is_, seen, params)):
             return
-        if (type(self)._step_group is not FusedOptimizer._step_group or torch.compiler.is_compiling()
-                or any(type(p) not in (torch.Tensor, torch.nn.Parameter) or "next_refresh" in item.state for p, item in zip(params, items))):
+        own = all(getattr(type(self), name) is getattr(FusedOptimizer, name) for name in ("_step_group", "apply_rule", "_buckets"))
+        if not own or torch.compiler.is_compiling() or not all(map(repeatable, params, items)):
             return
         name, places = self.rule(group), {id(p): i for i, p in enumerate(params)}
         launches = [(Launch(**arguments), [places[id(item.owner)] for item in bucket], [item.state["step"].data_ptr() for item in bucket])
                     for _, bucket, arguments in self._buckets(name, items)]
-        if all(launch.repeatable for launch, *_ in launches):
-            plans[id(group)] = Plan(name, params, [item.state for item in items], launches)
+        plans[id(group)] = Plan(name, params, [item.state for item in items], launches)
+        if len(before) > len(self.param_groups):  # groups that are gone
+            live = set(map(id, self.param_groups))
+            self._plans, self._seen = ({k: v for k, v in d.items() if k in live} for d in (plans, before))
 
     def _repeat(self, group, params, factor) -> bool:
         """The group's step by its plan; False, with nothing changed, where there is none or it does not fit."""
@@ -445,9 +472,11 @@ class FusedOptimizer(Optimizer):
         chosen = [[grads[i] for i in places] for _, places, _ in plan.launches]
         if not all(launch.fits(some) for (launch, *_), some in zip(plan.launches, chosen)):
             return False
-        first, lr, scalars = factor * (-1.0 if group["maximize"] else 1.0), float(group["lr"]), RULES[plan.rule].scalars
+        native, first, lr, scalars = native_module(), factor * (-1.0 if group["maximize"] else 1.0), float(group["lr"]), RULES[plan.rule].scalars
+        if not all(native.count(counters) > 0 for *_, counters in plan.launches):  # set by hand, to different steps or to none
+            return False
         for (launch, _, counters), some in zip(plan.launches, chosen):
-            step = native_module().advance(counters)
+            step = native.advance(counters)
             launch.run(some, padded((first, *scalars(group, step, lr))), group["seed"], step)
         torch.autograd.graph.increment_version(params)
         return True
@@ -509,24 +538,34 @@ class FusedOptimizer(Optimizer):
     # --- bases computed beside training (Projection.background) --------------------------------------------
     def refresh_later(self, p, work):
         """Starts ``work``, which finds p's next basis."""
-        self.__dict__.setdefault("_coming", {})[p] = later(work, p.device)
+        state = self.state[p]
+        self.__dict__.setdefault("_coming", {})[p] = Coming(later(work, p.device), state, state["adopt_at"], os.getpid())
 
     def settle(self, params=None):
         """Waits for the bases of ``params`` (None: of all) that are being computed, and puts them into the states. RuntimeError from
         what failed there; that parameter refreshes anew at its next step."""
-        coming = self.__dict__.get("_coming", {})
+        coming, failed = self.__dict__.get("_coming", {}), None
         for p in [p for p in (list(coming) if params is None else params) if p in coming]:
-            future, state = coming.pop(p), self.state[p]
+            future, state, _, process = coming.pop(p)
+            if self.state.get(p) is not state or "adopt_at" not in state:
+                continue  # cleared or replaced meanwhile
             try:
+                if process != os.getpid():
+                    del state["adopt_at"]  # the thread stayed in the process that this one was forked from: refresh anew
+                    continue
                 found = future.result()
             except Exception as error:
                 state.pop("adopt_at", None)
-                raise RuntimeError(f"refreshing the basis of a parameter of shape {tuple(p.shape)} beside training failed: {error}") from error
+                failed = failed or (p, error)
+                continue
             for name, value in found.items():
                 if name != "low":  # of a gradient that is gone
                     if value.is_cuda:
                         value.record_stream(torch.cuda.current_stream(value.device))
                     state[COMING + name] = value
+        if failed:
+            p, error = failed
+            raise RuntimeError(f"refreshing the basis of a parameter of shape {tuple(p.shape)} beside training failed: {error}") from error
 
     def map_moments(self, group, state, columns, first, second=None):
         """Each state m of a matrix with so many columns becomes first(m), a second moment second(m), where given; fp32 in between."""

@@ -5,7 +5,7 @@ from fnmatch import fnmatchcase
 
 import torch
 
-from gradmill.optim._base import FusedOptimizer
+from gradmill.optim._base import FusedOptimizer, is_sharded
 
 
 def param_groups(model: torch.nn.Module, options: dict[str, dict]) -> list[dict]:
@@ -133,8 +133,9 @@ def release_gradients(model: torch.nn.Module, optimizer: FusedOptimizer, accumul
         p.grad = None
 
     def early(*_):
+        done.clear()  # here too: a step that fails comes to no end
         for p in handle.low:  # the rest of the sum is R's
-            p.grad = torch.zeros(p.shape, dtype=p.dtype, device=p.device)
+            p.grad = torch.zeros_like(p) if is_sharded(p) else torch.zeros(p.shape, dtype=p.dtype, device=p.device)
 
     def stepped(*_):
         for p in handle.counts:

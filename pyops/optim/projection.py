@@ -365,9 +365,9 @@ class Projected:
         whole = as_matrix(self.item.owner.grad.full_tensor()) if self.groups else self.grad  # every process computes the same basis
         arguments = self.left, self.rank, old, self.group["seed"], step, self.stream
         if p.background and not first:
-            g = whole if self.groups else whole.clone()
-            optimizer.refresh_later(self.item.owner, lambda: find_basis(p, g, *arguments))
+            g = whole.clone()  # the gradient itself is overwritten meanwhile
             state["adopt_at"] = step + p.background
+            optimizer.refresh_later(self.item.owner, lambda: find_basis(p, g, *arguments))
             return
         found = find_basis(p, whole, *arguments)
         self.low = found.pop("low", None)
