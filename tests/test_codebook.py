@@ -290,13 +290,15 @@ def test_more_bits_are_nearer_and_bytes_are_exact():
 
 def test_calibration_weighs_inputs():
     base, x = linear(64, 48, 8), torch.randn(256, 64) * torch.logspace(1, -2, 64)
+    with torch.no_grad():
+        base[0].weight.mul_(torch.logspace(-2, 0, 64))  # small where inputs are large: all weights alike, codewords go to the others
     plain, weighed = copy.deepcopy(base), copy.deepcopy(base)
     codebook.fit(plain, 2, progress=False)
     modes = [m.training for m in weighed.modules()]
     codebook.fit(weighed, 2, calibration=[x[:128], (x[128:],)], progress=False)
     assert all(modes)
     error = lambda model: (model[0](x) - base[0](x)).square().mean().item()
-    assert error(weighed) < error(plain)
+    assert error(weighed) < 0.5 * error(plain)
     with pytest.raises(ValueError, match="no batches"):
         codebook.fit(copy.deepcopy(base), 2, calibration=[], progress=False)
     with pytest.raises(ValueError, match="not finite"):
