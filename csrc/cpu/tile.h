@@ -115,7 +115,13 @@ template <int CODE>
 inline void decode_block(const char* codes, Block b, int64_t n, float* __restrict out) {
   constexpr int bits = kBits<CODE>;
   if constexpr (bits < 8) {
-    for (int64_t i = 0; i < n; i += 8, codes += bits) {
+    int64_t i = 0;
+    if constexpr (CODE == kInt4 || CODE == kUInt4)  // left to the compiler, byte by byte: five times slower
+      for (; i + W <= n; i += W, codes += W / 2) {
+        const vu q = widened_nibbles(reinterpret_cast<const uint8_t*>(codes));
+        store(out + i, (kSigned<CODE> ? converted(q ^ 8u) - 8.0f : converted(q) - static_cast<float>(b.zero)) * b.scale);
+      }
+    for (; i < n; i += 8, codes += bits) {
       const int live = static_cast<int>(n - i < 8 ? n - i : 8);
       uint32_t stream = 0;
       memcpy(&stream, codes, static_cast<size_t>(live * bits + 7) / 8);
