@@ -147,7 +147,7 @@ def _walk(module, name, filter, chosen, floats):
         return
     if list(module.parameters(recurse=False)):
         if filter is None or filter(name, module):
-            raise ValueError(f"bct cannot quantise {name or 'model'!r}, a {type(module).__name__} with Parameters of its own; it knows "
+            raise ValueError(f"bct cannot quantise {f'{name!r}' if name else 'the model itself (its name is empty)'}, a {type(module).__name__} with Parameters of its own; it knows "
                              f"{', '.join(kind.__name__ for kind in _KINDS)}. Leave it in floats with filter=")
         floats[name] = type(module).__name__
     elif not list(module.children()):

@@ -881,3 +881,12 @@ def test_weights_cast_in_mid_run_get_their_low_bits():
     give_gradients(params, 1)
     optimizer.step()
     assert all(optimizer.state[p]["low_bits"].shape == (*p.shape, 2) for p in params)
+
+
+def test_raise_names_the_parameter():
+    model = torch.nn.Linear(4, 3)
+    for given, said in ((model.named_parameters(), "'bias'"), (model.parameters(), r"parameter 1 of group 0, of shape \(3,\)")):
+        optimizer = AdamW(given, on_nonfinite="raise")
+        model.weight.grad, model.bias.grad = torch.ones(3, 4), torch.tensor([0.0, float("nan"), 0.0])
+        with pytest.raises(FloatingPointError, match=said):
+            optimizer.step()

@@ -413,7 +413,7 @@ class FusedOptimizer(Optimizer):
         finite = found[:, 1].isfinite()
         if not finite.all() and self.on_nonfinite == "raise":
             p = params[int((~finite).nonzero()[0])]
-            raise FloatingPointError(f"the gradient of a parameter of shape {tuple(p.shape)} holds a nan or an inf; nothing was changed")
+            raise FloatingPointError(f"the gradient of {self._called(p)} holds a nan or an inf; nothing was changed")
         if not finite.all() and self.on_nonfinite == "skip":
             return None
         self.grad_norm = float(found[:, 0].sum().sqrt()) * abs(factor)
@@ -421,6 +421,13 @@ class FusedOptimizer(Optimizer):
             return 1.0
         clip = self.max_grad_norm / (self.grad_norm + 1e-6)  # torch.nn.utils.clip_grad_norm_'s
         return 1.0 if clip > 1 else clip  # a nan stays
+
+    def _called(self, p) -> str:
+        """p by its name, where the optimizer was made of named_parameters(), else by its place."""
+        for i, group in enumerate(self.param_groups):
+            for k, q in enumerate(group["params"]):
+                if q is p:
+                    return f"{group['param_names'][k]!r}" if "param_names" in group else f"parameter {k} of group {i}, of shape {tuple(p.shape)},"
 
     def _step_work(self, work, factor):
         """Steps [(group, its parameters with gradients)]."""
