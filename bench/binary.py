@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import gradmill
-from gradmill import ops
+from gradmill import biper, ops
 
 from .runner import Bench, Work, baseline, case, ours
 
@@ -98,6 +98,39 @@ def one_bit_conv_256(ctx):
 @case("binary", goal=("torch", 3.0))
 def one_bit_conv_512(ctx):
     return _conv(ctx, 512, 4)
+
+
+def _biper(ctx, title, layer, x, operations):
+    """Inference of one packed layer of BiPer."""
+    def packed():
+        model = torch.nn.Sequential(layer()).to(ctx.device)
+        biper.convert(model, filter=lambda *_: True)
+        biper.binarize(model)
+        biper.pack(model.eval())
+        return model
+
+    def run(make):
+        model = make()
+
+        def forward(i):
+            with torch.no_grad():
+                return model(x())
+        return forward
+    return Bench(title, Work(4.0 * x().numel(), operations / 8, "int8"), [
+        ours(lambda: run(packed), "gradmill, biper.pack"), baseline("torch fp32", lambda: run(lambda: layer().to(ctx.device)))])
+
+
+@case("binary")
+def biper_linear(ctx):
+    batch, n = ctx.pick((64, 4096), (4, 64))
+    return _biper(ctx, f"BiPer's packed linear layer, batch {batch}, {n}->{n}", lambda: torch.nn.Linear(n, n), ctx.once(lambda: ctx.randn(batch, n)), 2.0 * batch * n * n)
+
+
+@case("binary")
+def biper_conv(ctx):
+    batch, channels = ctx.pick((128, 256), (2, 8))
+    return _biper(ctx, f"BiPer's packed convolution, {channels} channels, 8x8, batch {batch}", lambda: torch.nn.Conv2d(channels, channels, 3, padding=1),
+                  ctx.once(lambda: ctx.randn(batch, channels, 8, 8)), 2.0 * batch * 64 * channels * channels * 9)
 
 
 @case("binary", goal=("torch", 2.0))

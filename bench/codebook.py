@@ -76,3 +76,23 @@ def training(ctx):
     return Bench(f"4-bit codebooks forward + backward + step of the indices, {tokens} tokens, {n}->{n}", Work(4.0 * 4 * tokens * n, 6.0 * tokens * n * n, "fp32"), [
         ours(make(True)), rival("gradmill, indices fixed", make(False)),
         baseline("torch fp32", lambda: both_ways(F.linear, ctx.randn(tokens, n).requires_grad_(), ctx.randn(n, n).requires_grad_(), dy()))])
+
+
+@case("codebook")
+def bct_layer(ctx):
+    """An encoder layer in BCT's integers: the products are INT8's, the steps between them plain torch. It saves memory, not time."""
+    from gradmill import bct
+
+    tokens, width = ctx.pick((256, 512), (8, 64))
+    x = ctx.once(lambda: ctx.randn(1, tokens, width))
+
+    def layer():
+        return torch.nn.TransformerEncoderLayer(width, 8, 4 * width, batch_first=True).eval().to(ctx.device)
+
+    def run(model):
+        def forward(i):
+            with torch.no_grad():
+                return model(x())
+        return forward
+    return Bench(f"BCT's encoder layer of width {width}, {tokens} tokens", Work(6.0 * width * width, 24.0 * tokens * width * width, "int8"), [
+        ours(lambda: run(bct.quantize(layer())[0]), "gradmill, bct.quantize"), baseline("torch fp32", lambda: run(layer()))])
