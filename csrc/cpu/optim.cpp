@@ -4,9 +4,9 @@
 // chosen at run time with a branch per block; a plain fp32 operand is not copied, the rule works on it in place,
 // so that fp32 AdamW is one bare loop. Counts per element: fp32 AdamW reads 16 and writes 12 bytes; int8 states
 // read 10 and write 6 (+ 16/256 for scales): 0.57 of the bytes. Predicted: memory binds both, so 0.57 of the time.
-// Measured on 2 cores of a Zen 4, 20M parameters, against torch's fused fp32 step (6.6 or 10 ms, as the machine's
-// memory goes): fp32 level with it; 8-bit states 8.7 ms, bound by arithmetic (0.71 ns an element in L1, of which 0.29 is
-// the rule's own root and division), not by bytes. Tried and dropped: prefetching the next unit (a third slower), units
+// Measured on 2 cores of a Zen 4, AVX-512, 20M parameters, of the time of torch's fused fp32 step: in minutes of fast memory
+// (torch 7.6 ms) fp32 0.91, bf16 0.77, int8 1.04, int4 1.14; of slow memory (torch 13 ms) 0.96, 0.71, 0.65, 0.66. 8- and 4-bit
+// states are bound by arithmetic (8 ms whatever the memory), not by bytes. Tried and dropped: prefetching the next unit (a third slower), units
 // of 256 and 1024 elements, handing out chunks in turn.
 #include "simd.h"  // before the rules: they call root()
 
@@ -115,8 +115,8 @@ struct DitherOffsets {
 // a block decodes, applies the rule and measures the new block, a second encodes it from L1; the root that the rule took of
 // a second moment is kept, because its code stores the root. Written in vectors: in a loop of mixed widths gcc falls back
 // to 16-byte vectors. AdamW in L2, one core of a Zen 4, ns an element, AVX-512 / AVX2: fp32 states 0.31 / 0.33, bound by root
-// and division; int8 0.62 / 0.88; int4 0.65 / 0.95. Tried and dropped: a block's codes made inside the next block's pass
-// (0.68 / 1.05: the loop does not fit the schedulers, and spills with 16 registers).
+// and division; bf16 0.45 / 0.69; int8 0.71 / 0.96; int4 0.79 / 1.06. Tried and dropped: a block's codes made inside the next
+// block's pass (int8 3% and 15% slower: with 16 registers the loop spills).
 template <class R, int MOMENT, int SQUARE>
 void apply_rule_coded(float* p, const float* g, const Matrix* states, int64_t row, int64_t col, int64_t n, float* scratch,
                       const Key& dither, const float* scalars) {
