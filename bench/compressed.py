@@ -9,7 +9,6 @@ import copy
 import functools
 import math
 import pathlib
-import platform
 import statistics
 import time
 
@@ -184,10 +183,8 @@ def main():
     for job in args.jobs or ("codebook", "bct"):
         started = time.process_time()
         lines = {"codebook": jlcm, "bct": integers}[job](text, args)
-        lines += ["", f"`python bench/compressed.py {job} --seeds {args.seeds} --trained {args.trained} --steps {args.steps}`, one thread of {platform.machine()}, "
-                      f"{time.process_time() - started:.0f} s of CPU time, torch {torch.__version__}."]
-        demo.write_whole(args.out / f"{job}.md", ("\n".join(lines) + "\n").encode())
-        print(f"wrote {job}.md", flush=True)
+        lines += ["", f"{time.process_time() - started:.0f} s of CPU time."]
+        demo.write_evidence(args.out / f"{job}.md", lines, f"python bench/compressed.py {job} --seeds {args.seeds} --trained {args.trained} --steps {args.steps}")
 
 
 if __name__ == "__main__":

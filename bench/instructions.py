@@ -20,6 +20,8 @@ import subprocess
 import sys
 import tempfile
 
+from gradmill._files import replacing
+
 HERE = pathlib.Path(__file__).resolve().parent
 TABLE = HERE / "results" / "instructions.json"
 ROWS, COLUMNS = (64, 128), 1024   # the two sizes that are counted
@@ -273,10 +275,9 @@ def main(argv=None) -> int:
         print(f"{part}: {len(rows)} kernels, {compiler}; {'compared' if same else 'not compared: ' + (before['compiler'] if before else 'nothing')+ ' was there before'}")
         worse += jumps(part, before["kernels"], rows) if same else []
         table[part] = {"compiler": compiler, "kernels": rows}
-    temporary = args.table.with_suffix(".tmp")
     args.table.parent.mkdir(parents=True, exist_ok=True)
-    temporary.write_text(dumps(table))
-    os.replace(temporary, args.table)
+    with replacing(args.table) as temporary:
+        temporary.write_text(dumps(table))
     print("\n".join(f"! {line}" for line in worse) or "no kernel jumped")
     return 1 if worse else 0
 

@@ -5,7 +5,6 @@ import argparse
 import copy
 import functools
 import pathlib
-import platform
 import statistics
 
 import torch
@@ -13,7 +12,6 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import nn
 
-import gradmill
 from gradmill import demo, ondevice
 
 BATCH, EPOCHS = 16, 3
@@ -122,9 +120,8 @@ def main(argv=None):
     for part in (0.7,):
         memory = int(part * full.bytes.peak)
         row(f"budget {part:.0%}, {memory:,}", [learned(s, "qas", best["qas"], memory) for s in seeds], planned(0, memory).bytes)
-    lines += ["", "The budget's plan, seed 0:", "", "```", str(planned(0, int(0.7 * full.bytes.peak))), "```", "",
-              f"`python bench/ondevice.py`, one thread of {platform.machine()}, gradmill on {gradmill._C.isa() if gradmill._C else 'torch'}, torch {torch.__version__}."]
-    demo.write_whole(args.out / "ondevice.md", ("\n".join(lines) + "\n").encode())
+    lines += ["", "The budget's plan, seed 0:", "", "```", str(planned(0, int(0.7 * full.bytes.peak))), "```"]
+    demo.write_evidence(args.out / "ondevice.md", lines, "python bench/ondevice.py")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import argparse
 import copy
 import dataclasses
 import pathlib
-import platform
 import statistics
 
 import torch
@@ -281,9 +280,8 @@ def main(argv=None):
         _, *sections = page.read_text().split("\n## ") if page.exists() else ("",)
         held = {section.split("\n")[0]: section.split("\n`python")[0].rstrip() for section in sections}  # the last one has the foot
         held[title] = "\n".join(lines)[3:].rstrip()
-        foot = f"`python bench/one_bit.py`, one thread of {platform.machine()}, gradmill on {gradmill._C.isa() if gradmill._C else 'torch'}, torch {torch.__version__}; {SEEDS} seeds."
         parts = [f"## {held[t]}" for _, t, *_ in JOBS.values() if t in held]
-        demo.write_whole(page, ("\n\n".join(["# One bit: evidence", *parts, foot]) + "\n").encode())
+        demo.write_evidence(page, ["\n\n".join([f"# One bit: evidence, {SEEDS} seeds", *parts])], "python bench/one_bit.py")
 
 
 if __name__ == "__main__":

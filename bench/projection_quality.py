@@ -12,14 +12,12 @@ from __future__ import annotations
 
 import argparse
 import pathlib
-import platform
 import statistics
 import time
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-import gradmill
 from gradmill import demo
 from gradmill.demo import BETAS, REFRESH_EVERY, Choice
 from gradmill.optim._base import Item
@@ -119,14 +117,7 @@ def energy(out: pathlib.Path):
         lines.append(f"| {label} | " + " | ".join(f"{statistics.fmean(c):.4f} ({min(c):.4f})" for c in cells) + " |")
     worst = min(found["power iteration from the last basis"].values())
     lines += ["", f"Goal: power iteration from the last basis within 1% of the singular vectors: {'met' if worst >= 0.99 else 'MISSED'}."]
-    finish(out, lines, " --energy")
-
-
-def finish(out: pathlib.Path, lines, arguments=""):
-    lines = [*lines, "", f"`python bench/projection_quality.py{arguments}`, one thread of {platform.machine()}, gradmill on "
-             f"{gradmill._C.isa() if gradmill._C else 'torch'}, torch {torch.__version__}."]
-    demo.write_whole(out, ("\n".join(lines) + "\n").encode())
-    print(f"wrote {out}")
+    demo.write_evidence(out, lines, "python bench/projection_quality.py --energy")
 
 
 def main(argv=None):
@@ -178,7 +169,7 @@ def main(argv=None):
               f"Rates tried, with the validation loss at seed {TUNED_ON}:", "",
               "| method | " + " | ".join(f"{lr:g}" for lr in RATES) + " |", "| --- |" + " ---: |" * len(RATES),
               *(f"| {name} | " + " | ".join(f"{losses[lr]:.4f}" for lr in RATES) + " |" for name, losses in rates.items())]
-    finish(out, lines)
+    demo.write_evidence(out, lines, "python bench/projection_quality.py")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import argparse
 import copy
 import functools
 import pathlib
-import platform
 import statistics
 import time
 from typing import Callable, NamedTuple
@@ -223,7 +222,7 @@ def gradients(out: pathlib.Path, names, progress):
     parts += ["", "## The demo's language model (width 64, depth 2) after 60 steps in fp32, 8 x 64 bytes", ""]
     parts += gradient_table(model, loss, names)
     progress.advance(bar)
-    write(out / "recipes_gradients.md", parts)
+    demo.write_evidence(out / "recipes_gradients.md", parts, "python bench/recipes.py")
 
 
 # --- tables -----------------------------------------------------------------------------------------------
@@ -254,14 +253,7 @@ def train(name: str, task: Task, out: pathlib.Path, names, seeds: int, progress)
         missed += [] if met else [f"{recipe} ({100 * statistics.mean(off):+.2f}%)"]
         lines.append(f"| {recipe}{' (packed after fp32)' if recipe in RECIPES and RECIPES[recipe].frozen else ''} | " + " | ".join(cells) + " |")
     lines += ["", f"Missed: {', '.join(missed) or 'none'}. The whole table: {time.perf_counter() - started:.0f} s."]
-    write(out / f"recipes_{name}.md", lines)
-
-
-def write(path: pathlib.Path, lines):
-    lines = [*lines, "", f"`python bench/recipes.py`, one thread of {platform.machine()}, gradmill on {gradmill._C.isa() if gradmill._C else 'torch'}, "
-             f"torch {torch.__version__}."]
-    demo.write_whole(path, ("\n".join(lines) + "\n").encode())
-    print(f"wrote {path}")
+    demo.write_evidence(out / f"recipes_{name}.md", lines, "python bench/recipes.py")
 
 
 def main(argv=None):

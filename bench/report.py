@@ -2,14 +2,14 @@
 from __future__ import annotations
 
 import json
-import os
 import pathlib
 import statistics
-import tempfile
 
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
+
+from gradmill._files import replacing
 
 from . import limits as machine
 from .runner import LATER, Result, Timed
@@ -223,15 +223,8 @@ def write(path: str, text: str):
     """Whole or not at all."""
     target = pathlib.Path(path).resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with replacing(target) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def dumps(data: dict) -> str:

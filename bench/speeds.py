@@ -5,10 +5,11 @@
 from __future__ import annotations
 
 import json
-import os
 import pathlib
 import re
 import sys
+
+from gradmill._files import replacing
 
 OUT = pathlib.Path(__file__).resolve().parent.parent / "pyops/speeds.json"
 
@@ -25,9 +26,8 @@ def main(files):
                 for label, time in times.items():
                     if label.startswith("gradmill, recipe "):
                         isa.setdefault(label.removeprefix("gradmill, recipe "), {})[shape] = round(times["torch fp32"] / time, 2)
-    temporary = OUT.with_suffix(".tmp")
-    temporary.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
-    os.replace(temporary, OUT)
+    with replacing(OUT) as temporary:
+        temporary.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import platform
 import signal
 import statistics
 import sysconfig
-import tempfile
 import threading
 import time
 import zlib
@@ -26,6 +25,8 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+from gradmill._files import replacing
 
 __all__ = ["DemoError", "Options", "OPTIMIZERS", "LanguageModel", "read_text", "run"]
 
@@ -755,17 +756,18 @@ def _finite(value):
 
 def write_whole(path: Path, data: bytes) -> None:
     """Writes ``data`` to ``path``, whole or not at all."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_evidence(path: Path, lines: list[str], command: str) -> None:
+    """Writes a page of docs/results: its lines, and the command and machine that they are from."""
+    import gradmill
+
+    foot = (f"`{command}`, one thread of {platform.machine()}, gradmill on {gradmill._C.isa() if gradmill._C else 'torch'}, "
+            f"torch {torch.__version__}.")
+    write_whole(path, "\n".join([*lines, "", foot, ""]).encode())
+    print(f"wrote {path}")
 
 
 def plot(report: dict) -> bytes:

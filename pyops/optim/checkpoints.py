@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from gradmill._files import replacing
 from gradmill.optim._base import CheckpointError, is_sharded
 
 VERSION = "1"  #: of what save_optimizer writes: gradmill_format in the file's metadata
@@ -58,14 +59,8 @@ def save_optimizer(optimizer: torch.optim.Optimizer, path: str | os.PathLike):
                 rest[str(index)][name] = _plain(value)
     metadata = {"gradmill_format": VERSION, "kind": "optimizer", "optimizer": type(optimizer).__name__, "state": json.dumps(rest),
                 "param_groups": json.dumps(_plain(saved["param_groups"]))}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         save_file(tensors, temporary, metadata)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, path: str | os.PathLike):
