@@ -154,6 +154,19 @@ def cached(code: str, block: int = 0) -> Format:
     return Format(code, block)
 
 
+@functools.lru_cache(maxsize=4096)
+def _layout(code: str, block: int, rows: int, columns: int):
+    format = cached(code, block)
+    return ((rows, format.code_columns(columns)), (rows, format.blocks(columns)), format.zeros_shape(rows, columns), format.code_dtype,
+            CODES[code], min(block or columns, columns))
+
+
+def layout(code: str, block: int, rows: int, columns: int):
+    """How a (rows, columns) matrix in Format(code, block) is stored: the shapes of codes, scales and zeros, the codes' dtype, and what native
+    code calls code and block. Worked out once, for symbolic sizes (torch.compile's) each time."""
+    return (_layout if type(rows) is int and type(columns) is int else _layout.__wrapped__)(code, block, rows, columns)
+
+
 #: Named formats.
 FORMATS = {
     "fp32": Format("fp32"),

@@ -158,6 +158,40 @@ def test_ops_run_under_torch_compile_without_a_graph_break():
 
 
 # --- choice of backend ------------------------------------------------------------------------------------
+def test_calls_that_torch_wants_to_see_go_through_its_dispatcher(recwarn):
+    """Plain calls run the kernel directly; a mode, a transform, a trace, a profiler, a subclass or a gradient must still find the op."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    x, seen = torch.randn(4, 16), []
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    with Watching():
+        quantize(x, "int8")
+    assert seen == ["gradmill.quantize.default"]
+    with torch.profiler.profile() as profile:
+        quantize(x, "int8")
+    assert "gradmill::quantize" in [e.key for e in profile.key_averages()]
+    assert "gradmill.hadamard.default" in [str(node.target) for node in make_fx(lambda x: hadamard(x, 16))(x).graph.nodes]
+    assert "gradmill::hadamard" in str(torch.jit.trace(lambda x: hadamard(x, 16), x).graph)
+    batch = torch.randn(3, 4, 16)
+    assert_same_bits(torch.vmap(lambda x: hadamard(x, 16))(batch), torch.stack([hadamard(x, 16) for x in batch]))
+    leaf = x.clone().requires_grad_()
+    assert hadamard(leaf, 16).grad_fn is not None
+    with torch.no_grad():
+        assert not hadamard(leaf, 16).requires_grad
+    negative = torch.randn(4, 16, dtype=torch.complex64).conj().imag
+    assert negative.is_neg()
+    assert_same_bits(hadamard(negative, 16), hadamard(negative.resolve_neg(), 16))
+    assert_same_bits(hadamard(torch._efficientzerotensor(4, 16), 16), torch.zeros(4, 16))
+    with pytest.raises(TypeError, match="dense"):
+        hadamard(x.to_sparse(), 16)
+
+
 def test_native_is_the_usual_choice_on_cpu_and_use_backend_nests_and_ends():
     assert quantize.backend("cpu") == "native"
     with use_backend("reference"):

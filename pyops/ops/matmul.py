@@ -38,7 +38,7 @@ def _check_int8(a, b, a_scales, b_scales, bias, dtype):
 
 
 def _fake_int8(a, b, a_scales, b_scales, bias, dtype):
-    return a.new_empty((a.shape[0], b.shape[0]), dtype=dtype)
+    return torch.empty(a.shape[0], b.shape[0], dtype=dtype, device=a.device)
 
 
 def _native_int8(a, b, a_scales, b_scales, bias, dtype):
@@ -89,11 +89,22 @@ def _check_packed_matmul(x, codes, scales, zeros, code, block, columns, transpos
 
 
 def _fake_packed_matmul(x, codes, scales, zeros, code, block, columns, transpose, bias, dtype):
-    return x.new_empty((x.shape[0], columns if transpose else codes.shape[0]), dtype=dtype)
+    return torch.empty(x.shape[0], columns if transpose else codes.shape[0], dtype=dtype, device=x.device)
 
 
 def _native_packed_matmul(x, codes, scales, zeros, code, block, columns, transpose, bias, dtype):
-    return _native_scaled(x.contiguous(), None, None, float_code(x.dtype), 0, codes, scales, zeros, code, block, columns, transpose, bias, dtype)
+    x = x.contiguous()
+    m, k = x.shape
+    return _product(x, (x.data_ptr(), 0, 0, CODES[float_code(x.dtype)], m, k, k),
+                    matrix_tuple(codes, scales, zeros, cached(code, block), codes.shape[0], columns), transpose, bias, dtype)
+
+
+def _product(a, left, right, transpose, bias, dtype):
+    """a, and so the result's rows and device, times b; left and right: both for native code."""
+    out, bias = torch.empty(a.shape[0], right[5] if transpose else right[4], dtype=dtype, device=a.device), _fp32_bias(bias)
+    if out.numel():
+        native_module().matmul_packed(*where(a), left, right, transpose, _pointer(bias), out.data_ptr(), CODES[float_code(dtype)])
+    return out
 
 
 matmul_packed = Op(
@@ -131,18 +142,12 @@ def _check_scaled(a, a_scales, a_zeros, a_code, a_block, b, b_scales, b_zeros, b
 
 
 def _fake_scaled(a, a_scales, a_zeros, a_code, a_block, b, b_scales, b_zeros, b_code, b_block, columns, transpose, bias, dtype):
-    return a.new_empty((a.shape[0], columns if transpose else b.shape[0]), dtype=dtype)
+    return torch.empty(a.shape[0], columns if transpose else b.shape[0], dtype=dtype, device=a.device)
 
 
 def _native_scaled(a, a_scales, a_zeros, a_code, a_block, b, b_scales, b_zeros, b_code, b_block, columns, transpose, bias, dtype):
-    out = _fake_scaled(a, a_scales, a_zeros, a_code, a_block, b, b_scales, b_zeros, b_code, b_block, columns, transpose, bias, dtype)
-    bias = _fp32_bias(bias)
-    if out.numel():
-        native_module().matmul_packed(
-            *where(a), matrix_tuple(a, a_scales, a_zeros, cached(a_code, a_block), a.shape[0], b.shape[0] if transpose else columns),
-            matrix_tuple(b, b_scales, b_zeros, cached(b_code, b_block), b.shape[0], columns), transpose, _pointer(bias), out.data_ptr(),
-            CODES[float_code(dtype)])
-    return out
+    left = matrix_tuple(a, a_scales, a_zeros, cached(a_code, a_block), a.shape[0], b.shape[0] if transpose else columns)
+    return _product(a, left, matrix_tuple(b, b_scales, b_zeros, cached(b_code, b_block), b.shape[0], columns), transpose, bias, dtype)
 
 
 OPERAND_CODES = tuple(code for code in CODES if code not in ("delta", "sign", *STATE_CODES, *SPLIT))
