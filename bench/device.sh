@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Everything that needs an NVIDIA GPU, in one command: build, GPU tests, compute-sanitizer, benchmarks.
+# Everything that needs an NVIDIA GPU, in one command: build, GPU tests, compute-sanitizer, benchmarks, LLaMA-7B in 16 GB.
 #
 #   bash bench/device.sh                       all parts, one after the other
-#   bash bench/device.sh build tests           only these: build tests memcheck racecheck synccheck bench
+#   bash bench/device.sh build tests           only these: build tests memcheck racecheck synccheck bench llama
 #
 # Needs no network: Python with torch, triton, pybind11, ninja, setuptools and pytest, and nvcc. Logs go to $OUT (default
 # ./device_out). Every part stops after $LIMIT seconds (default 570) and a failure does not stop the next. The last lines
@@ -46,7 +46,7 @@ sanitizer() {  # one tool over the smallest cases: a sanitizer costs a factor of
 }
 
 parts=("$@")
-[ ${#parts[@]} -eq 0 ] && parts=(build tests memcheck racecheck synccheck bench)
+[ ${#parts[@]} -eq 0 ] && parts=(build tests memcheck racecheck synccheck bench llama)
 {
   date -u
   nvidia-smi || true
@@ -65,7 +65,8 @@ for p in "${parts[@]}"; do
     tests) part tests "$PYTHON" -m pytest -m gpu -q -p no:cacheprovider --durations=10 ;;
     memcheck | racecheck | synccheck) sanitizer "$p" ;;
     bench) part bench "$PYTHON" bench/run.py --device cuda --json "$OUT/bench.json" ;;
-    *) echo "no part is called $p; they are build, tests, memcheck, racecheck, synccheck and bench" >&2; failed=$((failed + 1)) ;;
+    llama) part llama "$PYTHON" bench/llama.py --device cuda --plain --json "$OUT/llama.json" ;;
+    *) echo "no part is called $p; they are build, tests, memcheck, racecheck, synccheck, bench and llama" >&2; failed=$((failed + 1)) ;;
   esac
 done
 

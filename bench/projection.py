@@ -194,7 +194,9 @@ class TorchQGaLore:
         return (blocks / scale).round_().to(torch.int8 if signed else torch.uint8), scale
 
     def refresh(self, grad):
-        basis = torch.linalg.svd(grad, full_matrices=False)[2][:self.rank].contiguous()
+        self.set_basis(torch.linalg.svd(grad, full_matrices=False)[2][:self.rank].contiguous())
+
+    def set_basis(self, basis):
         self.basis = torch_zero_point(basis, self.group, 15)
 
     def float_basis(self):
@@ -218,7 +220,7 @@ class TorchQGaLore:
         saved = w.clone()
         saved.view(grad.shape).add_(self.direction(r) @ self.float_basis() * self.scale)
         w = saved.clone()
-        high, low = w.amax(1, keepdim=True), w.amin(1, keepdim=True)
+        high, low = w.amax(-1, keepdim=True), w.amin(-1, keepdim=True)
         scale = (high - low).clamp(min=1e-5) / 255
         zero = (-torch.round(low / scale)).clamp_(0, 255)
         assert torch.isnan(scale).sum() == 0 and torch.isnan(w).sum() == 0

@@ -48,21 +48,27 @@ OPTIMIZERS = {
 WEIGHTS = ("fp32", "bf16", "int8")
 
 
+def build_layer(shape: Llama, weights: str = "bf16", device="meta") -> torch.nn.ModuleDict:
+    """One of its layers, without a forward. A model is built layer by layer, so that only one is ever there in float32."""
+    nn, w, h = torch.nn, shape.width, shape.hidden
+    linear = partial(nn.Linear, bias=False, device=device)
+    layer = nn.ModuleDict({**{n: linear(w, w) for n in ("q_proj", "k_proj", "v_proj", "o_proj")}, "gate_proj": linear(w, h), "up_proj": linear(w, h),
+                           "down_proj": linear(h, w), "input_norm": nn.RMSNorm(w, device=device), "post_attention_norm": nn.RMSNorm(w, device=device)})
+    layer.to(FLOAT_DTYPES.get(weights, torch.bfloat16))
+    if weights == "int8":
+        convert(layer, "int8_weights")
+    return layer
+
+
 def build(shape: Llama, weights: str = "bf16", device="meta") -> torch.nn.Module:
     """The modules that hold such a LLaMA's weights, stored as ``weights`` says; without a forward."""
     if weights not in WEIGHTS:
         raise ValueError(f"weights is {weights!r}; it must be one of {', '.join(WEIGHTS)}")
-    nn, w, h = torch.nn, shape.width, shape.hidden
-    linear = partial(nn.Linear, bias=False)
-    with torch.device(device):
-        layers = [nn.ModuleDict({**{n: linear(w, w) for n in ("q_proj", "k_proj", "v_proj", "o_proj")}, "gate_proj": linear(w, h), "up_proj": linear(w, h),
-                                 "down_proj": linear(h, w), "input_norm": nn.RMSNorm(w), "post_attention_norm": nn.RMSNorm(w)}) for _ in range(shape.layers)]
-        model = nn.ModuleDict({"embed_tokens": nn.Embedding(shape.vocabulary, w), "layers": nn.ModuleList(layers), "norm": nn.RMSNorm(w),
-                               "lm_head": linear(w, shape.vocabulary)})
-    model.to(FLOAT_DTYPES.get(weights, torch.bfloat16))
-    if weights == "int8":
-        convert(model, "int8_weights")
-    return model
+    nn, dtype = torch.nn, FLOAT_DTYPES.get(weights, torch.bfloat16)
+    return nn.ModuleDict({"embed_tokens": nn.Embedding(shape.vocabulary, shape.width, device=device, dtype=dtype),
+                          "layers": nn.ModuleList(build_layer(shape, weights, device) for _ in range(shape.layers)),
+                          "norm": nn.RMSNorm(shape.width, device=device, dtype=dtype),
+                          "lm_head": nn.Linear(shape.width, shape.vocabulary, bias=False, device=device, dtype=dtype)})
 
 
 def _projects(name: str) -> bool:

@@ -121,3 +121,33 @@ def test_the_papers_table_and_picture(tmp_path, monkeypatch):
     text = (tmp_path / "memory.md").read_text()
     assert f"{plan.bytes_per_parameter:.2f} ({plan.total_bytes / 1e9:.2f})" in text and "(paper 0.24)" in text
     assert (tmp_path / "memory.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_the_script_that_trains_a_llama_on_a_gpu_trains_a_small_one_here():
+    """bench/llama.py, both ways: gradients are released, logits come in chunks, plain torch's layers step in backward."""
+    from argparse import Namespace
+
+    from gradmill.bench import llama
+
+    args = Namespace(device="cpu", steps=2, batch=3, seq=200, rank=32, lr=1e-3, model="small")
+    for by_torch in (False, True):
+        report = llama.train(args, SMALL, by_torch)
+        assert report["peak_bytes"] is None and report["step_s"] > 0
+        assert len(report["losses"]) == 2 and all(4.5 < loss < 7 for loss in report["losses"]), report["losses"]  # log(211) is 5.35
+
+    torch.manual_seed(1)
+    model = llama.Model(memory.build(SMALL, "fp32", "cpu"), SMALL, 200, "cpu")
+    x, y = torch.randint(211, (3, 200)), torch.randint(211, (3, 200))
+    whole = torch.nn.functional.cross_entropy(model.llama["lm_head"](model.hidden(x)).flatten(0, 1), y.flatten())
+    assert 3 * 200 > llama.CHUNK
+    torch.testing.assert_close(model(x, y), whole)
+    weight = torch.randn(64, 40)
+    for w in (weight, weight.t().contiguous()):
+        layer = llama.PlainLinear(w, 8)
+        bound = layer.method.weight[1].max().item() / 2 + 1e-6
+        torch.testing.assert_close(layer.weight(torch.float32), w, rtol=0, atol=bound)
+        before, g = layer.weight(torch.float32).clone(), torch.randn(5, w.shape[0])
+        x = torch.randn(5, w.shape[1], requires_grad=True)
+        layer(x).backward(g)
+        torch.testing.assert_close(x.grad, g @ before)
+        assert not torch.equal(layer.weight(torch.float32), before)
