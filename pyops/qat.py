@@ -63,7 +63,7 @@ def block_ap(model: torch.nn.Module, data: Iterable, bits: int = 2, group: int =
 
     Args:
         model: a module that calls its blocks in order, each once, with the output of the one before as first argument (a block may give a tuple
-            whose first element that is). Called with its inputs it must not fill a cache.
+            whose first element that is). Called with its inputs it must not fill a cache; a transformers model's ``config.use_cache`` is off meanwhile.
         data: batches for ``model``: a tensor, a tuple of positional or a dict of keyword arguments each. Read once.
         bits, group: 2 to 8; neighbours along a row that share a step and a zero point (even; 0: a row).
         blocks: a ModuleList's name, or the blocks themselves; by default the only outermost ModuleList with linear layers inside.
@@ -101,9 +101,12 @@ def block_ap(model: torch.nn.Module, data: Iterable, bits: int = 2, group: int =
     recipe = known if known is not None and known.fake == (bits, group) else Recipe(f"qat_w{bits}_{group or 'row'}", fake=(bits, group))
     names = _find_blocks(model, blocks)
     modes = {m: m.training for m in model.modules()}
+    caching = [config for m in model.modules() if getattr(config := getattr(m, "config", None), "use_cache", None) is True]
     report, trained = BlockReport(bits, group), {}
     try:
         model.eval()
+        for config in caching:
+            config.use_cache = False
         exact, rest = _first_inputs(model, names, data)
         seen = list(exact)  # the quantised chain's hidden states
         with Progress(disable=not progress, transient=True) as bar:
@@ -134,6 +137,8 @@ def block_ap(model: torch.nn.Module, data: Iterable, bits: int = 2, group: int =
     finally:
         for module, mode in modes.items():
             module.training = mode
+        for config in caching:
+            config.use_cache = True
     for old, new in trained.items():
         mode_of = {n: m.training for n, m in old.named_modules()}
         for n, m in new.named_modules():

@@ -159,3 +159,36 @@ def test_a_failure_leaves_the_model_as_it_was(trained):
         block_ap(model, text(2), 2, progress=False)
     assert all(a is b for a, b in zip(modules, model.modules(), strict=True)) and all(torch.equal(v, values[k]) for k, v in model.state_dict().items())
     assert all(m.training and not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_model_that_fills_a_cache_by_its_config_does_not_meanwhile():
+    """As transformers' models do: with config.use_cache on, every block call would append keys that carry a graph."""
+    from types import SimpleNamespace
+
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(16, 16)
+
+        def forward(self, h, cache=None):
+            if cache is not None:
+                cache.append(h)
+            return h + self.layer(h + (sum(cache) if cache else 0))
+
+    class Caching(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config, self.layers = SimpleNamespace(use_cache=True), torch.nn.ModuleList([Block(), Block()])
+
+        def forward(self, x):
+            cache = [] if self.config.use_cache else None
+            for layer in self.layers:
+                x = layer(x, cache=cache)
+            return x
+
+    model = Caching()
+    report = block_ap(model, [torch.randn(5, 16) for _ in range(3)], 4, 16, progress=False)
+    assert len(report.layers) == 2 and model.config.use_cache is True
+    with pytest.raises(ValueError, match="no layer to quantise"):
+        block_ap(model, [torch.randn(5, 16)], 4, 16, filter=lambda *_: False, progress=False)
+    assert model.config.use_cache is True
