@@ -267,8 +267,8 @@ int64_t advance(const std::vector<uint64_t>& counters) {
 }
 
 // `table` holds per tensor: param codes, scales, zeros (or low bits), rows, cols, grad, id, first, then (codes, scales) per state.
-void fused_step(int device, uint64_t stream, int rule, int param_code, int64_t param_block, int grad_code, const std::vector<int>& state_codes,
-                int64_t state_block, const std::vector<int64_t>& table, const std::vector<float>& scalars, uint64_t seed, uint32_t step) {
+std::vector<StepTensor> step_tensors(int param_code, int64_t param_block, const std::vector<int>& state_codes, int64_t state_block,
+                                     const std::vector<int64_t>& table) {
   const size_t width = 8 + 2 * state_codes.size();
   std::vector<StepTensor> tensors(table.size() / width);
   // A block longer than a row is the whole row.
@@ -284,9 +284,24 @@ void fused_step(int device, uint64_t stream, int rule, int param_code, int64_t p
       s.states[k] = {pointer(t[8 + 2 * k]), pointer<float>(t[9 + 2 * k]), nullptr, state_codes[k], t[3], t[4],
                      block_of_row(state_codes[k], state_block, t[4])};
   }
+  return tensors;
+}
+
+void fused_step(int device, uint64_t stream, int rule, int param_code, int64_t param_block, int grad_code, const std::vector<int>& state_codes,
+                int64_t state_block, const std::vector<int64_t>& table, const std::vector<float>& scalars, uint64_t seed, uint32_t step) {
+  const std::vector<StepTensor> tensors = step_tensors(param_code, param_block, state_codes, state_block, table);
   StepArgs args{rule, grad_code, tensors.data(), static_cast<int64_t>(tensors.size()), scalars.data(),
                 static_cast<int64_t>(scalars.size() / kMaxScalars), seed, step};
   GM_RUN(cpu().optim->step(args), cuda::fused_step(args, launch))
+}
+
+// The same with a row of scalars and a step per tensor in device memory, read when the kernel runs. CUDA only.
+void fused_step_live(int device, uint64_t stream, int rule, int param_code, int64_t param_block, int grad_code, const std::vector<int>& state_codes,
+                     int64_t state_block, const std::vector<int64_t>& table, uint64_t scalars, uint64_t counts, uint64_t seed) {
+  const std::vector<StepTensor> tensors = step_tensors(param_code, param_block, state_codes, state_block, table);
+  const int64_t count = static_cast<int64_t>(tensors.size());
+  StepArgs args{rule, grad_code, tensors.data(), count, pointer<const float>(scalars), count, seed, 0, pointer<const float>(counts)};
+  GM_RUN(throw std::runtime_error("fused_step_live runs on CUDA only"), cuda::fused_step(args, launch))
 }
 
 // `table` holds per tensor: address, elements; `limits`: limit, factor.
@@ -356,5 +371,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("count", &count);
   m.def("advance", &advance);
   m.def("fused_step", &fused_step);
+  m.def("fused_step_live", &fused_step_live);
   m.def("measure", &measure);
 }

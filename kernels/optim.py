@@ -342,7 +342,7 @@ def step_kernel(table, tensors, RULE: tl.constexpr, P: tl.constexpr, G: tl.const
     shard = tl.load(entry + FIRST)
     key, dither = (seed, step, stream, ALIGNED, shard), (seed, step, stream + DITHER_PURPOSE, ALIGNED, shard)
     units_per_row = tl.cdiv(columns, unit)
-    units = tl.load(entry + ROWS) * units_per_row
+    units = tl.where(tl.load(entry + STEP) < 0, 0, tl.load(entry + ROWS) * units_per_row)  # a step below 0: not stepped
     first = (pid - tl.load(entry + FIRST_PROGRAM)) * (NB * TILES)
 
     for tile in range(TILES):
@@ -432,8 +432,11 @@ def _cut(rows, columns, param_format, state_blocked, state_block):
 
 
 def fused_step(rule, params, param_scales, param_zeros, grads, states, state_scales, scalars, key, ids, param_code, param_block,
-               state_codes, state_block, offsets=None):
+               state_codes, state_block, offsets=None, counts=None):
     """See gradmill.ops.optim.fused_step."""
+    if params and params[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("gradmill.fused_step: Triton's table of tensors is copied from the host, which a CUDA graph does not repeat; "
+                           "capture with the native backend")
     count, param_format = len(state_codes), Format(param_code, param_block)
     blocked = [Format(code).blocked for code in state_codes]
     seed, step = key.tolist()
@@ -472,8 +475,13 @@ def fused_step(rule, params, param_scales, param_zeros, grads, states, state_sca
     for cut, (table, programs, members) in launches.items():
         if programs >= 1 << 31:
             raise ValueError("gradmill.fused_step: too many blocks for one Triton launch; take larger blocks")
-        which = torch.tensor(members) if scalars.shape[0] > 1 else torch.zeros(len(members), dtype=torch.int64)
-        table = torch.cat([torch.tensor(table), scalars[which].contiguous().view(torch.int64)], dim=1).to(params[0].device, non_blocking=True)
+        which, device = torch.tensor(members) if scalars.shape[0] > 1 else torch.zeros(len(members), dtype=torch.int64), params[0].device
+        if counts is None:
+            table = torch.cat([torch.tensor(table), scalars[which].contiguous().view(torch.int64)], dim=1).to(device, non_blocking=True)
+        else:
+            table, which = torch.tensor(table).to(device, non_blocking=True), which.to(device, non_blocking=True)
+            table[:, STEP.value] = counts[which].to(torch.int64)
+            table = torch.cat([table, scalars[which].view(torch.int64)], dim=1)
         with ready(params[0]):
             step_kernel[(programs,)](table, table.shape[0], RULE=rule, P=CODES[param_code], G=CODES[float_code(grads[0].dtype)], S0=codes[0],
                                      S1=codes[1], S2=codes[2], P_SPLIT=cut.p_split, S_SPLIT=cut.s_split, LOOP=cut.loop, ALIGNED=cut.aligned, NB=cut.runs,

@@ -265,6 +265,7 @@ struct StepArgs {
   int64_t scalar_rows;
   uint64_t seed;
   uint32_t step;
+  const float* counts = nullptr;  // CUDA, in device memory as scalars is then, a row per tensor: each one's step, below 0 for none
 };
 
 // A convolution over an already padded image (images, channels, height, width), contiguous.

@@ -38,7 +38,7 @@ def _check_stored(op, name, i, codes, scales, zeros, format, shape, device):
 
 
 def _check(rule, params, param_scales, param_zeros, grads, states, state_scales, scalars, key, ids, param_code, param_block,
-           state_codes, state_block, offsets=None):
+           state_codes, state_block, offsets=None, counts=None):
     op = "fused_step"
     if rule not in reference.RULES:
         reject(op, "rule", rule, f"one of {', '.join(reference.RULES)}")
@@ -61,7 +61,12 @@ def _check(rule, params, param_scales, param_zeros, grads, states, state_scales,
                             ("state_scales", len(state_scales), n * count if any(f.blocked for f in formats) else 0)):
         if got != want:
             reject(op, f"len({name})", got, str(want))
-    if not (scalars.dtype == torch.float32 and scalars.device.type in ("cpu", "meta") and scalars.dim() == 2 and scalars.shape[0] in (1, n) and scalars.shape[1] == MAX_SCALARS):
+    if counts is not None:
+        device = params[0].device if n else counts.device
+        for name, t, shape in (("counts", counts, (n,)), ("scalars", scalars, (n, MAX_SCALARS))):
+            if not (t.dtype == torch.float32 and t.device == device and t.shape == shape and t.is_contiguous()):
+                reject(op, name, t, f"contiguous fp32 of shape {shape} on {device}, where counts are")
+    elif not (scalars.dtype == torch.float32 and scalars.device.type in ("cpu", "meta") and scalars.dim() == 2 and scalars.shape[0] in (1, n) and scalars.shape[1] == MAX_SCALARS):
         reject(op, "scalars", scalars, f"fp32 on CPU of shape (1 or {n}, {MAX_SCALARS})")
     require_key(op, key)
     blocks = {f.block for f in (param_format, *formats) if f.blocked and f.block}
@@ -130,9 +135,12 @@ def _table(rule, params, param_scales, param_zeros, grads, states, state_scales,
 
 
 def _native(rule, params, param_scales, param_zeros, grads, states, state_scales, scalars, key, ids, param_code, param_block,
-            state_codes, state_block, offsets=None):
+            state_codes, state_block, offsets=None, counts=None):
     if not params:
         return
+    if counts is not None and where(params[0])[0] < 0:  # for tests: optimizers count on the device where that is not the CPU
+        return reference.fused_step(rule, params, param_scales, param_zeros, grads, states, state_scales, scalars, key, ids, param_code, param_block,
+                                    state_codes, state_block, offsets, counts)
     (head, table), kept, copies = _table(rule, params, param_scales, param_zeros, grads, states, state_scales, ids, param_code, param_block,
                                          state_codes, state_block, offsets)
     if not kept:
@@ -140,7 +148,11 @@ def _native(rule, params, param_scales, param_zeros, grads, states, state_scales
     if scalars.shape[0] > 1 and len(kept) < len(params):
         scalars = scalars[kept]
     seed, step = key.tolist()
-    native_module().fused_step(*where(params[0]), *head, table, scalars.flatten().tolist(), seed & 0xFFFFFFFFFFFFFFFF, step & 0xFFFFFFFF)
+    if counts is not None:
+        counts = counts if len(kept) == len(params) else counts[kept]
+        native_module().fused_step_live(*where(params[0]), *head, table, scalars.data_ptr(), counts.data_ptr(), seed & 0xFFFFFFFFFFFFFFFF)
+    else:
+        native_module().fused_step(*where(params[0]), *head, table, scalars.flatten().tolist(), seed & 0xFFFFFFFFFFFFFFFF, step & 0xFFFFFFFF)
     for original, copy in copies:
         if original is not None:
             original.copy_(copy)
@@ -173,12 +185,17 @@ class Launch:
         self._table[5::self._width] = [g.data_ptr() for g in grads]
         native_module().fused_step(*where(self._like), *self._head, self._table, scalars, seed & 0xFFFFFFFFFFFFFFFF, step & 0xFFFFFFFF)
 
+    def run_live(self, grads, scalars, counts, seed):
+        """The step with ``scalars`` and ``counts`` as fused_step takes them from the device."""
+        self._table[5::self._width] = [g.data_ptr() for g in grads]
+        native_module().fused_step_live(*where(self._like), *self._head, self._table, scalars.data_ptr(), counts.data_ptr(), seed & 0xFFFFFFFFFFFFFFFF)
+
 
 fused_step = Op(
     "fused_step",
     "(str rule, Tensor(a!)[] params, Tensor(b!)[] param_scales, Tensor(c!)[] param_zeros, Tensor[] grads, Tensor(d!)[] states, "
     "Tensor(e!)[] state_scales, Tensor scalars, Tensor key, int[] ids, str param_code, int param_block, str[] state_codes, "
-    "int state_block, int[]? offsets=None) -> ()",
+    "int state_block, int[]? offsets=None, Tensor? counts=None) -> ()",
     _check, _fake,
     backends={"native": _native, "triton": "gradmill.kernels.optim:fused_step", "reference": reference.fused_step},
     order={"cpu": ("native", "triton", "reference"), "cuda": ("native", "triton", "reference")})
@@ -192,6 +209,8 @@ states are listed tensor by tensor, state_scales likewise (empty tensors for pla
 ids number the random words; bf16 and quantised params round stochastically, states to nearest, but second moments (square8,
 square4) with dither. offsets: for row shards of larger tensors, the number of each one's first element in the whole tensor.
 Params in two pieces ("bf16+16" and its like, formats.SPLIT) have their low bits, of the param's shape, in param_zeros.
+counts: fp32 (tensors,), each tensor's step in place of key's; one below 0 is not stepped. It is on the params' device, and so is
+scalars then, (tensors, 16): both are read when the kernel runs, not before, so that a CUDA graph replays with what they hold.
 Raises TypeError and ValueError naming the argument."""
 
 

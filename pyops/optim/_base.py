@@ -16,9 +16,10 @@ from gradmill.formats import SPLIT, Format, cached
 from gradmill.ops._registry import describe, native_module, short
 from gradmill.ops.optim import MAX_SCALARS, Launch, as_matrix_shape, fused_step, measure, repeats_on
 from gradmill.ops.quant import FLOATS, dequantize, quantize
+from gradmill.optim import staging
 from gradmill.optim.projection import FIELDS as PROJECTION_FIELDS
 from gradmill.optim.projection import COMING, QUEUE, Projected, Projection, later
-from gradmill.optim.rules import RULES
+from gradmill.optim.rules import RULES, number
 from gradmill.reference.optim import as_matrix
 from gradmill.reference.quant import join_float
 from gradmill.weight import QuantizedWeight
@@ -38,7 +39,7 @@ MIN_ROW = 64           # rows shorter than this stay fp32: a scale per row would
 
 
 # Group options that say how states are stored: a loaded checkpoint does not change them.
-STORAGE = ("states", "min_quantized_numel", "master_weight_bits", "projection")
+STORAGE = ("states", "min_quantized_numel", "master_weight_bits", "projection", "capturable", "offload")
 
 #: What a step does with a nan or an inf in any gradient.
 ON_NONFINITE = ("propagate", "skip", "raise")
@@ -54,7 +55,7 @@ class Item(NamedTuple):
     param: torch.Tensor
     grad: torch.Tensor
     state: dict
-    step: int
+    step: int | torch.Tensor  # a tensor: on the device, -1 where it is to be skipped
     options: dict = {}  # in place of the group's, for the rule's scalars
     offset: int = 0     # its first element's number in the whole tensor: above 0 in a shard
     owner: torch.Tensor | None = None  # the optimizer's parameter, whole
@@ -118,10 +119,11 @@ def like_shards(t: torch.Tensor, p, shape) -> torch.Tensor:
     return DTensor.from_local(t, p.device_mesh, p.placements, run_check=False, shape=torch.Size(shape), stride=stride)
 
 
-def measured(tensors, limits=None) -> torch.Tensor:
-    """gradmill.ops.measure of tensors of any dtypes and devices, float64 (tensors, 2) on CPU. DTensors count whole: their
+def measured(tensors, limits=None, device=None) -> torch.Tensor:
+    """gradmill.ops.measure of tensors of any dtypes and devices, float64 (tensors, 2) on CPU; with ``device`` there, in any order
+    and without waiting for it. DTensors count whole: their
     shards' sums are added and their largest magnitudes compared between the processes, one all-reduce each."""
-    out = torch.zeros(len(tensors), 2, dtype=torch.float64, device="cpu")
+    out, parts = torch.zeros(len(tensors), 2, dtype=torch.float64, device="cpu"), []
     buckets = defaultdict(list)
     for i, t in enumerate(tensors):
         buckets[t.dtype, t.device, (t.device_mesh, t.placements) if is_sharded(t) else None].append(i)
@@ -133,8 +135,10 @@ def measured(tensors, limits=None) -> torch.Tensor:
                 torch.distributed.all_reduce(sums, group=group)
                 torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group=group)  # as integers, a nan is the largest
                 found = torch.stack((sums, largest.view(torch.float64)), 1)
-        out[members] = found.cpu()
-    return out
+        if device is None:
+            out[members] = found.cpu()
+        parts.append(found)
+    return out if device is None else torch.cat(parts)
 
 
 def state_nbytes(optimizer: Optimizer) -> int:
@@ -142,17 +146,30 @@ def state_nbytes(optimizer: Optimizer) -> int:
     return sum(v.nbytes for state in optimizer.state.values() for k, v in state.items() if isinstance(v, torch.Tensor) and k != "step")
 
 
+def counts_on(device: torch.device) -> bool:
+    """Whether steps can be counted, and skipped, on this device, while the host has gone on."""
+    return device.type == "cuda"
+
+
 def repeatable(p, item) -> bool:
-    """Whether a Plan can step this parameter: plain memory throughout, and its step counted as fp32 on the CPU."""
+    """Whether a Plan can step this parameter: plain memory throughout, and its step counted as fp32 on the CPU, or where it is."""
     step = item.state["step"]
     return (type(p) in (torch.Tensor, torch.nn.Parameter) and "next_refresh" not in item.state and step.dtype == torch.float32 and step.numel() == 1
-            and step.device.type == "cpu" and repeats_on(p.device.type) and p.numel() > 0
+            and step.device == (p.device if isinstance(item.step, torch.Tensor) else torch.device("cpu")) and repeats_on(p.device.type) and p.numel() > 0
             and all(t.is_contiguous() and not t.is_neg() for t in (p, item.grad, *item.state.values()) if isinstance(t, torch.Tensor)))
 
 
 def padded(scalars) -> tuple[float, ...]:
     """scalars as fused_step takes a row of them."""
     return (*scalars, *[0.0] * (MAX_SCALARS - len(scalars)))
+
+
+def table_of(scalars, counts: torch.Tensor) -> torch.Tensor:
+    """A row of scalars for each of ``counts``, made on their device of numbers and of float64 tensors, of one element or one per count."""
+    columns = [v.to(torch.float64) if isinstance(v, torch.Tensor) and v.device == counts.device else
+               torch.full((), float(v), dtype=torch.float64, device=counts.device) for v in scalars]
+    table = torch.stack([v.expand(len(counts)) for v in columns], 1).to(torch.float32)
+    return torch.nn.functional.pad(table, (0, MAX_SCALARS - len(columns)))
 
 
 class Coming(NamedTuple):
@@ -169,8 +186,8 @@ class Plan:
 
     It keeps no state alive: who clears or replaces states to free memory frees it."""
 
-    def __init__(self, rule, params, states, launches):
-        self.rule, self.params, self.launches = rule, params, launches
+    def __init__(self, rule, params, states, launches, live):
+        self.rule, self.params, self.launches, self.live = rule, params, launches, live  # live: counted on the device
         self._states = [(id(state), len(state), state["rng_id"]) for state in states]
         self._tensors = [(i, name, weakref.ref(t)) for i, state in enumerate(states) for name, t in state.items() if isinstance(t, torch.Tensor)]
         self._pointers = [p.data_ptr() for p in params] + [states[i][name].data_ptr() for i, name, _ in self._tensors]
@@ -213,13 +230,20 @@ class FusedOptimizer(Optimizer):
     more in the state, ``low_bits``, and step as fp32: exactly with bf16 and 32, within 2^-15 of the value with bf16 and 24
     and 2^-18 with fp16 and 24, rounded stochastically; fp16 and 32 are exact from 2^-17 on), ``maximize``, ``seed`` (default
     ``torch.initial_seed()``), ``projection`` (None or a :class:`gradmill.optim.Projection`: matrices take the rule's step in a
-    subspace, and their weight decay is decoupled whatever the rule; a group may give ``rank`` and other options of Projection instead). Of torch.optim's arguments ``foreach`` and ``fused`` are accepted and ignored (the step is
-    always fused), ``capturable`` and ``differentiable`` refused if True.
+    subspace, and their weight decay is decoupled whatever the rule; a group may give ``rank`` and other options of Projection instead). ``capturable``
+    (as in torch: a step on a GPU can be captured in a CUDA graph, after one outside of it. Steps are counted in device memory, an lr or a beta that is a CUDA tensor is
+    read there, and random bits change from replay to replay), ``offload`` (True: the states of parameters on a GPU, low bits too, live in CPU memory, and the
+    CPU's kernels step, :mod:`gradmill.optim.staging`; bit for bit the same step. On the CPU it changes nothing). Of torch.optim's arguments
+    ``foreach`` and ``fused`` are accepted and ignored (the step is always fused), ``differentiable`` refused if True. capturable and
+    offload exclude each other, a projection and rules that need whole tensors (Muon, LAMB and their like).
 
     For the optimizer as a whole, attributes too: ``max_grad_norm`` (None; else all gradients together are scaled down to
     this norm in the step itself, as ``torch.nn.utils.clip_grad_norm_`` does before it; gradients are left as they are and
     ``grad_norm`` holds the norm found) and ``on_nonfinite``: where any gradient holds a nan or an inf, "propagate" steps as
     torch does, "skip" does nothing, "raise" raises FloatingPointError naming the parameter, with nothing changed.
+
+    On a GPU, where all parameters are on one, clipping, "skip" and a GradScaler's inf are decided there, and the host goes on: then grad_norm is a
+    tensor, and ``step`` in the state too. "raise", offload, projections and rules of whole tensors wait for the device.
 
     DTensor parameters (``fully_shard``) step their local rows, projected ones too; random bits and blocks are those of the whole tensor.
     """
@@ -230,10 +254,10 @@ class FusedOptimizer(Optimizer):
     _step_supports_amp_scaling = True  # GradScaler hands us grad_scale and found_inf instead of unscaling itself
 
     def __init__(self, params, defaults: dict, *, states="fp32", min_quantized_numel=4096, master_weight_bits=None, maximize=False, seed=None,
-                 projection=None, max_grad_norm=None, on_nonfinite="propagate", foreach=None, fused=None, capturable=False, differentiable=False):
-        for name, value in (("capturable", capturable), ("differentiable", differentiable)):
-            if value:
-                raise ValueError(f"{type(self).__name__}: {name}=True is not supported; gradmill's step is already fused, and runs outside autograd")
+                 projection=None, max_grad_norm=None, on_nonfinite="propagate", foreach=None, fused=None, capturable=False, differentiable=False,
+                 offload=False):
+        if differentiable:
+            raise ValueError(f"{type(self).__name__}: differentiable=True is not supported; gradmill's step is already fused, and runs outside autograd")
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm is {max_grad_norm!r}; it must be None or positive")
         if on_nonfinite not in ON_NONFINITE:
@@ -244,7 +268,8 @@ class FusedOptimizer(Optimizer):
             raise TypeError(f"seed is {seed!r}; it must be an int or None")
         seed = (seed & 0xFFFFFFFFFFFFFFFF) - (1 << 64 if seed & (1 << 63) else 0)  # as an int64 holds it
         super().__init__(params, {**defaults, "states": states, "min_quantized_numel": min_quantized_numel,
-                                  "master_weight_bits": master_weight_bits, "maximize": maximize, "seed": seed, "projection": projection})
+                                  "master_weight_bits": master_weight_bits, "maximize": maximize, "seed": seed, "projection": projection,
+                                  "capturable": capturable, "offload": offload})
 
     # --- what a subclass says -----------------------------------------------------------------------------
     def rule(self, group: dict) -> str:
@@ -253,6 +278,12 @@ class FusedOptimizer(Optimizer):
 
     def check_group(self, group: dict):
         """Raises ValueError for hyperparameters out of range."""
+
+    def needs_whole_tensors(self, group: dict) -> str:
+        """What in this group's step looks at whole tensors, or at numbers on the host; "" if nothing does."""
+        if type(self)._step_group is not FusedOptimizer._step_group:
+            return f"{type(self).__name__}, whose step is made of whole tensors"
+        return "projection" if group["projection"] is not None else ""
 
     # --- parameters ---------------------------------------------------------------------------------------
     def add_param_group(self, param_group):
@@ -277,6 +308,9 @@ class FusedOptimizer(Optimizer):
                     if not self.steps_shards:
                         raise TypeError(f"a parameter of shape {tuple(p.shape)} is a DTensor; {type(self).__name__}'s step needs whole tensors")
                     check_placements(p)
+                    if group["offload"] and staging.staged(p.device):
+                        raise ValueError(f"offload=True cannot be combined with DTensor parameters on {p.device}; fully_shard's CPUOffloadPolicy keeps "
+                                         "their shards on the CPU, where gradmill's step is the same")
         except Exception:
             self.param_groups.pop()
             raise
@@ -293,6 +327,13 @@ class FusedOptimizer(Optimizer):
             raise ValueError(f"{type(self).__name__} needs whole gradients, so it takes no projection")
         if projection is not None and group["master_weight_bits"] is not None:
             raise ValueError(f"master_weight_bits is {group['master_weight_bits']}; it must be None in a group that is projected")
+        for option in ("capturable", "offload"):
+            if not isinstance(group.setdefault(option, False), bool):
+                raise TypeError(f"{option} is {group[option]!r}; it must be True or False")
+            if group[option] and (reason := self.needs_whole_tensors(group)):
+                raise ValueError(f"{option}=True cannot be combined with {reason}")
+        if group["capturable"] and group["offload"]:
+            raise ValueError("offload=True cannot be combined with capturable=True: the step runs on the host")
         self.check_group(group)
 
     def _projection(self, p, group) -> Projection | None:
@@ -309,6 +350,11 @@ class FusedOptimizer(Optimizer):
         if projection.left(p.shape[0], p.shape[1:].numel()):  # whole on every process
             return torch.empty(shape, dtype=torch.float32, device=p.device)
         return like_shards(torch.empty(len(part), shape[1], dtype=torch.float32, device=p.device), p, shape)
+
+    @staticmethod
+    def _home(t, group) -> torch.device:
+        """Where the states of a parameter like t live."""
+        return torch.device("cpu") if group["offload"] and staging.staged(t.device) else t.device
 
     def _rng_id(self, p) -> int:
         """The parameter's order of first appearance, which numbers its random bits."""
@@ -339,33 +385,33 @@ class FusedOptimizer(Optimizer):
 
     def _new_states(self, state: dict, group: dict, like: torch.Tensor):
         """Zero states for a tensor of like's shape, named as torch names them (+ _codes, _scales when quantised)."""
-        columns = as_matrix_shape(like)[1]
+        columns, home = as_matrix_shape(like)[1], self._home(like, group)
         for name, format in zip(RULES[self.rule(group)].states, self._formats_like(group, like)):
             if name in state or f"{name}_codes" in state:
                 continue
             if format.blocked:
-                state[f"{name}_codes"] = self._zeros(like, format.code_columns(columns), format.code_dtype)
-                state[f"{name}_scales"] = self._zeros(like, format.blocks(columns), torch.float32)
+                state[f"{name}_codes"] = self._zeros(like, format.code_columns(columns), format.code_dtype, home)
+                state[f"{name}_scales"] = self._zeros(like, format.blocks(columns), torch.float32, home)
             else:
-                state[name] = self._zeros(like, None, format.code_dtype)
+                state[name] = self._zeros(like, None, format.code_dtype, home)
 
     @staticmethod
-    def _zeros(like, columns, dtype):
+    def _zeros(like, columns, dtype, home):
         """Zeros of like's shape, or of its rows and so many columns; sharded as it is."""
         part = local(like)
         rows = part.shape[0] if columns is not None and part.dim() > 1 else 1
-        zeros = torch.zeros(part.shape if columns is None else (rows, columns), dtype=dtype, device=like.device)
+        zeros = torch.zeros(part.shape if columns is None else (rows, columns), dtype=dtype, device=home)
         return like_shards(zeros, like, like.shape if columns is None else (like.shape[0], columns))
 
-    @staticmethod
-    def _no_low_bits(p, group):
+    @classmethod
+    def _no_low_bits(cls, p, group):
         """Low bits that leave p as it is."""
         count = (group["master_weight_bits"] - 16) // 8
-        return like_shards(torch.zeros(*local(p).shape, count, dtype=torch.uint8, device=p.device), p, (*p.shape, count))
+        return like_shards(torch.zeros(*local(p).shape, count, dtype=torch.uint8, device=cls._home(p, group)), p, (*p.shape, count))
 
     def _init_state(self, p, group):
         state = self.state[p]
-        state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
+        state["step"] = torch.zeros((), dtype=torch.float32, device=p.device if group["capturable"] else "cpu")
         state["rng_id"] = self._rng_id(p)
         self._new_states(state, group, self._stepped(p, group))
         projection = self._projection(p, group)
@@ -390,13 +436,18 @@ class FusedOptimizer(Optimizer):
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if scale is not None and getattr(self, "_released", None) is not None:
             raise RuntimeError("a GradScaler cannot be used with release_gradients: the parameters were stepped with scaled gradients")
-        if found_inf is not None and bool(found_inf.item()):
-            return loss
-        factor = 1.0 if scale is None else 1.0 / float(scale.item())
         work = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
+        wanted = scale is not None or found_inf is not None or self.max_grad_norm is not None or self.on_nonfinite != "propagate"
+        device = self._deciding(work) if wanted else None
+        if device is None and found_inf is not None and bool(found_inf.item()):
+            return loss
         for _, params in work:  # every reason to refuse comes before anything is changed
             for p in params:
                 self._check_gradient(p)
+        if device is not None:
+            self._step_work(work, *self._decided(work, scale, found_inf, device))
+            return loss
+        factor = 1.0 if scale is None else 1.0 / float(scale.item())
         if self.__dict__.get("_coming"):
             self.settle([p for _, params in work for p in params if p in self._coming and int(self._coming[p].state.get("step", 0)) + 1 >= self._coming[p].adopt_at])
         if self.max_grad_norm is not None or self.on_nonfinite != "propagate":
@@ -406,6 +457,42 @@ class FusedOptimizer(Optimizer):
             factor *= clip
         self._step_work(work, factor)
         return loss
+
+    def _deciding(self, work) -> torch.device | None:
+        """The device on which what becomes of this step is decided, and its steps counted; None: the host has to know."""
+        used = [(group, params) for group, params in work if params]
+        device = used[0][1][0].device if used else None
+        if device is None or not counts_on(device):
+            return None
+        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if self.on_nonfinite == "raise":
+            if capturing:
+                raise RuntimeError("on_nonfinite='raise' cannot be captured in a CUDA graph: only the host can raise; take 'skip' or 'propagate'")
+            return None
+        if any(group["offload"] or self.needs_whole_tensors(group) or not self._counts(group) for group, _ in used):
+            return None
+        return device if all([p.device == device for _, params in used for p in params]) else None
+
+    def _counts(self, group) -> bool:
+        """Whether the rule's scalars can be made of step numbers that only the device knows."""
+        return True
+
+    def _decided(self, work, scale, found_inf, device):
+        """(what multiplies the gradients, whether the step is taken or None for yes), on the device, by nothing the host waits for."""
+        factor, live = 1.0, None
+        if scale is not None:
+            factor = scale.to(device, torch.float64, non_blocking=True).reshape(()).reciprocal()
+        if found_inf is not None:
+            live = found_inf.to(device, non_blocking=True).reshape(()) == 0
+        if self.max_grad_norm is not None or self.on_nonfinite == "skip":
+            found = measured([p.grad for _, params in work for p in params], device=device)
+            if self.on_nonfinite == "skip":
+                finite = found[:, 1].isfinite().all()
+                live = finite if live is None else live & finite
+            self.grad_norm = found[:, 0].sum().sqrt() * factor
+            if self.max_grad_norm is not None:
+                factor = factor * (self.max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)  # a nan stays
+        return factor, live
 
     def _survey(self, params, factor) -> float | None:
         """What clipping multiplies the gradients by; None where this step is to be skipped."""
@@ -429,10 +516,11 @@ class FusedOptimizer(Optimizer):
                 if q is p:
                     return f"{group['param_names'][k]!r}" if "param_names" in group else f"parameter {k} of group {i}, of shape {tuple(p.shape)},"
 
-    def _step_work(self, work, factor):
-        """Steps [(group, its parameters with gradients)]."""
+    def _step_work(self, work, factor, live=None):
+        """Steps [(group, its parameters with gradients)]; ``live``: a tensor that says whether."""
         for group, params in work:
-            if self._repeat(group, params, factor):
+            counted = self._is_counted_there(group, params, factor, live)
+            if self._repeat(group, params, factor, live, counted):
                 continue
             states = [self.state[p] for p in params]
             for p, state in zip(params, states):
@@ -441,16 +529,54 @@ class FusedOptimizer(Optimizer):
                 elif group["master_weight_bits"] is not None and p.dtype in LOW_BITS and "low_bits" not in state:  # it was fp32 before
                     if not isinstance(p, QuantizedWeight) and "next_refresh" not in state:
                         state["low_bits"] = self._no_low_bits(p, group)
+            if params and staging.staged(params[0].device):  # offload was set, or unset, on a live group
+                for p, state in zip(params, states):
+                    home = self._home(p, group)
+                    state.update({k: v.to(home) for k, v in state.items() if k != "step" and isinstance(v, torch.Tensor) and v.dim() and v.device != home
+                                  and k != "cosines"})
+            if counted:
+                for p, state in zip(params, states):  # they were counted on the host until now
+                    if state["step"].device != p.device:
+                        state["step"] = torch.full((), float(state["step"]), dtype=torch.float32, device=p.device)
             steps = [state["step"] for state in states]
             if steps:
-                torch._foreach_add_(steps, 1)
-            counts = torch.stack(steps).tolist() if steps else []  # one call, not one .item() each
-            items = [Item(local(p), local(p.grad), state, int(count), offset=shard_offset(p) if is_sharded(p) else 0, owner=p)
+                torch._foreach_add_(steps, 1 if live is None else [live.to(torch.float32)] * len(steps))
+            if counted:
+                counts = list(self._numbers(steps, live))
+            else:
+                counts = list(map(int, torch.stack(steps).tolist())) if steps else []  # one call, not one .item() each
+            items = [Item(local(p), local(p.grad), state, count, offset=shard_offset(p) if is_sharded(p) else 0, owner=p)
                      for p, state, count in zip(params, states, counts)]
             self._step_group(group, items, factor)
             self._prepare(group, params, items)
             if params:
                 torch.autograd.graph.increment_version([local(p) for p in params])  # so that autograd refuses a stale saved weight
+
+    def _is_counted_there(self, group, params, factor, live) -> bool:
+        """Whether the group's steps are counted on its parameters' device, by nothing the host waits for."""
+        if not params:
+            return False
+        p, there = params[0], group["capturable"] or live is not None or isinstance(factor, torch.Tensor)
+        if not there and not p.is_cuda:
+            return False
+        if p.is_cuda and torch.cuda.is_current_stream_capturing():
+            if not group["capturable"]:
+                raise RuntimeError(f"Attempting CUDA graph capture of step() for an instance of {type(self).__name__} but param_groups' capturable is False.")
+            if not all(map(self.state.get, params)):
+                raise RuntimeError(f"capture of {type(self).__name__}.step(): a parameter has no state yet, and a replay would clear it again; take a step outside "
+                                   "of the graph first")
+        if group["capturable"] and not all([counts_on(q.device) and q.device == p.device for q in params]):
+            raise AssertionError("If capturable=True, params and state_steps must be on supported devices: ['cuda'], all of a group on one.")
+        if there:
+            return True
+        step = self.state.get(p, {}).get("step")  # once there, it stays there
+        return step is not None and step.is_cuda and not (group["offload"] or self.needs_whole_tensors(group)) and self._counts(group)
+
+    @staticmethod
+    def _numbers(steps, live) -> torch.Tensor:
+        """Steps on the device as one tensor, -1 where they are not taken."""
+        counts = torch.stack(steps)
+        return counts if live is None else torch.where(live, counts, -1.0)
 
     def _prepare(self, group, params, items):
         """Remembers a step whose every tensor can be found again, from the second time on that a group steps the same ones."""
@@ -460,26 +586,35 @@ class FusedOptimizer(Optimizer):
         if not params or seen is None or len(seen) != len(params) or not all(map(is_, seen, params)):
             return
         own = all(getattr(type(self), name) is getattr(FusedOptimizer, name) for name in ("_step_group", "apply_rule", "_buckets"))
+        own = own and not (group["offload"] and any(staging.staged(p.device) for p in params))
         if not own or torch.compiler.is_compiling() or not all(map(repeatable, params, items)):
             return
         name, places = self.rule(group), {id(p): i for i, p in enumerate(params)}
         launches = [(Launch(**arguments), [places[id(item.owner)] for item in bucket], [item.state["step"].data_ptr() for item in bucket])
                     for _, bucket, arguments in self._buckets(name, items)]
-        plans[id(group)] = Plan(name, params, [item.state for item in items], launches)
+        plans[id(group)] = Plan(name, params, [item.state for item in items], launches, isinstance(items[0].step, torch.Tensor))
         if len(before) > len(self.param_groups):  # groups that are gone
             live = set(map(id, self.param_groups))
             self._plans, self._seen = ({k: v for k, v in d.items() if k in live} for d in (plans, before))
 
-    def _repeat(self, group, params, factor) -> bool:
+    def _repeat(self, group, params, factor, live=None, counted=False) -> bool:
         """The group's step by its plan; False, with nothing changed, where there is none or it does not fit."""
         plan = self.__dict__.get("_plans", {}).get(id(group))
-        if plan is None or torch.compiler.is_compiling() or plan.rule != self.rule(group) or not plan.fits(params, self.state):
+        if plan is None or torch.compiler.is_compiling() or plan.rule != self.rule(group) or plan.live != counted or not plan.fits(params, self.state):
             return False
         grads = [p.grad for p in params]
         chosen = [[grads[i] for i in places] for _, places, _ in plan.launches]
         if not all(launch.fits(some) for (launch, *_), some in zip(plan.launches, chosen)):
             return False
-        native, first, lr, scalars = native_module(), factor * (-1.0 if group["maximize"] else 1.0), float(group["lr"]), RULES[plan.rule].scalars
+        first, scalars = factor * (-1.0 if group["maximize"] else 1.0), RULES[plan.rule].scalars
+        if counted:
+            torch._foreach_add_([self.state[p]["step"] for p in params], 1 if live is None else [live.to(torch.float32)] * len(params))
+            for (launch, places, _), some in zip(plan.launches, chosen):
+                counts = self._numbers([self.state[params[i]]["step"] for i in places], live)
+                launch.run_live(some, table_of((first, *scalars(group, counts.to(torch.float64), number(group["lr"]))), counts), counts, group["seed"])
+            torch.autograd.graph.increment_version(params)
+            return True
+        native, lr = native_module(), float(group["lr"])
         if not all(native.count(counters) > 0 for *_, counters in plan.launches):  # set by hand, to different steps or to none
             return False
         for (launch, _, counters), some in zip(plan.launches, chosen):
@@ -509,6 +644,8 @@ class FusedOptimizer(Optimizer):
         self._complete(group, items)
         projected = [item for item in items if "next_refresh" in item.state]
         self._step_items(group, [item for item in items if "next_refresh" not in item.state] if projected else items, factor)
+        if not projected:
+            return
         parts = [Projected(group["projection"], item, group) for item in projected]
         compressed, released = [], getattr(self, "_released", None)
         for part, item in zip(parts, projected):
@@ -596,11 +733,30 @@ class FusedOptimizer(Optimizer):
 
         param_code "delta" leaves the update in each item's fp32 param instead of stepping it (no weight decay).
         """
+        if group["offload"] and (away := [item for item in items if staging.staged(item.param.device)]):
+            transport = self.__dict__.setdefault("_transports", {})
+            for device in dict.fromkeys(item.param.device for item in away):
+                if device not in transport:
+                    transport[device] = staging.transport_of(device)
+                staging.through(transport[device], [item for item in away if item.param.device == device and item.grad.numel()],
+                                lambda chunk: self._apply(group, chunk, factor, rule=rule, lr=lr, param_code=param_code, decay=decay))
+            items = [item for item in items if not staging.staged(item.param.device)]
+        self._apply(group, items, factor, rule=rule, lr=lr, param_code=param_code, decay=decay)
+
+    def _apply(self, group: dict, items: list[Item], factor: float, *, rule, lr, param_code, decay):
+        """apply_rule, where the states are."""
         name = rule or self.rule(group)
         rule = RULES[name]
-        lr = float(group["lr"]) if lr is None else lr
+        if items and isinstance(items[0].step, torch.Tensor):
+            items = [item for item in items if item.grad.numel()]  # an index of the rest would wait for the device
+        lr = (number if items and isinstance(items[0].step, torch.Tensor) else float)(group["lr"]) if lr is None else lr
         options, first = group if decay else {**group, "weight_decay": 0.0}, factor * (-1.0 if group["maximize"] else 1.0)
         for step, bucket, arguments in self._buckets(name, items, param_code):
+            if step is None:
+                counts = torch.stack([item.step for item in bucket])
+                fused_step(**arguments, scalars=table_of((first, *rule.scalars(options, counts.to(torch.float64), lr)), counts),
+                           key=torch.tensor([group["seed"], 0], dtype=torch.int64, device="cpu"), counts=counts)
+                continue
             if any(item.options for item in bucket):
                 scalars = [padded((first, *rule.scalars({**options, **item.options}, step, item.options.get("lr", lr)))) for item in bucket]
             else:
@@ -610,7 +766,7 @@ class FusedOptimizer(Optimizer):
 
     @staticmethod
     def _buckets(name, items, param_code=None):
-        """(step, items, fused_step's arguments but scalars and key) of all items that one call can step."""
+        """(step, None if the device counts it; items; fused_step's arguments but scalars and key) of all items that one call can step."""
         rule, buckets = RULES[name], defaultdict(list)
         code_names = [f"{n}_codes" for n in rule.states]
         for item in items:
@@ -621,7 +777,7 @@ class FusedOptimizer(Optimizer):
             # What is stored decides a state's format, not the group's option, which may have changed.
             stored = tuple([(state[codes].dtype, state[codes].shape[1] == as_matrix_shape(param)[1]) if codes in state else state[n].dtype
                             for n, codes in zip(rule.states, code_names)])
-            buckets[f, stored, grad.dtype, grad.get_device(), step].append(item)
+            buckets[f, stored, grad.dtype, grad.get_device(), None if isinstance(step, torch.Tensor) else step].append(item)
         for (f, _, _, _, step), bucket in buckets.items():
             one, columns = bucket[0].state, as_matrix_shape(bucket[0].param)[1]
             states = [stored_format(code, one[codes], columns) if codes in one else cached(formats.float_code(one[n].dtype))
@@ -648,7 +804,7 @@ class FusedOptimizer(Optimizer):
         if isinstance(part, QuantizedWeight):
             return part.dequantize().to(torch.float32)
         if "low_bits" in state and p.dtype in LOW_BITS:
-            part = join_float(part, low_view(state["low_bits"]), split_code(p.dtype, state["low_bits"]))
+            part = join_float(part, low_view(state["low_bits"]).to(part.device), split_code(p.dtype, state["low_bits"]))
         return like_shards(part.to(torch.float32, copy=True), p, p.shape)
 
     @torch.no_grad()
@@ -718,6 +874,8 @@ class FusedOptimizer(Optimizer):
                 if isinstance(v, _Kept):
                     values[k] = v.tensor
         super().__setstate__(state)
+        for group in self.param_groups:  # of a version without them
+            group.setdefault("capturable", False), group.setdefault("offload", False)
 
     def _adopt(self, saved: dict, p, group: dict, index) -> dict:
         """A saved state, checked and converted to what this group stores, its tensors wrapped in _Kept."""
@@ -733,7 +891,7 @@ class FusedOptimizer(Optimizer):
             step = -1.0
         if not step >= 0:
             raise CheckpointError(f"state {index}: step is {saved['step']!r}; it must be one number of at least 0")
-        saved["step"] = torch.tensor(step, dtype=torch.float32, device="cpu")
+        saved["step"] = torch.tensor(step, dtype=torch.float32, device=p.device if group["capturable"] else "cpu")
         projection = self._projection(p, group)
         if projection is None and "next_refresh" in saved:
             raise CheckpointError(f"state {index} is a projected one; its parameter of shape {tuple(p.shape)} is not projected here")
@@ -764,12 +922,17 @@ class FusedOptimizer(Optimizer):
             value = value.full_tensor()
         return value.to(place if like is None else like.device, copy=True)
 
+    def _place(self, like, group):
+        """Where what is adopted for ``like`` goes, as _adopt_tensor takes it."""
+        home = self._home(like, group)
+        return like if home == like.device else home
+
     def _adopt_low_bits(self, saved, p, group, index):
         """Low bits in the group's width; a checkpoint without them starts at the weight as it is."""
         low = saved.get("low_bits")
         if low is not None:
             count = low.shape[-1] if isinstance(low, torch.Tensor) and low.dim() and low.shape[-1] in (1, 2) else 1
-            low = self._adopt_tensor(saved, "low_bits", (torch.uint8,), (*p.shape, count), p, index)
+            low = self._adopt_tensor(saved, "low_bits", (torch.uint8,), (*p.shape, count), self._place(p, group), index)
         if group["master_weight_bits"] is None or p.dtype not in LOW_BITS or isinstance(p, QuantizedWeight):
             saved.pop("low_bits", None)
             return
@@ -814,22 +977,22 @@ class FusedOptimizer(Optimizer):
 
     def _adopt_states(self, saved, like, group, index):
         rows, columns = as_matrix_shape(like)
-        wanted = self._formats_like(group, like)
+        wanted, place = self._formats_like(group, like), self._place(like, group)
         for name, code, format in zip(RULES[self.rule(group)].states, RULES[self.rule(group)].state_codes, wanted):
             if f"{name}_codes" in saved:
                 codes = saved[f"{name}_codes"]
                 stored = (stored_format(code, codes, columns) if isinstance(codes, torch.Tensor) else None) or QUANTIZED["int8"].get(code)
                 if stored is None:
                     raise CheckpointError(f"state {index}: {name} is never quantised; got {name}_codes")
-                codes = self._adopt_tensor(saved, f"{name}_codes", (stored.code_dtype,), (rows, stored.code_columns(columns)), like, index)
-                scales = self._adopt_tensor(saved, f"{name}_scales", (torch.float32,), (rows, stored.blocks(columns)), like, index)
+                codes = self._adopt_tensor(saved, f"{name}_codes", (stored.code_dtype,), (rows, stored.code_columns(columns)), place, index)
+                scales = self._adopt_tensor(saved, f"{name}_scales", (torch.float32,), (rows, stored.blocks(columns)), place, index)
                 if format == stored:
                     saved[f"{name}_codes"], saved[f"{name}_scales"] = codes, scales
                     continue
-                value = dequantize(local(codes), local(scales), torch.empty(0, dtype=torch.uint8, device=like.device), stored.code, stored.block,
+                value = dequantize(local(codes), local(scales), torch.empty(0, dtype=torch.uint8, device=codes.device), stored.code, stored.block,
                                    columns, torch.float32).view(local(like).shape)
             elif name in saved:
-                value = local(self._adopt_tensor(saved, name, FLOATS + (torch.float64,), like.shape, like, index))
+                value = local(self._adopt_tensor(saved, name, FLOATS + (torch.float64,), like.shape, place, index))
             else:
                 raise CheckpointError(f"state {index}: neither {name} nor {name}_codes is there; got {', '.join(sorted(saved))}")
             if format.blocked:

@@ -50,7 +50,7 @@ class Adagrad(FusedOptimizer):
             return
         (format,) = self._formats_like(group, like)
         if format.blocked:
-            full = torch.full(as_matrix_shape(like), value, dtype=torch.float32, device=like.device)
+            full = torch.full(as_matrix_shape(like), value, dtype=torch.float32, device=self._home(like, group))
             state["sum_codes"], state["sum_scales"], _ = quantize(full, format.code, format.block)
         else:
             state["sum"].fill_(value)

@@ -48,6 +48,9 @@ class FedSpeed(FusedOptimizer):
     def rule(self, group):
         return "sgd"
 
+    def needs_whole_tensors(self, group):
+        return "FedSpeed, whose step is made of two gradients"
+
     def _all(self):
         return [(group, p) for group in self.param_groups for p in group["params"]]
 

@@ -1,12 +1,15 @@
 """The scalars each rule's kernels read, computed here in double precision and rounded to fp32 once.
 
 A rule's formula stands in csrc/common/rules.h, kernels/optim.py and pyops/reference/optim.py; this table is its
-fourth and last line: state names, and scalars(group, step, lr) -> h[1:] (h[0] multiplies the gradient).
+fourth and last line: state names, and scalars(group, step, lr) -> h[1:] (h[0] multiplies the gradient). The step may be a float64
+tensor of many steps that only its device knows (capturable=True): then what follows from it is one too.
 """
 from __future__ import annotations
 
-from math import sqrt
+import math
 from typing import Callable, NamedTuple
+
+import torch
 
 
 class Rule(NamedTuple):
@@ -15,15 +18,29 @@ class Rule(NamedTuple):
     scalars: Callable[[dict, int, float], tuple[float, ...]]
 
 
+def known(device: torch.device) -> bool:
+    """Whether the host can read a tensor there without waiting."""
+    return device.type == "cpu"
+
+
+def number(x):
+    """x, a number or a tensor of one element, as a float; on a GPU as a float64 tensor there, for which nobody waits."""
+    return float(x) if not isinstance(x, torch.Tensor) or known(x.device) else x.to(torch.float64).reshape(())
+
+
+def sqrt(x):
+    return x.sqrt() if isinstance(x, torch.Tensor) else math.sqrt(x)
+
+
 def _betas(group):
-    return tuple(map(float, group["betas"]))  # they may be tensors
+    return tuple(map(number, group["betas"]))  # they may be tensors
 
 
 def _adam(group, step, lr, decay=0.0):
     """``decay`` is the decoupled one. A beta2 of 1 freezes the second moment, and leaves it uncorrected."""
     beta1, beta2 = _betas(group)
     return (1 - lr * decay, 1 - beta1, beta2, 1 - beta2, lr / (1 - beta1 ** step),
-            1 / sqrt(1 - beta2 ** step) if beta2 < 1 else 1.0, group["eps"], group["weight_decay"])
+            1.0 if isinstance(beta2, float) and beta2 >= 1 else 1 / sqrt(1 - beta2 ** step), group["eps"], group["weight_decay"])
 
 
 def _adamw(group, step, lr):
@@ -37,7 +54,7 @@ def _lion(group, step, lr):
 
 def _sgd(group, step, lr):
     """"factor" multiplies the weight: a decoupled decay, for the optimizers that apply their own update by this rule."""
-    return group.get("factor", 1.0), lr, float(group["weight_decay"])
+    return group.get("factor", 1.0), lr, number(group["weight_decay"])
 
 
 def _sgd_momentum(group, step, lr):
@@ -59,10 +76,15 @@ def _adabelief(group, step, lr):
         return *head, lr / bc1, 1 / sqrt(bc2), eps, *tail
     longest = 2 / (1 - beta2) - 1
     length = longest - 2 * step * beta2 ** step / bc2
-    if length < 5:  # too few steps for a variance: SGD with momentum, or nothing
+    known = isinstance(step, (int, float))
+    if known and length < 5:  # too few steps for a variance: SGD with momentum, or nothing
         return *head, lr / bc1 if group["degenerated_to_sgd"] else 0.0, 0.0, 1.0, *tail
     rectified = sqrt(bc2 * (length - 4) / (longest - 4) * (length - 2) / length * longest / (longest - 2))
-    return *head, lr * rectified / bc1, 1.0, eps, *tail
+    if known:
+        return *head, lr * rectified / bc1, 1.0, eps, *tail
+    enough = length >= 5
+    return (*head, torch.where(enough, lr * rectified / bc1, lr / bc1 if group["degenerated_to_sgd"] else 0.0), enough.to(torch.float64),
+            torch.where(enough, eps, 1.0), *tail)
 
 
 def _moments(group, step, lr):

@@ -31,8 +31,14 @@ class SGD(FusedOptimizer):
         if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
             raise ValueError("Nesterov momentum requires a momentum and zero dampening")
 
+        if group.get("capturable") and not self._counts(group):
+            raise ValueError("capturable=True cannot be combined with dampening: the first step is another one, and only the device counts them")
+
     def rule(self, group):
         return "sgd_momentum" if group["momentum"] else "sgd"
+
+    def _counts(self, group):
+        return not (group["momentum"] and group["dampening"])
 
     def _step_items(self, group, items, factor, **options):
         if group["momentum"] and group["dampening"]:

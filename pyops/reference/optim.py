@@ -241,13 +241,17 @@ def write(codes, scales, zeros, format, values, key=None, stream_word=0, old=Non
 
 
 def fused_step(rule, params, param_scales, param_zeros, grads, states, state_scales, scalars, key, ids,
-               param_code, param_block, state_codes, state_block, offsets=None):
+               param_code, param_block, state_codes, state_block, offsets=None, counts=None):
     """See gradmill.ops.optim.fused_step."""
     count = len(state_codes)
     param_format = Format(param_code, param_block)
     state_formats = [Format(code, state_block if Format(code).blocked else 0) for code in state_codes]
-    rows = scalars.tolist()
+    rows, steps = scalars.tolist(), None if counts is None else counts.tolist()
     for i, (param, grad) in enumerate(zip(params, grads)):
+        if steps is not None and steps[i] < 0:
+            continue
+        if steps is not None:
+            key = torch.tensor([key[0], int(steps[i])], dtype=torch.int64, device="cpu")
         h = rows[i if len(rows) > 1 else 0]
         g = as_matrix(grad).to(torch.float32) * h[0]
         columns = g.shape[1]
