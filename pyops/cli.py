@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     m.add_argument("--states", choices=STATES, help="how optimizer states are stored (default: the optimizer's own)")
     m.add_argument("--bits", type=int, choices=[4, 8, 16, 32], help="of a projection's basis (default: the optimizer's own)")
     m.add_argument("--release-gradients", action="store_true", help="gradients live one at a time, as gradmill.optim.release_gradients frees them")
+    m.add_argument("--offload", action="store_true", help="the optimizer's states are in CPU memory (offload=True)")
     m.add_argument("--json", action="store_true", help="print JSON, for programs")
     profile = commands.add_parser(
         "profile", help="run your program and show what gradmill's ops cost in it", usage="gradmill profile [-h] [--] [python] SCRIPT|-m MODULE ...",

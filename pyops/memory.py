@@ -116,6 +116,7 @@ class Plan:
     states: str
     bits: int | None              #: of a stored basis
     release_gradients: bool
+    offload: bool                 #: states in CPU memory, not in the total
     parameters: int               #: numbers that train
     weight_bytes: int
     gradient_bytes: int           #: all at once; with release_gradients the largest one
@@ -125,7 +126,7 @@ class Plan:
     bytes_per_parameter: float = field(init=False)
 
     def __post_init__(self):
-        self.total_bytes = self.weight_bytes + self.gradient_bytes + self.state_bytes
+        self.total_bytes = self.weight_bytes + self.gradient_bytes + (0 if self.offload else self.state_bytes)
         self.bytes_per_parameter = self.total_bytes / self.parameters
 
     def to_dict(self) -> dict:
@@ -143,19 +144,20 @@ class Plan:
         for name in ("bytes", "GB (1e9)", "GiB", "bytes/parameter"):
             table.add_column(name, justify="right", no_wrap=True)
         gradients = "gradients, one at a time" if self.release_gradients else "gradients"
-        rows = [("weights", self.weight_bytes), (gradients, self.gradient_bytes), ("optimizer states", self.state_bytes)]
+        rows = [("weights", self.weight_bytes), (gradients, self.gradient_bytes), ("optimizer states" + " (CPU memory)" * self.offload, self.state_bytes)]
         if self.basis_bytes:
             rows.append(("  of these, bases", self.basis_bytes))
-        for name, count in rows + [("total", self.total_bytes)]:
+        for name, count in rows + [("total" + " on the GPU" * self.offload, self.total_bytes)]:
             table.add_row(name, f"{count:,}", f"{count / 1e9:.3f}", f"{count / 2**30:.3f}", f"{count / self.parameters:.3f}",
-                          style="bold" if name == "total" else None)
+                          style="bold" if name.startswith("total") else None)
         console.print(table)
         console.print("Exact for what is stored; activations and the allocator's slack come on top.", style="dim")
 
 
-def plan(model: str | Llama, optimizer: str, *, weights="bf16", rank=None, states=None, bits=None, release_gradients=False) -> Plan:
+def plan(model: str | Llama, optimizer: str, *, weights="bf16", rank=None, states=None, bits=None, release_gradients=False, offload=False) -> Plan:
     """What training ``model`` (a key of LLAMA, or sizes) takes. rank: default the paper's, FRUGAL's a quarter; states and bits: the
-    optimizer's own. A lazily refreshed layer's last cosines, at most 20 bytes, are not counted.
+    optimizer's own. offload: the states are in CPU memory (beside them, not counted, two chunks of 32 MiB, or of a row, in pinned memory).
+    A lazily refreshed layer's last cosines, at most 20 bytes, are not counted.
 
     Raises:
         ValueError: for an unknown name, or a choice that the optimizer does not have.
@@ -165,6 +167,8 @@ def plan(model: str | Llama, optimizer: str, *, weights="bf16", rank=None, state
     shape = LLAMA[model] if isinstance(model, str) else model
     if rank is None and optimizer in OPTIMIZERS and _projects(optimizer):
         rank = 0.25 if optimizer == "frugal" else shape.rank
+    if offload and optimizer in OPTIMIZERS and _projects(optimizer):
+        raise ValueError(f"offload=True cannot be combined with {optimizer}, which projects gradients")
     built = build(shape, weights)
     made = make_optimizer(built, optimizer, rank, states, bits)
     params = [p for p in built.parameters() if p.requires_grad]
@@ -181,5 +185,5 @@ def plan(model: str | Llama, optimizer: str, *, weights="bf16", rank=None, state
     group = made.param_groups[0]
     stored = group["projection"] is not None and group["projection"].stored
     return Plan(model if isinstance(model, str) else "llama", optimizer, weights, rank, group["states"], group["projection"].bits if stored else None,
-                release_gradients, sum(p.numel() for p in params), sum(nbytes(p) for p in params),
+                release_gradients, offload, sum(p.numel() for p in params), sum(nbytes(p) for p in params),
                 max(gradients) if release_gradients else sum(gradients), state_nbytes(made) + basis, basis)

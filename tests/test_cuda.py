@@ -560,6 +560,67 @@ def test_fused_step(place, rule, case):
         assert (buffer[:64] == 0xA5).all() and (buffer[64 + size:] == 0xA5).all(), "a store outside a tensor"
 
 
+@pytest.mark.parametrize("rule, case", [("adamw", STEP_CASES[1]), ("lion", STEP_CASES[6]), ("sgd", STEP_CASES[1]), ("adam_amsgrad", STEP_CASES[6])],
+                         ids=lambda x: x if isinstance(x, str) else f"{x[0]}.{x[1]}-{x[2]}.{x[3]}")
+def test_scalars_and_steps_from_device_memory(place, rule, case):
+    """The step with `counts` is the step with the same numbers in its arguments; a tensor whose count is below 0 stays. More tensors than a launch takes."""
+    param_code, param_block, state_code, state_block, grad_dtype, _ = case
+    shapes = [(3, 601), (70, 64), (5,), (513,), (2, 64)] * 5
+    state_codes = [QUANTIZED["int8"].get(c, Format(c)).code if Format(state_code).blocked else state_code for c in RULES[rule].state_codes]
+    params = [stored(shape, param_code, param_block, i) for i, shape in enumerate(shapes)]
+    states = [stored(shape, c, state_block, 50 + i * len(state_codes) + s) for i, shape in enumerate(shapes) for s, c in enumerate(state_codes)]
+    grads = [torch.randn(shape, generator=torch.Generator().manual_seed(i)).to(grad_dtype) for i, shape in enumerate(shapes)]
+    lists = [[p[0] for p in params], [p[1] for p in params] if Format(param_code, param_block).blocked else [],
+             [p[2] for p in params] if Format(param_code).has_zero_point or param_code in SPLIT else [],
+             [s[0] for s in states], [s[1] for s in states] if any(Format(c).blocked for c in state_codes) else []]
+    got, ids = [[place.put(t.clone()) for t in ts] for ts in lists], [3 * i for i in range(len(shapes))]
+    counts = torch.tensor([float([-1, 5, 1, 70000, 2, 1 << 20][i % 6]) for i in range(len(shapes))])
+    scalars = torch.cat([scalars_of(rule, lr=0.03 * (i + 1), step=max(1, int(c))) for i, c in enumerate(counts.tolist())])
+    with place.context():
+        ops.fused_step(rule, *got[:3], [place.put(g) for g in grads], *got[3:], place.put(scalars), torch.tensor([99 + (1 << 40), 12345]), ids, param_code, param_block,
+                       state_codes, state_block, None, place.put(counts))
+    for i, count in enumerate(counts.tolist()):
+        if count < 0:
+            continue
+        k = len(state_codes)
+        one = [ts[i:i + 1] for ts in lists[:3]], [ts[i * k:(i + 1) * k] for ts in lists[3:]]
+        reference_optim.fused_step(rule, *one[0], grads[i:i + 1], *one[1], scalars[i:i + 1], torch.tensor([99 + (1 << 40), int(count)]), ids[i:i + 1], param_code,
+                                   param_block, state_codes, state_block)
+    for name, mine, theirs in zip(("params", "param_scales", "param_zeros", "states", "state_scales"), got, lists):
+        for i, (g, w) in enumerate(zip(mine, theirs)):
+            same(g, w, f"{name}[{i}]")
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SGD"])
+def test_an_optimizer_counts_on_the_device_and_repeats_its_step(place, name, monkeypatch):
+    """capturable=True against the host's counts: bits, a skipped step, and steps that are repeated without their checks."""
+    from gradmill import optim
+    from gradmill.optim import _base
+    options = dict(lr=0.01, states="int8", min_quantized_numel=1, seed=3, on_nonfinite="skip", max_grad_norm=3.0, **({"momentum": 0.9} if name == "SGD" else {}))
+    sides, repeated = [], []
+    for there in (False, True):
+        g = torch.Generator().manual_seed(1)
+        params = [torch.nn.Parameter(place.put(torch.randn(s, generator=g).to(dtype))) for dtype in (torch.float32, torch.bfloat16) for s in ((9, 70), (33,))]
+        monkeypatch.setattr(_base, "counts_on", lambda device, there=there: there)
+        if place.emulated:
+            monkeypatch.setattr(_base, "native_module", lambda: sys.modules["gradmill.ops.optim"].native_module())
+        optimizer = getattr(optim, name)(params, capturable=there, **options)
+        repeat = optimizer._repeat
+        monkeypatch.setattr(optimizer, "_repeat", lambda *a, repeat=repeat: repeated.append(repeat(*a)) or repeated[-1])
+        with place.context():
+            for step in range(6):
+                for p in params:
+                    p.grad = place.put(torch.randn(p.shape, generator=g)).to(p.dtype)
+                if step == 4:
+                    params[1].grad[3] = torch.inf
+                optimizer.step()
+        assert float(optimizer.state[params[0]]["step"]) == 5
+        sides.append([t for p in params for t in (p.detach(), *[v for v in optimizer.state[p].values() if isinstance(v, torch.Tensor)])])
+    assert any(repeated[-4:]) or place.name == "triton"
+    for i, (got, want) in enumerate(zip(*sides)):
+        same(got, want, str(i))
+
+
 def test_measure(place):
     for dtype in FLOATS:
         tensors = [torch.randn(n, generator=torch.Generator().manual_seed(n)).to(dtype) for n in (1, 0, 37, 4096, 4097, 140000, 5) + (3,) * 120]

@@ -70,6 +70,13 @@ def test_released_gradients_live_one_at_a_time():
     assert released.gradient_bytes == 128 * 344 * 2 and whole.total_bytes - released.total_bytes == whole.gradient_bytes - released.gradient_bytes
 
 
+def test_offloaded_states_are_not_on_the_gpu():
+    here, away = (memory.plan(SMALL, "adamw8bit", offload=offload) for offload in (False, True))
+    assert here.state_bytes == away.state_bytes > 0 and away.total_bytes == here.total_bytes - here.state_bytes == away.weight_bytes + away.gradient_bytes
+    with pytest.raises(ValueError, match="offload=True cannot be combined with galore"):
+        memory.plan(SMALL, "galore", offload=True)
+
+
 def test_the_papers_models():
     """Parameters of the LLaMAs with an untied head, added up by hand; AdamW in bf16 is 2 + 2 + 4 bytes a parameter."""
     for name, billions in (("llama-60m", 0.058), ("llama-130m", 0.134), ("llama-350m", 0.368), ("llama-1b", 1.339), ("llama-7b", 6.738)):

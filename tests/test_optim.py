@@ -515,7 +515,7 @@ def test_a_refused_gradient_leaves_weights_and_state_untouched(make):
 @pytest.mark.parametrize("options, error, match", [
     (dict(lr=-1.0), ValueError, "learning rate"), (dict(eps=-1.0), ValueError, "epsilon"), (dict(betas=(1.0, 0.9)), ValueError, "index 0"),
     (dict(betas=(0.9, -0.1)), ValueError, "index 1"), (dict(weight_decay=-1), ValueError, "weight_decay"), (dict(states="int3"), ValueError, "states"),
-    (dict(seed="x"), TypeError, "seed"), (dict(capturable=True), ValueError, "capturable"), (dict(differentiable=True), ValueError, "differentiable"),
+    (dict(seed="x"), TypeError, "seed"), (dict(differentiable=True), ValueError, "differentiable"),
     (dict(lr=torch.ones(2)), ValueError, "1-element"), (dict(lr=float("nan")), ValueError, "learning rate"),
 ])
 def test_bad_options_are_refused_by_name(options, error, match):

@@ -312,15 +312,17 @@ def tensors(shapes, param, state_codes, state_block, grad_dtype, special):
     return out
 
 
-def check_step(rule, param_code, param_block, state_codes, state_block, shapes=SHAPES, grad_dtype=torch.float32, special=False, still=False, rows=False):
-    """still: no decay and no step, so that blocks must keep their codes. rows: scalars differ between tensors."""
+def check_step(rule, param_code, param_block, state_codes, state_block, shapes=SHAPES, grad_dtype=torch.float32, special=False, still=False, rows=False,
+               counted=False):
+    """still: no decay and no step, so that blocks must keep their codes. rows: scalars differ between tensors. counted: steps too, every third is none."""
     a = tensors(shapes, Format(param_code, param_block), state_codes, state_block, grad_dtype, special)
     b = [[t.clone() for t in group] for group in a]
     h = scalars_of(rule, random.randint(1, 9), 0.0 if still else 0.01, 0.5).repeat(len(shapes) if rows else 1, 1)
     if rows:
         h *= torch.arange(1, len(shapes) + 1)[:, None]
     offsets = random.choice((None, [random.choice((0, 4, 37, 1 << 33)) for _ in shapes]))
-    arguments = (h, random_key(), [random.getrandbits(20) for _ in shapes], param_code, param_block, list(state_codes), state_block, offsets)
+    counts = torch.tensor([-1.0 if i % 3 == 0 else float(random.randint(1, 1 << 24)) for i in range(len(shapes))]) if counted else None
+    arguments = (h, random_key(), [random.getrandbits(20) for _ in shapes], param_code, param_block, list(state_codes), state_block, offsets, counts)
     optim.fused_step(rule, *a, *arguments)
     ref_optim.fused_step(rule, *b, *arguments)
     for name, got, want in zip(("param", "param_scales", "param_zeros", "grad", "state", "state_scales"), a, b):
@@ -356,6 +358,12 @@ def test_step_of_blocks_longer_than_a_tile(param, monkeypatch):
     for states, block in ((("fp32", "bf16"), 0), (("moment8", "square8"), 0), (("moment8", "square8"), 32), (("int8", "fp32"), 0),
                           (("e4m3", "square8"), 0), (("moment4", "square4"), 32), (("moment4", "square4"), 0)):
         check_step("adamw", *param, states, block, shapes=shapes, special=random.random() < 0.5)
+
+
+@pytest.mark.parametrize("param", (("fp32", 0), ("bf16", 0), ("uint8", 64), ("bf16+8", 0)), ids=lambda p: f"{p[0]}-{p[1]}")
+def test_steps_counted_on_the_device(param):
+    check_step("adamw", *param, ("moment8", "square8"), 64, shapes=SHAPES[:6], rows=True, counted=True)
+    check_step("lion", *param, ("int8",), 0, shapes=SHAPES[:4], rows=True, counted=True)
 
 
 def test_step_of_many_tensors_and_other_layouts():

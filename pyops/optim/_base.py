@@ -230,12 +230,13 @@ class FusedOptimizer(Optimizer):
     more in the state, ``low_bits``, and step as fp32: exactly with bf16 and 32, within 2^-15 of the value with bf16 and 24
     and 2^-18 with fp16 and 24, rounded stochastically; fp16 and 32 are exact from 2^-17 on), ``maximize``, ``seed`` (default
     ``torch.initial_seed()``), ``projection`` (None or a :class:`gradmill.optim.Projection`: matrices take the rule's step in a
-    subspace, and their weight decay is decoupled whatever the rule; a group may give ``rank`` and other options of Projection instead). ``capturable``
-    (as in torch: a step on a GPU can be captured in a CUDA graph, after one outside of it. Steps are counted in device memory, an lr or a beta that is a CUDA tensor is
-    read there, and random bits change from replay to replay), ``offload`` (True: the states of parameters on a GPU, low bits too, live in CPU memory, and the
-    CPU's kernels step, :mod:`gradmill.optim.staging`; bit for bit the same step. On the CPU it changes nothing). Of torch.optim's arguments
-    ``foreach`` and ``fused`` are accepted and ignored (the step is always fused), ``differentiable`` refused if True. capturable and
-    offload exclude each other, a projection and rules that need whole tensors (Muon, LAMB and their like).
+    subspace, and their weight decay is decoupled whatever the rule; a group may give ``rank`` and other options of Projection instead),
+    ``capturable`` (as in torch: a step on a GPU can be captured in a CUDA graph, after one outside of it; steps are counted in device memory,
+    an lr or a beta that is a CUDA tensor is read there, and random bits change from replay to replay), ``offload`` (True: the states of
+    parameters on a GPU, low bits too, live in CPU memory, and the CPU's kernels step, bit for bit alike; see :mod:`gradmill.optim.staging`.
+    For parameters on the CPU it changes nothing). capturable and offload exclude each other, a projection, and rules that need whole tensors
+    (Muon, LAMB and their like). Of torch.optim's arguments ``foreach`` and ``fused`` are accepted and ignored (the step is always
+    fused), ``differentiable`` refused if True.
 
     For the optimizer as a whole, attributes too: ``max_grad_norm`` (None; else all gradients together are scaled down to
     this norm in the step itself, as ``torch.nn.utils.clip_grad_norm_`` does before it; gradients are left as they are and

@@ -39,7 +39,7 @@ class AdamW(FusedOptimizer):
 
     Args:
         params, lr, betas, eps, weight_decay, amsgrad: as in torch.optim.AdamW. lr and betas may be tensors.
-        maximize, foreach, fused, capturable, differentiable, states, min_quantized_numel, seed: see
+        maximize, foreach, fused, capturable, differentiable, offload, states, min_quantized_numel, seed: see
             :class:`gradmill.optim.FusedOptimizer`.
 
     Raises:

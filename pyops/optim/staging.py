@@ -36,9 +36,14 @@ def of_pieces(param: torch.Tensor, made: list[torch.Tensor], rows: int | None = 
     return QuantizedWeight(*made, param.format, param.shape if rows is None else (rows, *param.shape[1:]), param.dtype)
 
 
+def room(t: torch.Tensor) -> int:
+    """Bytes that t takes in staging memory."""
+    return -(-t.nbytes // ALIGNMENT) * ALIGNMENT
+
+
 def moved(item) -> int:
     """Bytes of an item that come down."""
-    return sum(t.nbytes for t in (*pieces(item.param), item.grad))
+    return sum(room(t) for t in (*pieces(item.param), item.grad))
 
 
 def parts(item):
@@ -66,7 +71,7 @@ class Chunk:
         self._starts, self.size, self.small_written, self.small = [0] * len(self.there), 0, 0, 0
         for i in sorted(range(len(self.there)), key=lambda i: (self.is_large(i), i >= self.written)):
             self._starts[i] = self.size
-            self.size += -(-self.there[i].nbytes // ALIGNMENT) * ALIGNMENT
+            self.size += room(self.there[i])
             if not self.is_large(i):
                 self.small = self.size
                 self.small_written = self.size if i < self.written else self.small_written
