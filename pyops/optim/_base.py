@@ -523,6 +523,8 @@ class FusedOptimizer(Optimizer):
             counted = self._is_counted_there(group, params, factor, live)
             if self._repeat(group, params, factor, live, counted):
                 continue
+            if counted and not all([counts_on(p.device) and p.device == params[0].device for p in params]):
+                raise AssertionError("If capturable=True, params and state_steps must be on supported devices: ['cuda'], all of a group on one.")
             states = [self.state[p] for p in params]
             for p, state in zip(params, states):
                 if not state:
@@ -530,15 +532,8 @@ class FusedOptimizer(Optimizer):
                 elif group["master_weight_bits"] is not None and p.dtype in LOW_BITS and "low_bits" not in state:  # it was fp32 before
                     if not isinstance(p, QuantizedWeight) and "next_refresh" not in state:
                         state["low_bits"] = self._no_low_bits(p, group)
-            if params and staging.staged(params[0].device):  # offload was set, or unset, on a live group
-                for p, state in zip(params, states):
-                    home = self._home(p, group)
-                    state.update({k: v.to(home) for k, v in state.items() if k != "step" and isinstance(v, torch.Tensor) and v.dim() and v.device != home
-                                  and k != "cosines"})
-            if counted:
-                for p, state in zip(params, states):  # they were counted on the host until now
-                    if state["step"].device != p.device:
-                        state["step"] = torch.full((), float(state["step"]), dtype=torch.float32, device=p.device)
+            if counted or params and staging.staged(params[0].device):
+                self._bring_home(group, params, counted)
             steps = [state["step"] for state in states]
             if steps:
                 torch._foreach_add_(steps, 1 if live is None else [live.to(torch.float32)] * len(steps))
@@ -553,6 +548,17 @@ class FusedOptimizer(Optimizer):
             if params:
                 torch.autograd.graph.increment_version([local(p) for p in params])  # so that autograd refuses a stale saved weight
 
+    def _bring_home(self, group, params, counted):
+        """Moves states of a live group whose offload was changed, and steps that are counted elsewhere from now on."""
+        for p in params:
+            state, home = self.state[p], self._home(p, group)
+            for name, value in list(state.items()):
+                if isinstance(value, torch.Tensor) and value.dim() and name not in ("step", "cosines") and value.device != home:
+                    state[name] = value.to(home)
+            there = p.device if counted else torch.device("cpu")
+            if state["step"].device != there:
+                state["step"] = torch.full((), float(state["step"]), dtype=torch.float32, device=there)
+
     def _is_counted_there(self, group, params, factor, live) -> bool:
         """Whether the group's steps are counted on its parameters' device, by nothing the host waits for."""
         if not params:
@@ -563,11 +569,9 @@ class FusedOptimizer(Optimizer):
         if p.is_cuda and torch.cuda.is_current_stream_capturing():
             if not group["capturable"]:
                 raise RuntimeError(f"Attempting CUDA graph capture of step() for an instance of {type(self).__name__} but param_groups' capturable is False.")
-            if not all(map(self.state.get, params)):
+            if not all([(state := self.state.get(q)) and state["step"].is_cuda for q in params]):
                 raise RuntimeError(f"capture of {type(self).__name__}.step(): a parameter has no state yet, and a replay would clear it again; take a step outside "
                                    "of the graph first")
-        if group["capturable"] and not all([counts_on(q.device) and q.device == p.device for q in params]):
-            raise AssertionError("If capturable=True, params and state_steps must be on supported devices: ['cuda'], all of a group on one.")
         if there:
             return True
         step = self.state.get(p, {}).get("step")  # once there, it stays there
