@@ -114,6 +114,15 @@ def adamw_bf16_weights(ctx):
         _peer(ctx, "torchao", "torchao _AdamW bf16 SR (compiled)", _torchao("_AdamW"), bf16, bf16_stochastic_round=True)])
 
 
+@case("optim", full=True)
+def adamw_offloaded(ctx):
+    """States in CPU memory, the step on the CPU, for weights on a GPU; for weights on the CPU the same step twice."""
+    bf16 = torch.bfloat16
+    beside = _ours(ctx, bf16, states="int8")
+    return _bench(ctx, "AdamW, bf16 weights, 8-bit states, offload=True", 10 + 4 * BLOCK_SCALE, [
+        _ours(ctx, bf16, states="int8", offload=True), rival("gradmill, states beside the weights", beside.make)])
+
+
 # --- Lion -------------------------------------------------------------------------------------------------
 class TorchLion(torch.optim.Optimizer):
     """Chen et al., "Symbolic Discovery of Optimization Algorithms", in torch's multi-tensor ops."""

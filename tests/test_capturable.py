@@ -20,8 +20,8 @@ from .conftest import assert_same_bits
 
 SHAPES = [(12, 70), (70,), (3, 2, 40), (), (0,)]
 #: Every optimizer that can be captured.
-OPTIMIZERS = {"AdamW": {}, "Adam": dict(amsgrad=True, weight_decay=0.1), "Lion": {}, "SGD": dict(momentum=0.9, nesterov=True, weight_decay=0.1), "Adagrad": dict(lr_decay=0.1),
-              "CLASSP": dict(threshold=0.01), "AdaBelief": {}, "DiffGrad": {}, "Grams": {}, "Sophia": {}}
+OPTIMIZERS = {"AdamW": {}, "Adam": dict(amsgrad=True, weight_decay=0.1), "Lion": {}, "SGD": dict(momentum=0.9, nesterov=True, weight_decay=0.1),
+              "Adagrad": dict(lr_decay=0.1), "CLASSP": dict(threshold=0.01), "AdaBelief": {}, "DiffGrad": {}, "Grams": {}, "Sophia": {}}
 STATES = ("fp32", "bf16", "fp8", "int8", "int4")
 
 
@@ -142,7 +142,7 @@ def test_skipping_and_clipping_are_those_of_the_host(name, limit, monkeypatch):
 
 def test_a_run_moves_between_counting_here_and_there(counting):
     """From the host's counts to the device's and back, through state dicts and on a live optimizer."""
-    params, mine = weights("bf16"), weights("bf16")
+    params, mine, saved = weights("bf16"), weights("bf16"), None
     optimizer, other = AdamW(params, states="int8", min_quantized_numel=1, seed=2), AdamW(mine, states="int8", min_quantized_numel=1, seed=2, capturable=True)
     for step in range(8):
         give(params, step), give(mine, step)
@@ -170,7 +170,8 @@ def clone(options):
 @pytest.mark.parametrize("name, case", CASES, ids=[f"{name}-{case.desc}" for name, case in CASES])
 def test_torchs_capturable_cases(name, case, counting):
     params, other = weights(), weights()
-    ours, theirs = getattr(optim, name)(params, **clone(case.kwargs)), getattr(torch.optim, name)(other, **{**clone(case.kwargs), "capturable": False, "foreach": False})
+    ours = getattr(optim, name)(params, **clone(case.kwargs))
+    theirs = getattr(torch.optim, name)(other, **{**clone(case.kwargs), "capturable": False, "foreach": False})
     for step in range(5):
         give(params, step), give(other, step)
         with Waiting():
@@ -201,6 +202,39 @@ def test_what_it_cannot_be_combined_with_is_said():
         optim.SGD(params, momentum=0.9, dampening=0.1, capturable=True)
     with pytest.raises(TypeError, match="capturable is 1"):
         AdamW(params, capturable=1)
+
+
+class Pretended:
+    """What the optimizer asks of a parameter on a GPU before it steps."""
+
+    is_cuda, device = True, torch.device("cuda", 0)
+
+
+def test_what_a_capture_refuses_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    p = Pretended()
+    for options, match in ((dict(), "capturable is False"), (dict(offload=True), "capturable is False"), (dict(capturable=True), "no state yet")):
+        optimizer = AdamW(weights(), **options)
+        for state in ({}, {"step": torch.zeros(())}):  # counted on the host: would be copied at every replay
+            optimizer.state[p] = state
+            with pytest.raises(RuntimeError, match=match):
+                optimizer._is_counted_there(optimizer.param_groups[0], [p], 1.0, None)
+    optimizer = AdamW(weights(), capturable=True, on_nonfinite="raise")
+    with pytest.raises(RuntimeError, match="only the host can raise"):
+        optimizer._deciding([(optimizer.param_groups[0], [p])])
+
+
+def test_what_is_decided_on_a_gpu_and_what_on_the_host(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    here, there = Pretended(), Pretended()
+    there.device = torch.device("cuda", 1)
+    for name, options, params, want in (("AdamW", {}, [here], here.device), ("AdamW", {}, [here, there], None), ("AdamW", dict(offload=True), [here], None),
+                                        ("AdamW", dict(on_nonfinite="raise"), [here], None), ("LAMB", {}, [here], None), ("AdamW", {}, [], None),
+                                        ("SGD", dict(momentum=0.9, dampening=0.1), [here], None), ("SGD", dict(momentum=0.9), [here], here.device)):
+        optimizer = getattr(optim, name)(weights(), **options)
+        assert optimizer._deciding([(optimizer.param_groups[0], params)]) == want, (name, options)
+    optimizer = AdamW([{"params": weights(shapes=[(80, 80)]), "rank": 4}])
+    assert optimizer._deciding([(optimizer.param_groups[0], [here])]) is None
 
 
 # --- on a GPU ---------------------------------------------------------------------------------------------
@@ -238,7 +272,7 @@ def test_replays_are_eager_steps(name):
             lr.fill_(0.02 / step)
             graph.replay() if captured else optimizer.step()
         assert float(optimizer.state[params[0]]["step"]) == 5
-        sides.append(([p.detach().cpu() for p in params], [{k: v.cpu() for k, v in optimizer.state[p].items() if isinstance(v, torch.Tensor)} for p in params]))
+        sides.append([t.cpu() for p in params for t in (p.detach(), *[v for v in optimizer.state[p].values() if isinstance(v, torch.Tensor)])])
     assert_same_bits(*sides)
 
 
@@ -282,7 +316,8 @@ def test_torchs_capturable_cases_on_a_gpu(name, case):
 @pytest.mark.gpu
 def test_what_a_capture_refuses():
     on_gpu()
-    for options, match in ((dict(), "capturable is False"), (dict(capturable=True), "no state yet"), (dict(capturable=True, on_nonfinite="raise"), "only the host can raise")):
+    for options, match in ((dict(), "capturable is False"), (dict(capturable=True), "no state yet"),
+                           (dict(capturable=True, on_nonfinite="raise"), "only the host can raise")):
         p = torch.nn.Parameter(torch.ones(8, device="cuda"))
         p.grad = torch.ones_like(p)
         optimizer = AdamW([p], **options)

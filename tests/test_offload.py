@@ -9,7 +9,6 @@ import random
 import pytest
 import torch
 
-import gradmill
 from gradmill import QuantizedWeight, optim
 from gradmill.formats import FLOAT_DTYPES
 from gradmill.optim import AdamW, Lion, load_optimizer, release_gradients, save_optimizer, staging
@@ -18,8 +17,8 @@ from .conftest import SEED, assert_same_bits
 
 SHAPES = [(70, 130), (130,), (300, 64), (8, 3, 3, 3), (), (0,), (3, 0), (1, 700), (701, 1)]
 #: Every optimizer that offloads, with options that show more of it.
-OPTIMIZERS = {"AdamW": {}, "Adam": dict(amsgrad=True, weight_decay=0.1), "Lion": {}, "SGD": dict(momentum=0.9, dampening=0.3), "Adagrad": dict(initial_accumulator_value=0.1),
-              "CLASSP": dict(threshold=0.01), "AdaBelief": {}, "DiffGrad": {}, "Grams": {}, "Sophia": {}}
+OPTIMIZERS = {"AdamW": {}, "Adam": dict(amsgrad=True, weight_decay=0.1), "Lion": {}, "SGD": dict(momentum=0.9, dampening=0.3),
+              "Adagrad": dict(initial_accumulator_value=0.1), "CLASSP": dict(threshold=0.01), "AdaBelief": {}, "DiffGrad": {}, "Grams": {}, "Sophia": {}}
 STATES = ("fp32", "bf16", "fp8", "int8", "int4")
 
 
@@ -95,8 +94,8 @@ def test_any_layout_goes_down_and_up(staged):
     sides = []
     for offload in (False, True):
         g = torch.Generator().manual_seed(3)
-        params = [torch.nn.Parameter(torch.randn(130, 70, generator=g).t()), torch.nn.Parameter(torch.randn(9, 5, generator=g).t()),
-                  torch.nn.Parameter(torch.randn(80, 60, generator=g)[::2, ::3]), torch.nn.Parameter(torch.randn(4, 3, 8, 8, generator=g).to(memory_format=torch.channels_last))]
+        params = [torch.nn.Parameter(t) for t in (torch.randn(130, 70, generator=g).t(), torch.randn(9, 5, generator=g).t(),
+                  torch.randn(80, 60, generator=g)[::2, ::3], torch.randn(4, 3, 8, 8, generator=g).to(memory_format=torch.channels_last))]
         optimizer = AdamW(params, offload=offload)
         for step in range(2):
             params[0].grad = torch.randn(70, 1, generator=g).expand(70, 130)
@@ -334,7 +333,8 @@ def test_states_stay_on_the_cpu_and_weights_get_the_bits_of_a_step_on_the_gpu(na
                 optimizer.step()
                 for p in params:
                     p.grad = None  # its memory goes to the next ones
-            assert {t.device.type for s in optimizer.state.values() for n, t in s.items() if isinstance(t, torch.Tensor) and n != "step"} == {"cpu" if offload else "cuda"}
+            assert {t.device.type for s in optimizer.state.values() for n, t in s.items()
+                    if isinstance(t, torch.Tensor) and n != "step"} == {"cpu" if offload else "cuda"}
             copied, states_now = everything(params, optimizer)
             sides.append(([p.cpu() for p in copied], {i: {k: v.cpu() for k, v in s.items()} for i, s in states_now.items()}))
         assert_same_bits(*sides, f"{kind}")
