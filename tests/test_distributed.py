@@ -117,6 +117,20 @@ def check_other_placements_are_refused_by_name():
         assert "first dimension" in str(error)
 
 
+def check_offload_of_shards_elsewhere_is_refused_by_name():
+    from gradmill.optim import AdamW, staging
+    parts = [torch.nn.Parameter(shard(v)) for v in values()]
+    AdamW(parts, offload=True)  # on the CPU it changes nothing
+    staged, staging.staged = staging.staged, lambda device: True
+    try:
+        AdamW(parts, offload=True)
+        raise AssertionError("accepted")
+    except ValueError as error:
+        assert "CPUOffloadPolicy" in str(error)
+    finally:
+        staging.staged = staged
+
+
 PROJECTIONS = [dict(basis="svd", bits=32), dict(basis="subspace", bits=4, group_size=8, moments="rotate"), dict(basis="subspace", bits=8, background=1),
                dict(basis="dct", refresh_every=1, moments="rotate"), dict(basis="dct", moments="rotate"), dict(basis="random"), dict(basis="coordinate", moments="reset")]
 
