@@ -1,5 +1,6 @@
 """one_bit_fqt: packed and simulated forms agree, gradients are unbiased, the parts that should be exact are."""
 import dataclasses
+import warnings
 
 import pytest
 import torch
@@ -224,3 +225,18 @@ def test_it_trains():
         optimizer.step()
         losses.append(loss.item())
     assert sum(losses[-10:]) / 10 < 0.6 * losses[0], losses[::15]
+
+
+def test_an_input_without_signs_is_told_once():
+    x = torch.randn(2, 3, 8, 8)
+    layers = [gradmill.nn.Linear(8, 5, recipe="one_bit_fqt"), gradmill.nn.Conv2d(3, 5, 3, recipe="one_bit_fqt")]
+    for layer in layers:
+        with pytest.warns(UserWarning, match="no negative value.*not a ReLU"):
+            layer(x.relu())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for layer in layers:
+            layer(x.relu())  # once is enough
+        for x in (torch.randn(4, 8), torch.randn(0, 8)):
+            gradmill.nn.Linear(8, 5, recipe="one_bit_fqt")(x)
+        gradmill.nn.Linear(8, 5, recipe="int8")(torch.rand(4, 8))

@@ -1,12 +1,16 @@
 """What nn.Linear and nn.Conv2d share: a recipe, its parameters, and the way from and to torch's layer."""
 from __future__ import annotations
 
+import warnings
+import weakref
+
 import torch
 
 from gradmill import functional, recipes
 from gradmill.weight import QuantizedWeight
 
 _FAKE = ("weight_steps", "weight_zeros")  # Parameters of a recipe that fakes
+_looked = weakref.WeakSet()                # one-bit layers whose first input was looked at
 
 
 class KeepsFloat32:
@@ -106,6 +110,15 @@ class RecipeLayer(KeepsFloat32):
             self.weight.scales.copy_(self.steps.detach())
             del self.steps
         return self
+
+    def _look(self, x):
+        """Says once if the signs of a one-bit layer's first input are all the same: behind a ReLU, say."""
+        if torch.compiler.is_compiling() or self.recipe.one_bit is None or self in _looked:
+            return
+        _looked.add(self)
+        if x.numel() and bool((x >= 0).all()):
+            warnings.warn(f"{self} takes the signs of its input, and its first input of shape {tuple(x.shape)} has no negative value: all its outputs are the same, and "
+                          "a norm behind it multiplies gradients by up to 1/sqrt(eps). Put a norm or Hardtanh before it, not a ReLU", stacklevel=3)
 
     def dequantize_(self) -> torch.nn.Module:
         """This layer as torch's plain one, sharing what it can."""

@@ -43,6 +43,7 @@ class Conv2d(RecipeLayer, torch.nn.Conv2d):
         super()._adopt(recipe)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        self._look(input)
         padding = self.padding
         if self.padding_mode != "zeros":
             input = torch.nn.functional.pad(input, self._reversed_padding_repeated_twice, self.padding_mode)

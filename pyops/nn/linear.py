@@ -54,6 +54,7 @@ class Linear(RecipeLayer, torch.nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.compiler.is_compiling() and (profiler := _registry.profiler) is not None:
             profiler.see(self)
+        self._look(x)
         return functional.linear(x, self.weight, self.bias, self.recipe, **self._steps, amax_history=self._buffers.get("amax_history"))
 
     def kept_bytes(self) -> tuple[int, int]:
