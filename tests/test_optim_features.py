@@ -184,6 +184,24 @@ def test_an_element_goes_on_after_its_gradient_spiked():
     assert moves[StableSPAM] > 5 * moves[AdamW]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_lamb_steps_alike_however_tensors_are_batched(monkeypatch, dtype):
+    first = [torch.randn(shape).to(dtype) for shape in ((33, 65), (7,), (), (0, 4), (20, 128))]
+    results = []
+    for size in (1, 200, 1 << 30):
+        monkeypatch.setattr("gradmill.optim.large_batch.BATCH", size)
+        params = [torch.nn.Parameter(p.clone()) for p in first]
+        optimizer = LAMB(params, lr=0.1, states="int8", min_quantized_numel=1, seed=3)
+        for step in range(2):
+            for i, p in enumerate(params):
+                p.grad = torch.sin(first[i] * (step + 2))
+            optimizer.step()
+        results.append(params)
+    for params in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(params, results[0]))
+    assert not torch.equal(results[0][0], first[0])
+
+
 @pytest.mark.parametrize("ema", [None, 0.9])
 def test_vrgd_weighs_by_what_shards_agree_on(ema):
     p = torch.nn.Parameter(torch.randn(20, 30))

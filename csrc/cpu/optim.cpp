@@ -5,8 +5,10 @@
 // so that fp32 AdamW is one bare loop. Counts per element: fp32 AdamW reads 16 and writes 12 bytes; int8 states
 // read 10 and write 6 (+ 16/256 for scales): 0.57 of the bytes. Predicted: memory binds both, so 0.57 of the time.
 // Measured on 2 cores of a Zen 4, AVX-512, 20M parameters, of the time of torch's fused fp32 step: in minutes of fast memory
-// (torch 7.6 ms) fp32 0.91, bf16 0.77, int8 1.04, int4 1.14; of slow memory (torch 13 ms) 0.96, 0.71, 0.65, 0.66. 8- and 4-bit
-// states are bound by arithmetic (8 ms whatever the memory), not by bytes. Tried and dropped: prefetching the next unit (a third slower), units
+// (torch 7.6 ms) fp32 0.91, bf16 0.77; of slow memory (torch 13 ms) 0.96, 0.71. 8- and 4-bit states are bound by arithmetic, not by
+// bytes (apply_rule_coded says how far). One thread's CPU time beside other work (busy), before and after the codes were made four
+// vectors at a time: int8 1.08-1.16 -> 0.95-1.03, int4 1.12-1.27 -> 1.06, fp8 2.0 -> 1.25, Sophia int8 1.03-1.10 -> 0.86-0.92; AVX2 int8
+// 1.46 -> 1.18, int4 1.59 -> 1.31. Tried and dropped: prefetching the next unit (a third slower), units
 // of 256 and 1024 elements, handing out chunks in turn.
 #include "simd.h"  // before the rules: they call root()
 
@@ -65,34 +67,87 @@ template <>
 constexpr int kSquares<Classp> = 1;
 template <>
 constexpr int kSquares<DiffGrad> = 2;
+// Bit s: state s stays bf16 where the others are coded (pyops/optim/rules.py says why).
+template <class R>
+constexpr int kPlain = 0;
+template <>
+constexpr int kPlain<Sophia> = 2;
 
-// W codes of BITS bits to and from lanes, and what a code stands for.
-template <int BITS>
-inline vu codes_at(const uint8_t* p) { return BITS == 4 ? widened_nibbles(p) : widened(p); }
-template <int BITS>
-inline void store_codes(uint8_t* p, vu x) { BITS == 4 ? store_narrowed_nibbles(p, x) : store_narrowed(p, x); }
-
+// The codes of a block of states as values, and values as codes. What a second moment's values are encoded from are their roots.
+//
+// Decoding reads (y - 1) * scale with y a float whose top bits are the code. Here 2y, a whole exponent above it: its lowest exponent
+// bits are 0, so the code is put there by an `or`; and as 2y - 2 is exact, one fma gives the very bits of the difference and the product.
+// Sixteen values fit a table in registers, made once a block.
 template <int CODE>
-inline vf decoded(vu q, float scale) {
+struct StateCodec {
   typedef OffsetFloat<CODE> F;
-  constexpr int sign = 31 - (kBits<CODE> - 1);
-  const vf y = (vf)(((F::root ? q : q & F::last) << F::shift) + 0x3f800000u) - 1.0f;
-  if (!F::root) return (vf)((vu)y | (q & (F::last + 1u)) << sign) * scale;
-  const vf r = y * scale;
-  return r * r;
-}
-
-// A state's codes of one block as values: 16 of them fit a table in registers, made once a block.
-template <int CODE>
-struct StateDecoder {
-  float scale = 0.0f;
+  static constexpr int bits = kBits<CODE>;
+  float half = 0.0f, scale = 0.0f;
   Table16 table;
   inline void set(float x) {
-    scale = x;
-    if (kBits<CODE> == 4)
-      for (int i = 0; i < 16 / W; ++i) table.part[i] = decoded<CODE>(lane_numbers() + static_cast<uint32_t>(i * W), x);
+    half = 0.5f * x, scale = x;
+    if (bits != 4) return;
+    for (int i = 0; i < 16 / W; ++i) {
+      const vu q = lane_numbers() + static_cast<uint32_t>(i * W);
+      table.part[i] = value(F::root ? q : q | (0u - (q & 8u)));
+    }
   }
-  inline vf operator()(vu q) const { return kBits<CODE> == 4 ? table[q] : decoded<CODE>(q, scale); }
+  inline vf value(vu q) const {  // a moment's sign is in the lane's top bit
+    const vf twice = (vf)((F::root ? q << F::shift : q << F::shift & F::last << F::shift) | 0x40000000u);
+#if GM_LEVEL >= 1
+    const vf x = fma(twice, broadcast(half), broadcast(-scale));
+#else
+    const vf x = (twice - 2.0f) * half;
+#endif
+    return F::root ? x * x : (vf)((vu)x | (q & 0x80000000u));
+  }
+  inline vf at(const uint8_t* p) const { return bits == 4 ? table[nibbles(p)] : value(F::root ? widened(p) : widened_signed(p)); }
+
+  // Four vectors. A moment's code needs no clamp: the largest of its block has top - 1 + 1/2 of the last step at most.
+  static inline vb encoded(const float* x, Block b, vu& word) {
+    vf v[4];
+    vu k[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      v[i] = load(x + i * W);
+      const vu y = (vu)((F::root ? v[i] : (vf)((vu)v[i] & 0x7fffffffu)) * b.inverse + 1.0f);
+      k[i] = (F::root ? y + (word >> (32 - F::shift)) : y - (0x3f800000u - (1u << (F::shift - 1)))) >> F::shift;
+      if (F::root) word += W * kDitherStep;
+    }
+    if (F::root) {
+      vb q = packed<(0x3f800000 >> F::shift)>(k[0], k[1], k[2], k[3]);
+      constexpr uint8_t last = F::last;
+      if (bits == 4) q = q > last ? q * 0 + last : q;
+      return q > 1 ? q : q * 0 + 1;
+    }
+    constexpr uint8_t sign = 1u << (bits - 1);
+    vb signs = packed_signs(v[0], v[1], v[2], v[3]);
+    if (bits == 4) signs = (vb)((vu)signs >> 4);
+    return (packed<0>(k[0], k[1], k[2], k[3]) & static_cast<uint8_t>(~sign)) | (signs & sign);
+  }
+};
+
+// float8_e4m3fn moments (states="fp8").
+template <>
+struct StateCodec<kE4M3> {
+  static constexpr int bits = 8;
+  float scale = 0.0f;
+  inline void set(float x) { scale = x; }
+  inline vf at(const uint8_t* p) const {
+#if GM_LEVEL >= 1
+    return Float8Decoder<3>(0, scale)(p);
+#else
+    vf x;
+    for (int i = 0; i < W; ++i) x[i] = decode<kE4M3>(p[i], Block{scale, 0, 0.0f});
+    return x;
+#endif
+  }
+  static inline vb encoded(const float* x, Block b, vu&) {
+    vu k[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) k[i] = encode_small_float<kE4M3, false>(load(x + i * W), vu{}, b.scale);
+    return packed<0>(k[0], k[1], k[2], k[3]);
+  }
 };
 
 // The dither words' offsets of consecutive blocks, block `at` on: philox_word of each one's first element, many at a time
@@ -113,92 +168,107 @@ struct DitherOffsets {
 
 // The same for states in their 8- or 4-bit codes (kSquares), by far the commonest. One pass over
 // a block decodes, applies the rule and measures the new block, a second encodes it from L1; the root that the rule took of
-// a second moment is kept, because its code stores the root. Written in vectors: in a loop of mixed widths gcc falls back
-// to 16-byte vectors. AdamW in L2, one core of a Zen 4, ns an element, AVX-512 / AVX2: fp32 states 0.31 / 0.33, bound by root
-// and division; bf16 0.45 / 0.69; int8 0.71 / 0.96; int4 0.79 / 1.06. Tried and dropped: a block's codes made inside the next
-// block's pass (int8 3% and 15% slower: with 16 registers the loop spills).
+// a second moment is kept, because its code stores the root. The second pass comes a block late: what the last vectors of the
+// first pass still compute, and the scales, are not waited for (2 to 7% of int8). Written in vectors: in a loop of mixed widths gcc falls back
+// to 16-byte vectors.
+//
+// Counted, vector instructions for W elements of AdamW, AVX-512, int8: decode 5 + 5, rule 15, measure 3, stores 3, encode 7 + 8: 46, of
+// 60 before; 41 of them for one of the two 512 bits' worth of pipes: 21 cycles, and 17 for root and division, which run beside.
+// Measured in L2, one thread of a Zen 4 whose other threads were busy, ns an element, AVX-512 / AVX2, before and after: AdamW int8 0.68 / 0.90
+// -> 0.57 / 0.78, int4 0.75 / 1.01 -> 0.64 / 0.88; Lion int8 0.42 / 0.53 -> 0.36 / 0.45; fp8 1.29 -> 0.80. fp32 states 0.29 / 0.31, bound by
+// root and division; bf16 0.43 / 0.66. In such minutes int8 takes 33 cycles, not 21. Tried and dropped: a block's codes made inside the
+// next block's pass, vector by vector or four by four (int8 3 to 25% slower).
 template <class R, int MOMENT, int SQUARE>
 void apply_rule_coded(float* p, const float* g, const Matrix* states, int64_t row, int64_t col, int64_t n, float* scratch,
                       const Key& dither, const float* scalars) {
-  constexpr int bits = kBits<MOMENT>;
-  typedef OffsetFloat<MOMENT> M;
-  typedef OffsetFloat<SQUARE> S;
+  typedef StateCodec<MOMENT> M;
+  typedef StateCodec<SQUARE> S;
+  constexpr int bits = M::bits;
+  constexpr int64_t group = 4 * W * 8 / bits;  // values whose codes are made at a time
   float h[kMaxScalars];
   for (int i = 0; i < kMaxScalars; ++i) h[i] = scalars[i];
   constexpr auto square = [](int s) { return (kSquares<R> >> s & 1) != 0; };
-  const int64_t block = states[0].block, padded = (block + W - 1) / W * W;
+  constexpr auto plain = [](int s) { return (kPlain<R> >> s & 1) != 0; };
+  const int64_t block = states[0].block, padded = (block + group - 1) / group * group;
   DitherOffsets offsets(dither, row * states[0].cols + col, block);
-  for (int64_t at = 0; at < n; at += block) {
-    const int64_t part = n - at < block ? n - at : block, index = row * states[0].blocks_per_row() + (col + at) / block;
+  // The block that waits to be encoded; as single variables, for in a struct gcc keeps them in memory (a fifth slower).
+  uint8_t* before_codes[kMaxStates] = {};
+  Block before_blocks[kMaxStates] = {};
+  uint32_t before_offset = 0;
+  int64_t before = 0;
+  float *values = scratch, *before_values = scratch + R::states * padded;
+  for (int64_t at = 0; at < n || before > 0; at += block) {
+    const int64_t part = at >= n ? 0 : n - at < block ? n - at : block, index = row * states[0].blocks_per_row() + (col + at) / block;
     const int64_t whole = part / W * W, rest = part - whole;
     uint8_t* codes[kMaxStates] = {};
-    StateDecoder<MOMENT> moments[kMaxStates];
-    StateDecoder<SQUARE> squares[kMaxStates];
+    M moments[kMaxStates];
+    S squares[kMaxStates];
     vu absmax[kMaxStates] = {};
 #pragma GCC unroll 3
-    for (int s = 0; s < R::states; ++s) {
+    for (int s = 0; s < R::states && part > 0; ++s) {
       codes[s] = reinterpret_cast<uint8_t*>(tile_address(states[s], row, col + at));
-      square(s) ? squares[s].set(states[s].scales[index]) : moments[s].set(states[s].scales[index]);
+      if (!plain(s)) square(s) ? squares[s].set(states[s].scales[index]) : moments[s].set(states[s].scales[index]);
     }
-    auto apply = [&](float* weight, const float* grad, const uint8_t* const* from, int64_t byte, int64_t i) __attribute__((always_inline)) {
+    auto apply = [&](float* weight, const float* grad, uint8_t* const* from, int64_t i, int64_t scratch_at) __attribute__((always_inline)) {
       vf w = load(weight), state[kMaxStates] = {};
 #pragma GCC unroll 3
-      for (int s = 0; s < R::states; ++s) {
-        const vu q = codes_at<bits>(from[s] + byte);
-        state[s] = square(s) ? squares[s](q) : moments[s](q);
-      }
+      for (int s = 0; s < R::states; ++s)
+        state[s] = plain(s) ? load_state(reinterpret_cast<uint16_t*>(from[s]) + i) : square(s) ? squares[s].at(from[s] + i * bits / 8) : moments[s].at(from[s] + i * bits / 8);
       R::apply(w, load(grad) * h[0], state[0], state[1], state[2], h);
       store(weight, w);
 #pragma GCC unroll 3
       for (int s = 0; s < R::states; ++s) {
-        const vu magnitude = (vu)state[s] & 0x7fffffffu;
+        if (plain(s)) {
+          store_state(reinterpret_cast<uint16_t*>(from[s]) + i, state[s]);
+          continue;
+        }
+        const vu magnitude = square(s) ? (vu)state[s] : (vu)state[s] & 0x7fffffffu;  // a second moment is never negative
         absmax[s] = magnitude > absmax[s] ? magnitude : absmax[s];
-        store(scratch + s * padded + i, square(s) ? root(state[s]) : state[s]);
+        store(values + s * padded + scratch_at, square(s) ? root(state[s]) : state[s]);
       }
     };
-    for (int64_t i = 0; i < whole; i += W) apply(p + at + i, g + at + i, codes, i * bits / 8, i);
+    for (int64_t i = 0; i < whole; i += W) apply(p + at + i, g + at + i, codes, i, i);
     if (rest) {  // a tail shorter than a vector works on zero-padded copies
       float weight[W] = {}, grad[W] = {};
-      uint8_t bytes[kMaxStates][W] = {};
-      const uint8_t* const from[kMaxStates] = {bytes[0], bytes[1], bytes[2]};
+      uint8_t bytes[kMaxStates][2 * W] = {};
+      uint8_t* const from[kMaxStates] = {bytes[0], bytes[1], bytes[2]};
       memcpy(weight, p + at + whole, static_cast<size_t>(rest) * 4);
       memcpy(grad, g + at + whole, static_cast<size_t>(rest) * 4);
-      for (int s = 0; s < R::states; ++s) memcpy(bytes[s], codes[s] + whole * bits / 8, static_cast<size_t>(rest * bits + 7) / 8);
+      const auto bytes_of = [&](int s, int64_t count) { return static_cast<size_t>(count * (plain(s) ? 16 : bits) + 7) / 8; };
+      for (int s = 0; s < R::states; ++s) memcpy(bytes[s], codes[s] + bytes_of(s, whole), bytes_of(s, rest));
       apply(weight, grad, from, 0, whole);
       memcpy(p + at + whole, weight, static_cast<size_t>(rest) * 4);
+      for (int s = 0; s < R::states; ++s)
+        if (plain(s)) memcpy(codes[s] + bytes_of(s, whole), bytes[s], bytes_of(s, rest));
     }
 #pragma GCC unroll 3
     for (int s = 0; s < R::states; ++s) {
-      const Block b = block_of(square(s) ? SQUARE : MOMENT, largest(absmax[s]), 0, 0);
-      states[s].scales[index] = b.scale;
-      if (!(b.scale > 0.0f)) {
-        memset(codes[s], 0, static_cast<size_t>(part * bits + 7) / 8);
-        continue;
-      }
-      vu word{};
-      if (square(s)) word = lane_numbers() * kDitherStep + offsets[at / block];
-      auto encoded = [&](int64_t i) __attribute__((always_inline)) {  // encode<MOMENT>, encode_root
-        const vf value = load(scratch + s * padded + i);
-        if (!square(s)) {
-          const vf y = (vf)((vu)value & 0x7fffffffu) * b.inverse + 1.0f;
-          const vu k = ((vu)y - (0x3f800000u - (1u << (M::shift - 1)))) >> M::shift;
-          return (k > M::last ? k * 0 + M::last : k) | ((vu)value >> (32 - bits) & (M::last + 1u));
-        }
-        const vf y = value * b.inverse + 1.0f;
-        vu k = ((vu)y - 0x3f800000u + (word >> (32 - S::shift))) >> S::shift;
-        word += W * kDitherStep;
-        k = k > S::last ? k * 0 + S::last : k;
-        return k < 1u ? k * 0 + 1u : k;
-      };
-      for (int64_t i = 0; i < whole; i += W) store_codes<bits>(codes[s] + i * bits / 8, encoded(i));
-      if (rest) {
-        uint8_t bytes[W];
-        vu q = encoded(whole);
-        for (int64_t k = rest; k < W; ++k) q[k] = 0;  // of the byte that an odd number of 4-bit codes ends in
-        store_codes<bits>(bytes, q);
-        memcpy(codes[s] + whole * bits / 8, bytes, static_cast<size_t>(rest * bits + 7) / 8);
+      const Block b = before_blocks[s];
+      if (plain(s) || !(b.scale > 0.0f)) continue;
+      vu word = lane_numbers() * kDitherStep + before_offset;
+      for (int64_t i = 0; i < before; i += group) {
+        uint8_t last[4 * W], *to = i + group <= before ? before_codes[s] + i * bits / 8 : last;
+        const float* x = before_values + s * padded + i;
+        const vb q = square(s) ? S::encoded(x, b, word) : M::encoded(x, b, word);
+        if constexpr (bits == 4) store_in_order(to, q, square(s) ? S::encoded(x + 4 * W, b, word) : M::encoded(x + 4 * W, b, word));
+        else store_in_order(to, q);
+        if (i + group <= before) continue;
+        if (bits == 4 && before % 2) last[(before - i) / 2] &= 15;  // no code in the other half
+        memcpy(before_codes[s] + i * bits / 8, last, static_cast<size_t>((before - i) * bits + 7) / 8);
       }
     }
+#pragma GCC unroll 3
+    for (int s = 0; s < R::states && part > 0; ++s) {
+      if (plain(s)) continue;
+      before_blocks[s] = block_of(square(s) ? SQUARE : MOMENT, largest(absmax[s]) & 0x7fffffffu, 0, 0);
+      states[s].scales[index] = before_blocks[s].scale;
+      before_codes[s] = codes[s];
+      if (!(before_blocks[s].scale > 0.0f)) memset(codes[s], 0, static_cast<size_t>(part * bits + 7) / 8);
+    }
+    if (part > 0 && kSquares<R> % (1 << R::states) != 0) before_offset = offsets[at / block];
+    before = part;
+    float* const other = values;
+    values = before_values, before_values = other;
   }
 }
 
@@ -206,11 +276,12 @@ using ApplyFn = void (*)(float*, const float*, void*, void*, void*, int64_t, con
 using CodedFn = void (*)(float*, const float*, const Matrix*, int64_t, int64_t, int64_t, float*, const Key&, const float*);
 struct RuleEntry {
   ApplyFn apply, apply_bf16;  // states in fp32, in bf16
-  CodedFn apply_8bit, apply_4bit;
-  int states, squares;
+  CodedFn apply_8bit, apply_4bit, apply_fp8;
+  int states, squares, plains;
 };
 const RuleEntry kRules[] = {
-#define GM_ENTRY(name, R) {apply_rule<R, float>, apply_rule<R, uint16_t>, apply_rule_coded<R, kMoment8, kSquare8>, apply_rule_coded<R, kMoment4, kSquare4>, R::states, kSquares<R>},
+#define GM_ENTRY(name, R) {apply_rule<R, float>, apply_rule<R, uint16_t>, apply_rule_coded<R, kMoment8, kSquare8>, apply_rule_coded<R, kMoment4, kSquare4>, \
+                              apply_rule_coded<R, kE4M3, kSquare8>, R::states, kSquares<R>, kPlain<R>},
     GM_RULES(GM_ENTRY)
 #undef GM_ENTRY
 };
@@ -264,18 +335,24 @@ void step_units(const StepTensor& t, const StepArgs& a, const float* h, Shape sh
   const Key key{a.seed, a.step, t.id << 8 | kWeightRounding, t.first}, dither{a.seed, a.step, t.id << 8 | kDither, t.first};
   float *p_buffer = scratch, *old_buffer = scratch + shape.unit, *g_buffer = scratch + 2 * shape.unit, *s_buffer = scratch + 3 * shape.unit;
   const bool p_plain = view.param.code == kF32, p_blocked = is_blocked(view.param.code);
-  bool eight_bit = rule.states > 0, four_bit = rule.states > 0, bf16 = rule.states > 0, plain = true;
-  for (int s = 0; s < rule.states; ++s) {
-    const bool alike = view.states[s].block == view.states[0].block, square = (rule.squares >> s & 1) != 0;
-    plain &= view.states[s].code == kF32;
-    bf16 &= view.states[s].code == kBF16;
-    eight_bit &= alike && view.states[s].code == (square ? kSquare8 : kMoment8);
-    four_bit &= alike && view.states[s].code == (square ? kSquare4 : kMoment4);
-  }
+  auto stored_as = [&](int moment, int square, int plain) {
+    for (int i = 0; i < rule.states; ++i) {
+      const bool is_plain = (rule.plains >> i & 1) != 0;
+      if (view.states[i].code != (is_plain ? plain : (rule.squares >> i & 1) != 0 ? square : moment)) return false;
+      if (!is_plain && view.states[i].block != view.states[0].block) return false;
+    }
+    return true;
+  };
+  const bool plain = stored_as(kF32, kF32, kF32), bf16 = !plain && stored_as(kBF16, kBF16, kBF16);
+  const CodedFn coded = plain || bf16                           ? nullptr
+                        : stored_as(kMoment8, kSquare8, kBF16) ? rule.apply_8bit
+                        : stored_as(kMoment4, kSquare4, kBF16) ? rule.apply_4bit
+                        : stored_as(kE4M3, kSquare8, kBF16)    ? rule.apply_fp8
+                                                               : nullptr;
   for (int64_t u = begin; u < end; ++u) {
     int64_t row = u / shape.per_row, col = u % shape.per_row * shape.unit;
     int64_t n = shape.cols - col < shape.unit ? shape.cols - col : shape.unit;
-    if (p_plain && a.grad_code == kF32 && (eight_bit || four_bit || bf16 || plain)) {  // nothing to decode here: one loop over the row's units
+    if (p_plain && a.grad_code == kF32 && (coded || bf16 || plain)) {  // nothing to decode here: one loop over the row's units
       const int64_t more = end - u < shape.per_row - u % shape.per_row ? end - u : shape.per_row - u % shape.per_row;
       n = shape.cols - col < more * shape.unit ? shape.cols - col : more * shape.unit;
       u += more - 1;
@@ -291,8 +368,8 @@ void step_units(const StepTensor& t, const StepArgs& a, const float* h, Shape sh
     const char* grad = static_cast<const char*>(t.grad) + (row * shape.cols + col) * code_bits(a.grad_code) / 8;
     const float* g = reinterpret_cast<const float*>(grad);
     if (a.grad_code != kF32) decode_floats(a.grad_code, grad, n, g_buffer), g = g_buffer;
-    if (eight_bit || four_bit) {
-      (eight_bit ? rule.apply_8bit : rule.apply_4bit)(p, g, view.states, row, col, n, s_buffer, dither, h);
+    if (coded) {
+      coded(p, g, view.states, row, col, n, s_buffer, dither, h);
       store_param();
       continue;
     }
@@ -342,7 +419,7 @@ void step(const StepArgs& a) {
   }
 #pragma omp parallel if (elements > 16384)
   {
-    const size_t floats = static_cast<size_t>(unit_max + W + 15) / 16 * 16 * (3 + kMaxStates);  // + W: padded tails
+    const size_t floats = static_cast<size_t>(unit_max + 8 * W + 15) / 16 * 16 * (3 + 2 * kMaxStates);  // + 8 W: padded tails
     float* scratch = static_cast<float*>(aligned_alloc(64, floats * 4));  // a vector across two cache lines costs double
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < tasks_count; ++i) {

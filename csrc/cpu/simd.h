@@ -394,6 +394,93 @@ GM_HD void store_narrowed_nibbles(uint8_t* p, vu x) {
   for (int i = 0; i < W / 2; ++i) p[i] = static_cast<uint8_t>(x[2 * i] | x[2 * i + 1] << 4);
 #endif
 }
+// W bytes to lanes with their top bits as signs.
+GM_HD vu widened_signed(const uint8_t* p) {
+#if GM_LEVEL >= 2
+  return (vu)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif GM_LEVEL == 1
+  return (vu)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#else
+  return (widened(p) ^ 128u) - 128u;
+#endif
+}
+// Lanes whose low four bits are W codes of 4 bits, low nibble first; the bits above are anything.
+GM_HD vu nibbles(const uint8_t* p) {
+#if GM_LEVEL >= 2
+  int32_t low, high;
+  memcpy(&low, p, 4);
+  memcpy(&high, p + 4, 4);
+  return (vu)_mm512_mask_set1_epi32(_mm512_set1_epi32(low), 0xff00, high) >> vu{0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28};
+#elif GM_LEVEL == 1
+  int32_t codes;
+  memcpy(&codes, p, 4);
+  return (vu)_mm256_set1_epi32(codes) >> vu{0, 4, 8, 12, 16, 20, 24, 28};
+#else
+  return widened_nibbles(p);
+#endif
+}
+
+// Bytes of four vectors' lanes. They lie as the instructions that pack leave them, mixed within 128 bits, until they are stored in order.
+typedef uint8_t vb __attribute__((vector_size(4 * W)));
+// The lanes, all of [BASE, BASE + 2^15), less BASE; 255 for what is more.
+template <int BASE>
+GM_HD vb packed(vu a, vu b, vu c, vu d) {
+#if GM_LEVEL >= 1
+  typedef uint16_t words __attribute__((vector_size(4 * W)));
+#if GM_LEVEL >= 2
+  const words ab = (words)_mm512_packus_epi32((vi)a, (vi)b) - static_cast<uint16_t>(BASE), cd = (words)_mm512_packus_epi32((vi)c, (vi)d) - static_cast<uint16_t>(BASE);
+  return (vb)_mm512_packus_epi16((vi)ab, (vi)cd);
+#else
+  const words ab = (words)_mm256_packus_epi32((vi)a, (vi)b) - static_cast<uint16_t>(BASE), cd = (words)_mm256_packus_epi32((vi)c, (vi)d) - static_cast<uint16_t>(BASE);
+  return (vb)_mm256_packus_epi16((vi)ab, (vi)cd);
+#endif
+#else
+  const vu all[4] = {a - BASE, b - BASE, c - BASE, d - BASE};
+  vb x{};
+  for (int i = 0; i < 4 * W; ++i) x[i] = static_cast<uint8_t>(all[i / W][i % W] > 255u ? 255u : all[i / W][i % W]);
+  return x;
+#endif
+}
+// Their top bits are the lanes' signs, the others anything.
+GM_HD vb packed_signs(vf a, vf b, vf c, vf d) {
+#if GM_LEVEL >= 2
+  return (vb)_mm512_packs_epi16(_mm512_packs_epi32((vi)a, (vi)b), _mm512_packs_epi32((vi)c, (vi)d));
+#elif GM_LEVEL == 1
+  return (vb)_mm256_packs_epi16(_mm256_packs_epi32((vi)a, (vi)b), _mm256_packs_epi32((vi)c, (vi)d));
+#else
+  return packed<0>((vu)a >> 24, (vu)b >> 24, (vu)c >> 24, (vu)d >> 24);
+#endif
+}
+GM_HD void store_in_order(uint8_t* p, vb x) {
+#if GM_LEVEL >= 2
+  store(p, (vi)__builtin_shufflevector((vu)x, (vu)x, 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+#elif GM_LEVEL == 1
+  store(p, (vi)__builtin_shufflevector((vu)x, (vu)x, 0, 4, 1, 5, 2, 6, 3, 7));
+#else
+  memcpy(p, &x, sizeof x);
+#endif
+}
+// The low four bits of eight vectors' lanes, the others being 0, the first in the low half of a byte.
+GM_HD void store_in_order(uint8_t* p, vb x, vb y) {
+#if GM_LEVEL >= 2
+  typedef uint16_t words __attribute__((vector_size(64)));
+  const vi both = _mm512_set1_epi16(0x1001);
+  const words z = (words)_mm512_packus_epi16(_mm512_maddubs_epi16((vi)x, both), _mm512_maddubs_epi16((vi)y, both));
+  store(p, (vi)__builtin_shufflevector(z, z, 0, 8, 16, 24, 1, 9, 17, 25, 2, 10, 18, 26, 3, 11, 19, 27, 4, 12, 20, 28, 5, 13, 21, 29, 6, 14, 22, 30, 7, 15,
+                                       23, 31));
+#elif GM_LEVEL == 1
+  const vi both = _mm256_set1_epi16(0x1001), z = _mm256_packus_epi16(_mm256_maddubs_epi16((vi)x, both), _mm256_maddubs_epi16((vi)y, both));
+  const __m128i low = _mm256_castsi256_si128(z), high = _mm256_extracti128_si256(z, 1);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_unpacklo_epi16(low, high));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p) + 1, _mm_unpackhi_epi16(low, high));
+#else
+  for (int i = 0; i < 2 * W; ++i) {
+    p[i] = static_cast<uint8_t>(x[2 * i] | x[2 * i + 1] << 4);
+    p[2 * W + i] = static_cast<uint8_t>(y[2 * i] | y[2 * i + 1] << 4);
+  }
+#endif
+}
+
 GM_HD vu lane_numbers() {
   vu x{};
   for (int i = 0; i < W; ++i) x[i] = static_cast<uint32_t>(i);
@@ -413,7 +500,7 @@ GM_HD uint32_t largest(vu x) {
   return most;
 #endif
 }
-// Sixteen floats that lanes of 0 to 15 choose from.
+// Sixteen floats that the low four bits of lanes choose from.
 struct Table16 {
   vf part[16 / W];
   GM_HD vf operator[](vu q) const {
@@ -423,7 +510,7 @@ struct Table16 {
     return _mm256_blendv_ps(_mm256_permutevar8x32_ps(part[0], (vi)q), _mm256_permutevar8x32_ps(part[1], (vi)q), (vf)(q << 28));
 #else
     vf x{};
-    for (int i = 0; i < W; ++i) x[i] = part[q[i] / W][q[i] % W];
+    for (int i = 0; i < W; ++i) x[i] = part[q[i] % 16 / W][q[i] % W];
     return x;
 #endif
   }

