@@ -31,7 +31,6 @@ from gradmill._files import replacing
 from gradmill.kernels import aot, tiles
 from gradmill.kernels.tiles import Tile
 
-HERE = pathlib.Path(__file__).resolve().parent
 #: shape class -> (m, n, k) that are timed
 SHAPES = {"m16": ((16, 4096, 4096), (8, 28672, 8192)), "m64": ((64, 4096, 4096), (48, 8192, 8192)), "small": ((1024, 1024, 4096), (512, 4096, 1024)),
           "large": ((4096, 4096, 4096), (8192, 8192, 8192))}

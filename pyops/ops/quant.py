@@ -139,7 +139,7 @@ def block_absmax(x, format: Format, transpose=False):
     if not x.numel():
         return x.new_zeros((*x.shape[:-2], rows, blocks), dtype=torch.float32)
     if format.block == 0 and format.rows == 0:
-        return x.abs().amax((-2, -1), keepdim=True).to(torch.float32).expand(*x.shape[:-2], rows, 1)
+        return x.abs().flatten(-2).amax(-1)[..., None, None].to(torch.float32).expand(*x.shape[:-2], rows, 1)
     block, along = format.block or columns, -2 if transpose else -1
     pad = blocks * block - columns
     if pad:
