@@ -252,7 +252,7 @@ def _grouped():
         for target in TARGETS:
             int8 = code == "int8"
             bm, bn, bk, _, warps, stages, _ = tiles.choose("int8" if int8 else "fp8_block" if blocked else "fp8", target, 4096, 4096)
-            bn = grouped.grouped_width(bn, form == "SUMMED")
+            bn = grouped.grouped_width(bn, form == "SUMMED", blocked)
             yield Variant(f"matmul_grouped {code} {form.lower()}{' blocked' * blocked}", grouped.matmul_kernel,
                           {"a": "*i8" if int8 else "*u8", "b": "*i8" if int8 else "*u8", "a_scales": "*fp32", "b_scales": "*fp32", "bias": "*fp32", "out": "*i16",
                            "offs": "*i32"},

@@ -142,9 +142,10 @@ def matmul_kernel(a, b, a_scales, b_scales, bias, out, offs, experts, tokens, m,
     store_out(out, values, (first_row + rm)[:, None] * n + rn[None, :], live, OUT)
 
 
-def grouped_width(bn: int, summed: bool) -> int:
-    """A tile's columns: ragged rows, whose addresses are no multiples of 16 bytes, go through registers, which 256 columns spill."""
-    return min(bn, 128) if summed else bn
+def grouped_width(bn: int, summed: bool, blocked: bool) -> int:
+    """A tile's columns: ragged rows, whose addresses are no multiples of 16 bytes, go through registers, which 256 columns spill, and 128
+    beside a second sum and the scales of its columns."""
+    return min(bn, 64 if blocked else 128) if summed else bn
 
 
 def quantize_grouped(x, offs, code, block=0, key=None, stream=0, scales=None):
@@ -179,7 +180,7 @@ def matmul_grouped(a, a_scales, a_code, a_block, b, b_scales, b_code, b_block, o
     bm, bn, bk, _, warps, stages, _ = choose("int8" if exact else "fp8_block" if blocked else "fp8", arch, per_expert, n)
     if not (exact and not blocked or fp8 and (not blocked or a_block and b_block and a_block % bk == b_block % bk == 0)):
         return reference.matmul_grouped(a, a_scales, a_code, a_block, b, b_scales, b_code, b_block, offs, bias, dtype, matmul_int8, matmul_scaled)
-    bn = grouped_width(bn, summed)
+    bn = grouped_width(bn, summed, blocked)
     long = exact and k > EXACT_K
     if long:
         bm, bn, warps = min(bm, 64), min(bn, 64), 4  # two sums of 12 bytes together in registers
