@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import gradmill
-from gradmill import ops
+from gradmill import functional, ops
 
 from . import peers
 from .quant import torch_int8, torch_pack, torch_unpack, torch_zero_point
@@ -201,6 +201,38 @@ def linear_training_small(ctx):
 @case("matmul")
 def linear_training_wide(ctx):
     return _linear(ctx, 1024, 1024, 4096, RECIPES)
+
+
+# --- experts ----------------------------------------------------------------------------------------------
+@case("matmul")
+def experts_training(ctx):
+    """Forward and backward of a mixture's linear layers. The tokens are shared out as routers do: unevenly, and one expert has none."""
+    experts, tokens, inputs, outputs = ctx.pick((8, 4096, 512, 1024), (4, 64, 64, 64))
+    share = torch.tensor([*range(2, experts + 1), 0], dtype=torch.float64)
+    offs = (share.cumsum(0) / share.sum() * tokens).to(torch.int32).to(ctx.device)
+    spans = list(zip([0, *offs.tolist()], offs.tolist()))
+
+    def tensors(dtype=torch.float32):
+        x, w = ctx.randn(tokens, inputs, dtype=dtype), ctx.randn(experts, outputs, inputs, dtype=dtype) / 32
+        return x.requires_grad_(), w.requires_grad_(), ctx.randn(tokens, outputs, dtype=dtype)
+
+    def loop(x, w):
+        return torch.cat([F.linear(x[i:j], w[e]) for e, (i, j) in enumerate(spans)])
+
+    def grouped_mm(dtype):
+        return lambda: both_ways(lambda x, w: torch._grouped_mm(x, w.mT, offs=offs), *tensors(dtype))
+
+    def layer(recipe):
+        return lambda: both_ways(lambda x, w: functional.grouped_linear(x, w, offs, None, recipe), *tensors())
+    n, weights = tokens * (inputs + outputs), experts * inputs * outputs
+    work = Work(6.0 * (2 * n + 2 * weights), 6.0 * tokens * inputs * outputs, "int8")
+    return Bench(f"{experts} experts forward + backward, {tokens} tokens, {inputs}->{outputs}", work, [
+        ours(layer("int8"), "gradmill, recipe int8"),
+        baseline("torch fp32, a call per expert", lambda: both_ways(loop, *tensors())),
+        *(rival(f"gradmill, recipe {name}", layer(name)) for name in ("fp8_row", "fp8_block")),
+        rival("torch._grouped_mm, fp32", grouped_mm(torch.float32)),
+        *([rival("torch._grouped_mm, bf16", grouped_mm(torch.bfloat16)), rival("torch bf16, a call per expert", lambda: both_ways(loop, *tensors(torch.bfloat16)))]
+          if ctx.device == "cuda" else [])])
 
 
 # --- packed weights ---------------------------------------------------------------------------------------

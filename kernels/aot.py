@@ -9,29 +9,32 @@ A process with TRITON_INTERPRET=1 cannot compile.
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
-from dataclasses import dataclass, field
+import tempfile
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from gradmill.formats import CODES
-from gradmill.kernels import binary, codebook, grouped, matmul, optim, projection, quant
+from gradmill.kernels import binary, codebook, grouped, matmul, optim, projection, quant, tiles
 from gradmill.kernels._common import INTERPRETING, warps_for
 from gradmill.optim.rules import RULES
 
-TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "sm_100": GPUTarget("cuda", 100, 32),
+TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "sm_89": GPUTarget("cuda", 89, 32), "sm_90": GPUTarget("cuda", 90, 32), "sm_100": GPUTarget("cuda", 100, 32),
            "gfx942": GPUTarget("hip", "gfx942", 64)}
 
-#: Shared memory a program may have, in bytes.
-SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+#: Shared memory a program may have, in bytes. A core has 1 KiB more on NVIDIA, and takes 1 KiB of it for each program.
+SHARED = {"sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 
 #: What a matrix instruction looks like in PTX or AMD assembly.
 INSTRUCTIONS = {"wgmma": r"wgmma\.mma_async", "mma.sync": r"\bmma\.sync", "tcgen05": r"tcgen05\.mma", "mfma": r"v_mfma_", "fma": r"\bfma\.rn\.f32|v_(pk_)?fma|v_fmac"}
 
 #: The one a 16-bit or FP8 dot becomes.
-MATRIX = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
+MATRIX = {"sm_80": "mma.sync", "sm_89": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,8 @@ class Variant:
     instruction: dict = field(default_factory=dict)  # target -> key of INSTRUCTIONS, or absent: no matrix instruction
     warps: int = 4
     stages: int = 3
+    programs: int = 1      # that a core is to hold at a time
+    row: bool = False      # of kernels/tiles.json: must not spill, and that many programs must fit
     exact: bool = True     # launched with enable_fp_fusion=False
     odd: tuple = ()        # arguments not known to be divisible by 16
     only: str = ""         # the one target it is for; "" for all
@@ -80,6 +85,7 @@ def variants():
     """Every kernel, with signatures and constants as the host functions launch them."""
     yield from _quant()
     yield from _optim()
+    yield from _table()
     yield from _matmul_int8()
     yield from _matmul_fp8()
     yield from _matmul_packed()
@@ -106,6 +112,15 @@ def _quant():
                       {"CODE": CODES[code], "GIVEN": given, "STOCHASTIC": stochastic, "ALIGNED": code != "uint4", "ACROSS_ROWS": across, "LOOP": loop,
                        "NB": runs, "P2": p2, ("stride_row" if across else "stride_column"): 1}, warps=warps_for(runs * p2),
                       everywhere=code in ("uint8", "e4m3"), elementwise=True)
+    for code, dtype, block, stochastic, contiguous in (("int8", "bf16", 0, False, "stride_column"), ("e4m3", "bf16", 128, True, "stride_column"), ("int8", "fp32", 32, True, "stride_row")):
+        side, x = max(quant.SQUARE, block // 2), "*i16" if dtype == "bf16" else f"*{dtype}"
+        yield Variant(f"quantize_both {dtype} to {code}, {f'blocks of {block}' if block else 'whole rows'}{' stochastic' * stochastic}", quant.both_kernel,
+                      {**key, "turned_stream": "i32", "x": x, "most": "*i32", "scales": "*fp32", "turned_scales": "*fp32", **dict.fromkeys(("codes", "turned"), "*i8" if code == "int8" else "*u8")},
+                      {"CODE": CODES[code], "BLOCK": block, "STOCHASTIC": stochastic, "ALIGNED": True, "TURNED_ALIGNED": block != 32, "SIDE": side, contiguous: 1},
+                      warps=warps_for(side * side), everywhere=block == 128, elementwise=True)
+        if not block:
+            yield Variant(f"quantize_both {dtype}, magnitudes", quant.most_kernel, {"x": x, "most": "*i32"}, {"SIDE": side, contiguous: 1}, warps=warps_for(side * side),
+                          everywhere=False, elementwise=True)
     for code, out in (("int8", "bf16"), ("uint4", "fp32"), ("int4", "fp16"), ("moment8", "fp32"), ("square8", "bf16"), ("e4m3", "bf16"),
                       ("e5m2", "fp32"), ("e2m1", "bf16"), ("int7", "fp32"), ("uint2", "bf16"), ("int2", "fp16")):
         yield Variant(f"dequantize {code} to {out}", quant.dequantize_kernel,
@@ -156,36 +171,64 @@ def _optim():
     yield Variant("measure totals", optim.measure_total_kernel, {"table": "*i64", "partials": "*fp64", "out": "*fp64"}, {}, warps=1, elementwise=True)
 
 
-def _tiles(bm: int, bn: int, bk: int, group: int, warps: int, stages: int) -> dict:
-    return {"constants": {"BM": bm, "BN": bn, "BK": bk, "GROUP": group}, "warps": warps, "stages": stages}
+#: Where an int8 dot becomes a matrix instruction; on sm_100 Triton 3.6 takes mma.sync.
+INT8_MATRIX = MATRIX if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else {t: i for t, i in MATRIX.items() if t != "sm_100"}
+
+
+def _of(tile) -> tuple[dict, dict]:
+    """The constants and the other arguments that a Variant has from its tile."""
+    return {"BM": tile.bm, "BN": tile.bn, "BK": tile.bk, "GROUP": tile.group}, {"warps": tile.warps, "stages": tile.stages, "programs": tile.programs}
+
+
+def int8_product(name, target, tile, out="bf16", bias=False, even=True, long=False, everywhere=True) -> Variant:
+    constants, rest = _of(tile._replace(bm=64, bn=64, warps=4) if long else tile)
+    return Variant(name, matmul.int8_kernel, {"a": "*i8", "b": "*i8", "a_scales": "*fp32", "b_scales": "*fp32", "bias": "*fp32", "out": f"*{out}"},
+                   {"OUT": CODES[out], "HAS_BIAS": bias, "EVEN_K": even, "LONG": long, "EXACT": matmul.EXACT_K, **constants},
+                   {t: i for t, i in INT8_MATRIX.items() if t == target}, only=target, everywhere=everywhere, **rest)
+
+
+def fp8_product(name, target, tile, a="e4m3", b="e4m3", out="bf16", bias=False, even=True, blocked=False, everywhere=True) -> Variant:
+    constants, rest = _of(tile)
+    return Variant(name, matmul.fp8_kernel, {"a": "*u8", "b": "*u8", "a_scales": "*fp32", "b_scales": "*fp32", "bias": "*fp32", "out": f"*{out}"},
+                   {"A": CODES[a], "B": CODES[b], "OUT": CODES[out], "HAS_BIAS": bias, "EVEN_K": even, "BLOCKED": blocked, "NATIVE": target != "sm_80", **constants},
+                   {target: MATRIX[target]}, exact=False, only=target, everywhere=everywhere, **rest)
+
+
+def packed_product(name, target, tile, x="bf16", code="uint4", transpose=False, per_row=True, everywhere=True) -> Variant:
+    constants, rest = _of(tile)
+    return Variant(name, matmul.packed_kernel,
+                   {"x": f"*{x}", "codes": "*i8" if code in ("int8", "int7") else "*u8", "scales": "*fp32", "zeros": "*u8", "bias": "*fp32", "out": f"*{x}"},
+                   {"CODE": CODES[code], "X": CODES[x], "OUT": CODES[x], "HAS_BIAS": False, "TRANSPOSE": transpose, "PER_ROW": per_row,
+                    "FACTOR": per_row and not transpose, "stride_xk": 1, "stride_on": 1, **constants},
+                   {} if x == "fp32" else {target: MATRIX[target]}, only=target, everywhere=everywhere, **rest)
+
+
+#: format of the table -> the variant that bench/tiles.py tries a tile with.
+PRODUCTS = {"int8": int8_product, "fp8": fp8_product, "fp8_block": lambda name, target, tile: fp8_product(name, target, tile, blocked=True), "packed": packed_product}
+
+
+def _table():
+    """What kernels/tiles.json has for each shape class, in the commonest types."""
+    for target in TARGETS:
+        for format, product in PRODUCTS.items():
+            for shape, row in tiles.TABLE[target][format].items():
+                yield replace(product(f"tiles {format} {shape}", target, tiles.Tile(*row)), row=target != "gfx942", everywhere=shape == "large")
 
 
 def _matmul_int8():
-    matrix = {"sm_80": "mma.sync", "sm_90": "wgmma", "gfx942": "mfma"}
-    if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9):
-        matrix["sm_100"] = "tcgen05"  # 3.6 takes mma.sync
     for m, out, bias, even, long in ((4096, "bf16", True, True, False), (64, "fp32", False, False, False), (4096, "fp16", False, False, True)):
         for target in TARGETS:
-            tiles = _tiles(*matmul.choose(matmul.INT8_TILES, target, m))
-            if long:
-                tiles["constants"].update(BM=64, BN=64)
-                tiles["warps"] = 4
-            yield Variant(f"matmul_int8 m {m} {out}{' long' * long}", matmul.int8_kernel,
-                          {"a": "*i8", "b": "*i8", "a_scales": "*fp32", "b_scales": "*fp32", "bias": "*fp32", "out": f"*{out}"},
-                          {"OUT": CODES[out], "HAS_BIAS": bias, "EVEN_K": even, "LONG": long, "EXACT": matmul.EXACT_K, **tiles.pop("constants")},
-                          {target: matrix[target]} if target in matrix else {}, **tiles, only=target, everywhere=m == 4096 and not long)
+            yield int8_product(f"matmul_int8 m {m} {out}{' long' * long}", target, tiles.choose("int8", target, m, 4096), out, bias, even, long, m == 4096 and not long)
+    yield Variant("matmul_int8 epilogue", matmul.epilogue_kernel, {"sums": "*i32", "a_scales": "*fp32", "b_scales": "*fp32", "bias": "*fp32", "out": "*bf16"},
+                  {"OUT": CODES["bf16"], "HAS_BIAS": True, "BM": 16, "BN": 256}, warps=8, everywhere=False, elementwise=True)
 
 
 def _matmul_fp8():
     for a, b, m, out, bias, even, blocked in (("e4m3", "e4m3", 4096, "bf16", True, True, False), ("e5m2", "e4m3", 64, "fp32", False, False, False),
                                               ("e4m3", "e4m3", 4096, "bf16", False, True, True), ("e4m3", "e5m2", 4096, "fp32", False, False, True)):
         for target in TARGETS:
-            tiles = _tiles(*matmul.fp8_tiles(target, m, blocked))
-            yield Variant(f"matmul_scaled {a} x {b} m {m} {out}{' blocked' * blocked}", matmul.fp8_kernel,
-                          {"a": "*u8", "b": "*u8", "a_scales": "*fp32", "b_scales": "*fp32", "bias": "*fp32", "out": f"*{'i16' if out == 'bf16' else out}"},
-                          {"A": CODES[a], "B": CODES[b], "OUT": CODES[out], "HAS_BIAS": bias, "EVEN_K": even, "BLOCKED": blocked,
-                           "NATIVE": target != "sm_80", **tiles.pop("constants")},
-                          {target: MATRIX[target]}, **tiles, exact=False, only=target, everywhere=a == b)
+            yield fp8_product(f"matmul_scaled {a} x {b} m {m} {out}{' blocked' * blocked}", target,
+                              tiles.choose("fp8_block" if blocked else "fp8", target, m, 4096), a, b, out, bias, even, blocked, a == b)
 
 
 def _matmul_packed():
@@ -193,13 +236,9 @@ def _matmul_packed():
                                            ("int4", "fp16", 4096, False, True), ("uint4", "fp16", 4096, True, True), ("uint8", "fp32", 4096, False, True),
                                            ("uint4", "bf16", 64, False, False), ("e4m3", "bf16", 4096, False, True), ("uint2", "bf16", 16, False, True)):
         for target in TARGETS:
-            table = matmul.FP32_TILES if x == "fp32" else matmul.PACKED_TILES if per_row else matmul.GATHER_TILES
-            tiles = _tiles(*matmul.choose(table, target, m))
-            yield Variant(f"matmul_packed {x} x {code}{' transposed' * transpose} m {m}{'' if per_row else ' gathered scales'}", matmul.packed_kernel,
-                          {"x": f"*{x}", "codes": "*i8" if code in ("int8", "int7") else "*u8", "scales": "*fp32", "zeros": "*u8", "bias": "*fp32", "out": f"*{x}"},
-                          {"CODE": CODES[code], "X": CODES[x], "OUT": CODES[x], "HAS_BIAS": False, "TRANSPOSE": transpose, "PER_ROW": per_row,
-                           "FACTOR": per_row and not transpose, "stride_xk": 1, "stride_on": 1, **tiles.pop("constants")},
-                          {} if x == "fp32" else {target: MATRIX[target]}, **tiles, only=target, everywhere=x == "bf16" and m != 4096 or transpose)
+            yield packed_product(f"matmul_packed {x} x {code}{' transposed' * transpose} m {m}{'' if per_row else ' gathered scales'}", target,
+                                 tiles.choose("fp32" if x == "fp32" else "packed" if per_row else "gather", target, m, 4096), x, code, transpose, per_row,
+                                 x == "bf16" and m != 4096 or transpose)
 
 
 def _grouped():
@@ -212,15 +251,15 @@ def _grouped():
     for code, form, blocked in (("int8", "ROWS", False), ("int8", "SUMMED", False), ("e4m3", "ROWS", False), ("e4m3", "SUMMED", True), ("e4m3", "EQUAL", False)):
         for target in TARGETS:
             int8 = code == "int8"
-            bm, bn, bk, _, warps, stages = matmul.choose(matmul.INT8_TILES, target, 4096) if int8 else matmul.fp8_tiles(target, 4096, blocked)
-            bn = grouped.grouped_width(bn, form == "SUMMED")
+            bm, bn, bk, _, warps, stages, _ = tiles.choose("int8" if int8 else "fp8_block" if blocked else "fp8", target, 4096, 4096)
+            bn = grouped.grouped_width(bn, form == "SUMMED", blocked)
             yield Variant(f"matmul_grouped {code} {form.lower()}{' blocked' * blocked}", grouped.matmul_kernel,
                           {"a": "*i8" if int8 else "*u8", "b": "*i8" if int8 else "*u8", "a_scales": "*fp32", "b_scales": "*fp32", "bias": "*fp32", "out": "*i16",
                            "offs": "*i32"},
                           {"A": CODES[code], "B": CODES[code], "FORM": getattr(grouped, form).value, "INT8": int8, "OUT": CODES["bf16"], "HAS_BIAS": form == "ROWS",
                            "EVEN_K": form != "SUMMED", "LONG": False, "EXACT": matmul.EXACT_K, "BLOCKED": blocked, "NATIVE": not int8 and target != "sm_80",
                            "BM": bm, "BN": bn, "BK": bk, "E2": 16},
-                          {target: MATRIX[target]} if not int8 or target != "sm_100" else {}, warps=warps, stages=stages, exact=int8, odd=("experts", "tokens"),
+                          {target: MATRIX[target]} if not int8 or target in INT8_MATRIX else {}, warps=warps, stages=stages, exact=int8, odd=("experts", "tokens"),
                           only=target, everywhere=form == "ROWS")
 
 
@@ -247,11 +286,11 @@ def _binary():
                       {"PLANES": planes, "MEAN": mean, "RANDOM": random, "WIDTH": binary.WIDTH}, everywhere=random, elementwise=True)
     for planes, m, out, bias in ((0, 4096, "bf16", True), (4, 4096, "fp32", False), (0, 64, "fp32", False)):
         for target in TARGETS:
-            tiles = _tiles(*matmul.choose(binary.TILES, target, m))
+            constants, rest = _of(tiles.choose("binary", target, m, 4096))
             yield Variant(f"matmul_binary m {m} {planes or 'signs'}", binary.binary_kernel,
                           {"a": "*u8", "b": "*u8", "a_scales": "*fp32", "offsets": "*fp32", "b_scales": "*fp32", "bias": "*fp32", "out": f"*{out}"},
-                          {"PLANES": planes, "OUT": CODES[out], "HAS_BIAS": bias, **tiles.pop("constants")},
-                          {target: MATRIX[target]} if target != "sm_100" else {}, **tiles, only=target, everywhere=m == 4096)
+                          {"PLANES": planes, "OUT": CODES[out], "HAS_BIAS": bias, **constants},
+                          {target: MATRIX[target]} if target != "sm_100" else {}, **rest, only=target, everywhere=m == 4096)
 
     for x in ("fp32", "bf16"):
         yield Variant(f"matmul_tenants {x}", binary.tenants_kernel, {"x": f"*{'i16' if x == 'bf16' else x}", "base": f"*{'i16' if x == 'bf16' else x}", "bits": "*u8",
@@ -262,30 +301,49 @@ def _binary():
 def _codebook():
     for bits, x, m, transpose in ((4, "bf16", 16, False), (3, "fp32", 4096, False), (8, "fp16", 4096, True), (5, "bf16", 4096, True), (1, "fp32", 16, False)):
         for target in TARGETS:
-            tiles = _tiles(*matmul.choose(matmul.FP32_TILES if x == "fp32" else matmul.GATHER_TILES, target, m))
+            constants, rest = _of(tiles.choose("fp32" if x == "fp32" else "gather", target, m, 4096))
             yield Variant(f"matmul_codebook {x} {bits} bits{' transposed' * transpose} m {m}", codebook.codebook_kernel,
                           {"x": f"*{x}", "indices": "*u8", "codebooks": "*fp32", "row_groups": "*u8", "bias": "*fp32", "out": f"*{x}"},
-                          {"BITS": bits, "X": CODES[x], "OUT": CODES[x], "HAS_BIAS": m == 16, "TRANSPOSE": transpose, "stride_xk": 1, **tiles.pop("constants")},
-                          {} if x == "fp32" else {target: MATRIX[target]}, **tiles, odd=("bytes",), only=target, everywhere=x == "bf16")
+                          {"BITS": bits, "X": CODES[x], "OUT": CODES[x], "HAS_BIAS": m == 16, "TRANSPOSE": transpose, "stride_xk": 1, **constants},
+                          {} if x == "fp32" else {target: MATRIX[target]}, **rest, odd=("bytes",), only=target, everywhere=x == "bf16")
 
 
-def resources(compiled, target: str) -> str:
-    """Registers, shared memory and spills, as far as this target's tools say."""
-    shared = compiled.metadata.shared
+def usage(compiled, target: str) -> dict[str, int]:
+    """registers of a thread, stack (spilled bytes of a thread; gfx942: spilled registers) and shared memory; -1 for what the target's tools do not say."""
     if target == "gfx942":
-        text = assembly(compiled)
-        take = lambda key: (re.search(rf"\.{key}:\s+(\d+)", text) or [None, "?"])[1]
-        return f"vgpr {take('vgpr_count'):>4} spill {take('vgpr_spill_count'):>3} shared {shared:>6}"
-    import subprocess
-    import tempfile
-    from pathlib import Path
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        text = subprocess.run([str(tool), "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
-    registers, stack = re.search(r"REG:(\d+)", text), re.search(r"STACK:(\d+)", text)
-    return f"regs {registers[1] if registers else '?':>4} stack {stack[1] if stack else '?':>4} shared {shared:>6}"
+        text, patterns = assembly(compiled), {"registers": r"\.vgpr_count:\s+(\d+)", "stack": r"\.vgpr_spill_count:\s+(\d+)"}
+    else:
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            text = subprocess.run([str(tool), "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
+        patterns = {"registers": r"REG:(\d+)", "stack": r"STACK:(\d+)"}
+    said = {name: re.search(pattern, text) for name, pattern in patterns.items()}
+    return {**{name: int(match[1]) if match else -1 for name, match in said.items()}, "shared": compiled.metadata.shared}
+
+
+def resident(used: dict[str, int], warps: int, target: str) -> int:
+    """Programs that a core holds at a time, by registers (64 K), threads and shared memory."""
+    if target == "gfx942":
+        return max(1, min(512 // max(used["registers"], 1) * 4 // warps, SHARED[target] // max(used["shared"], 1)))
+    threads, registers = 32 * warps, -(-max(used["registers"], 1) // 8) * 8
+    return min((1 << 16) // (registers * threads), (1536 if target == "sm_89" else 2048) // threads, (SHARED[target] + 1024) // (used["shared"] + 1024))
+
+
+def misfit(variant: Variant, target: str) -> tuple[str, dict[str, int]]:
+    """Why a tile of the table must not be launched there, or "", and what it uses."""
+    compiled = compile(variant, target)
+    used, want = usage(compiled, target), variant.instruction.get(target)
+    if used["shared"] > SHARED[target]:
+        return f"{used['shared']} bytes of shared memory, more than {SHARED[target]}", used
+    if used["stack"] > 0:
+        return f"spills: {used['stack']} {'registers' if target == 'gfx942' else 'bytes'}", used
+    if want is not None and want not in found(compiled):
+        return f"no {want}", used
+    if resident(used, variant.warps, target) < variant.programs:
+        return f"a core holds {resident(used, variant.warps, target)} programs, not {variant.programs}", used
+    return "", used
 
 
 def main(part: str = ""):
@@ -298,7 +356,8 @@ def main(part: str = ""):
             compiled = compile(variant, target)
             names = [n for n in found(compiled) if n != "fma"]
             want = variant.instruction.get(target)
-            print(f"{variant.name:58} {target:7} warps {variant.warps:2} {resources(compiled, target)}  {', '.join(names) or '-'}{'' if want is None or want in names else f'  WANTED {want}'}")
+            used = " ".join(f"{name} {count:>6}" for name, count in usage(compiled, target).items())
+            print(f"{variant.name:58} {target:7} warps {variant.warps:2} {used}  {', '.join(names) or '-'}{'' if want is None or want in names else f'  WANTED {want}'}")
 
 
 if __name__ == "__main__":

@@ -14,14 +14,10 @@ import triton.language as tl
 
 from gradmill.formats import CODES, float_code
 from gradmill.kernels._common import INTERPRETING, KEY_ARGUMENTS, LAUNCH, as_bits, element_words, from_bf16_bits, key_words, ready, round_even, round_stochastic, seed_of
-from gradmill.kernels.matmul import architecture, choose, grouped_tile, load_bias, store_out
+from gradmill.kernels.matmul import load_bias, store_out, tile_of
 from gradmill.kernels.quant import fold
+from gradmill.kernels.tiles import architecture, choose
 
-#: architecture -> ((largest m, BM, BN, BK in bytes, GROUP, warps, stages), ...)
-TILES = {
-    "interpreter": ((1 << 62, 16, 32, 8, 2, 4, 1),),
-    "": ((64, 64, 64, 16, 8, 4, 3), (1 << 62, 128, 128, 16, 8, 8, 3)),
-}
 WIDTH = 1024  # elements of a row packed at a time
 
 
@@ -131,7 +127,7 @@ def unpacked(bits, rows, at, rows_total, bytes, columns, B: tl.constexpr):
 @triton.jit
 def binary_kernel(a, b, a_scales, offsets, b_scales, bias, out, m, n, columns, bytes, PLANES: tl.constexpr, OUT: tl.constexpr, HAS_BIAS: tl.constexpr,
                   BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr):
-    tile_m, tile_n = grouped_tile(m, n, BM, BN, GROUP)
+    tile_m, tile_n = tile_of(tl.program_id(0), m, n, BM, BN, GROUP)
     rm, rn = tile_m * BM + tl.arange(0, BM), tile_n * BN + tl.arange(0, BN)
     acc = tl.zeros((BM, BN), tl.int32)
     total = tl.zeros((BN,), tl.int32)
@@ -164,12 +160,11 @@ def _multiply(a, b, columns, planes, a_scales, offsets, b_scales, bias, dtype):
     out = a.new_empty((m, n), dtype=dtype)
     if not out.numel():
         return out
-    bm, bn, bk, group, warps, stages = choose(TILES, architecture(a.device), m)
+    tile = choose("binary", architecture(a.device), m, n)
     with ready(a):
-        binary_kernel[(triton.cdiv(m, bm) * triton.cdiv(n, bn),)](
+        binary_kernel[(triton.cdiv(m, tile.bm) * triton.cdiv(n, tile.bn),)](
             a, b, a_scales, offsets, b_scales, a_scales if bias is None else as_bits(bias.contiguous()), out, m, n, columns,
-            a.shape[-1], PLANES=planes, OUT=CODES[float_code(dtype)], HAS_BIAS=bias is not None, BM=bm, BN=bn, BK=bk, GROUP=group, num_warps=warps,
-            num_stages=stages, **LAUNCH)
+            a.shape[-1], PLANES=planes, OUT=CODES[float_code(dtype)], HAS_BIAS=bias is not None, **tile.launch, **LAUNCH)
     return out
 
 

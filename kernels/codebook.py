@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 
 from gradmill.formats import CODES, float_code
-from gradmill.kernels._common import BF16, INTERPRETED, INTERPRETING, LAUNCH, as_bits, from_bf16_bits, ready, round_to_bf16
-from gradmill.kernels.matmul import FP32_TILES, GATHER_TILES, architecture, choose, grouped_tile, load_bias, store_out
+from gradmill.kernels._common import BF16, INTERPRETED, INTERPRETING, LAUNCH, as_bits, ready, round_to_bf16
+from gradmill.kernels.matmul import load_bias, load_turned, store_out, tile_of
+from gradmill.kernels.tiles import architecture, choose, grid
 
 
 @triton.jit
@@ -32,35 +33,31 @@ def book_tile(indices, codebooks, row_groups, rows, columns, mask, bytes, BITS: 
 def codebook_kernel(x, indices, codebooks, row_groups, bias, out, m, n, k, bytes, stride_xm, stride_xk, BITS: tl.constexpr, X: tl.constexpr, OUT: tl.constexpr,
                     HAS_BIAS: tl.constexpr, TRANSPOSE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr):
     """out (m, n) = x (m, k) w^T for w (n, k), or x w for w (k, n) with TRANSPOSE; the tile is computed transposed, as packed_kernel's."""
-    tile_m, tile_n = grouped_tile(m, n, BM, BN, GROUP)
-    rm, rn, rk = tile_m * BM + tl.arange(0, BM), tile_n * BN + tl.arange(0, BN), tl.arange(0, BK)
-    acc = tl.zeros((BN, BM), tl.float32)
-    for at in range(0, k, BK):
-        mask = (rm < m)[:, None] & (rk < k - at)[None, :]
-        source = x + rm.to(tl.int64)[:, None] * stride_xm + (at + rk).to(tl.int64)[None, :] * stride_xk
-        if x.dtype.element_ty == tl.int16:  # bf16 bits, in the interpreter only
-            xt = tl.trans(from_bf16_bits(tl.load(source, mask=mask, other=0)))
-        else:
-            xt = tl.trans(tl.load(source, mask=mask, other=0.0))
-        inside = (rn < n)[:, None] & (rk < k - at)[None, :]
-        if TRANSPOSE:
-            w = book_tile(indices, codebooks, row_groups, (at + rk).to(tl.int64)[None, :], rn.to(tl.int64)[:, None], inside, bytes, BITS)
-        else:
-            w = book_tile(indices, codebooks, row_groups, rn.to(tl.int64)[:, None], (at + rk).to(tl.int64)[None, :], inside, bytes, BITS)
-        # fp32: full precision. bf16: the weight in bf16. fp16: tf32, which holds every fp16, and no codeword leaves its range.
-        if X == BF16:
-            if INTERPRETED:
-                acc += tl.dot(round_to_bf16(w), xt.to(tl.float32), input_precision="ieee")
+    for number in tl.range(tl.program_id(0), tl.cdiv(m, BM) * tl.cdiv(n, BN), tl.num_programs(0)):
+        tile_m, tile_n = tile_of(number, m, n, BM, BN, GROUP)
+        rm, rn, rk = tile_m * BM + tl.arange(0, BM), tile_n * BN + tl.arange(0, BN), tl.arange(0, BK)
+        acc = tl.zeros((BN, BM), tl.float32)
+        for at in range(0, k, BK):
+            xt = load_turned(x, rm, rk, at, m, k, stride_xm, stride_xk)
+            inside = (rn < n)[:, None] & (rk < k - at)[None, :]
+            if TRANSPOSE:
+                w = book_tile(indices, codebooks, row_groups, (at + rk).to(tl.int64)[None, :], rn.to(tl.int64)[:, None], inside, bytes, BITS)
             else:
-                acc = tl.dot(w.to(tl.bfloat16), xt, acc)
-        elif x.dtype.element_ty == tl.float16:
-            acc = tl.dot(w, xt.to(tl.float32), acc, input_precision="tf32")
-        else:
-            acc = tl.dot(w, xt, acc, input_precision="ieee")
-    values = tl.trans(acc)
-    if HAS_BIAS:
-        values = values + load_bias(bias, rn, n)[None, :]
-    store_out(out, values, rm.to(tl.int64)[:, None] * n + rn.to(tl.int64)[None, :], (rm < m)[:, None] & (rn < n)[None, :], OUT)
+                w = book_tile(indices, codebooks, row_groups, rn.to(tl.int64)[:, None], (at + rk).to(tl.int64)[None, :], inside, bytes, BITS)
+            # fp32: full precision. bf16: the weight in bf16. fp16: tf32, which holds every fp16, and no codeword leaves its range.
+            if X == BF16:
+                if INTERPRETED:
+                    acc += tl.dot(round_to_bf16(w), xt.to(tl.float32), input_precision="ieee")
+                else:
+                    acc = tl.dot(w.to(tl.bfloat16), xt, acc)
+            elif x.dtype.element_ty == tl.float16:
+                acc = tl.dot(w, xt.to(tl.float32), acc, input_precision="tf32")
+            else:
+                acc = tl.dot(w, xt, acc, input_precision="ieee")
+        values = tl.trans(acc)
+        if HAS_BIAS:
+            values = values + load_bias(bias, rn, n)[None, :]
+        store_out(out, values, rm.to(tl.int64)[:, None] * n + rn.to(tl.int64)[None, :], (rm < m)[:, None] & (rn < n)[None, :], OUT)
 
 
 def matmul_codebook(x, indices, codebooks, row_groups, bits, columns, transpose, bias, dtype):
@@ -69,10 +66,10 @@ def matmul_codebook(x, indices, codebooks, row_groups, bits, columns, transpose,
     out = x.new_empty((m, n), dtype=dtype)
     if not out.numel():
         return out
-    bm, bn, bk, group, warps, stages = choose(FP32_TILES if float_code(x.dtype) == "fp32" else GATHER_TILES, architecture(x.device), m)
+    tile = choose("fp32" if float_code(x.dtype) == "fp32" else "gather", architecture(x.device), m, n)
     with ready(x):
-        codebook_kernel[(triton.cdiv(m, bm) * triton.cdiv(n, bn),)](
+        codebook_kernel[grid(m, n, tile, x.device)](
             as_bits(x) if INTERPRETING else x, indices, codebooks, row_groups, codebooks if bias is None else as_bits(bias.contiguous()), out, m, n, k,
             indices.shape[1], *x.stride(), BITS=bits, X=CODES[float_code(x.dtype)], OUT=CODES[float_code(dtype)], HAS_BIAS=bias is not None,
-            TRANSPOSE=transpose, BM=bm, BN=bn, BK=bk, GROUP=group, num_warps=warps, num_stages=stages, **LAUNCH)
+            TRANSPOSE=transpose, **tile.launch, **LAUNCH)
     return out

@@ -14,9 +14,9 @@ import triton.language as tl
 from gradmill.formats import CODES, cached, float_code
 from gradmill.kernels._common import (KEY_ARGUMENTS, LAUNCH, as_bits, block_parameters, encode, key_words, measure, power_of_two, ready, seed_of,
                                       store_codes, tile_words, warps_for)
-from gradmill.kernels.matmul import (EXACT_K, INT8_TILES, architecture, choose, fp8_pointer, fp8_sums, fp8_tiles, int8_sums, load_bias, matmul_int8,
-                                     matmul_scaled, native_fp8, store_out)
+from gradmill.kernels.matmul import EXACT_K, fp8_pointer, fp8_sums, int8_sums, load_bias, matmul_int8, matmul_scaled, native_fp8, store_out
 from gradmill.kernels.quant import ACROSS, load_strided
+from gradmill.kernels.tiles import architecture, choose
 from gradmill.reference import grouped as reference
 from gradmill.reference.grouped import ragged_blocks
 
@@ -142,9 +142,10 @@ def matmul_kernel(a, b, a_scales, b_scales, bias, out, offs, experts, tokens, m,
     store_out(out, values, (first_row + rm)[:, None] * n + rn[None, :], live, OUT)
 
 
-def grouped_width(bn: int, summed: bool) -> int:
-    """A tile's columns: ragged rows, whose addresses are no multiples of 16 bytes, go through registers, which 256 columns spill."""
-    return min(bn, 128) if summed else bn
+def grouped_width(bn: int, summed: bool, blocked: bool) -> int:
+    """A tile's columns: ragged rows, whose addresses are no multiples of 16 bytes, go through registers, which 256 columns spill, and 128
+    beside a second sum and the scales of its columns."""
+    return min(bn, 64 if blocked else 128) if summed else bn
 
 
 def quantize_grouped(x, offs, code, block=0, key=None, stream=0, scales=None):
@@ -176,10 +177,10 @@ def matmul_grouped(a, a_scales, a_code, a_block, b, b_scales, b_code, b_block, o
     blocked = bool(a_block or b_block)
     arch = architecture(a.device)
     per_expert = m if summed or offs is None else triton.cdiv(m, max(experts, 1))
-    bm, bn, bk, _, warps, stages = choose(INT8_TILES, arch, per_expert) if exact else fp8_tiles(arch, per_expert, blocked)
+    bm, bn, bk, _, warps, stages, _ = choose("int8" if exact else "fp8_block" if blocked else "fp8", arch, per_expert, n)
     if not (exact and not blocked or fp8 and (not blocked or a_block and b_block and a_block % bk == b_block % bk == 0)):
         return reference.matmul_grouped(a, a_scales, a_code, a_block, b, b_scales, b_code, b_block, offs, bias, dtype, matmul_int8, matmul_scaled)
-    bn = grouped_width(bn, summed)
+    bn = grouped_width(bn, summed, blocked)
     long = exact and k > EXACT_K
     if long:
         bm, bn, warps = min(bm, 64), min(bn, 64), 4  # two sums of 12 bytes together in registers

@@ -10,8 +10,10 @@ sums are moved to fp32 every 128 products: per 128 x 128 x 128 tile 2.1 M produc
 16384 additions 128 clocks of the other units, with scales per 128 (a product and a fused multiply-add) 256: they overlap
 with the next tile's products of another warp group, at best. Expected, never measured on a GPU yet.
 
-Tiles come from the plain tables below, chosen by architecture and m, never by autotuning: the same shapes give the same
-bits and start at once.
+One skeleton: as many programs as run at a time walk the tiles (tile_of), load what their format stores, sum, and store through one
+epilogue. The walk is one loop with the sum over k (flatten): the first loads of a tile are on their way while the last one's
+results are stored, 128 x 256 x 2 bytes that would leave the tensor cores idle for 66 KB x 132 / 3.0 TB/s = 2.9 us after a tile's
+24 us (k = 4096, int8). Tiles come from kernels/tiles.json, never from autotuning.
 """
 from __future__ import annotations
 
@@ -23,64 +25,39 @@ from gradmill.formats import CODES, FLOAT_DTYPES, STATE_CODES, float_code
 from gradmill.kernels._common import (BF16, E4M3, F16, INTERPRETED, INTERPRETING, LAUNCH, UNALIGNED, as_bits, bf16_bits, centred, decode,
                                       decode_small, f16_bits, from_bf16_bits, has_zero_point, load_codes, ready, round_to_bf16)
 from gradmill.kernels.quant import dequantize
+from gradmill.kernels.tiles import architecture, choose, grid, torch_is_faster
 
-#: architecture -> ((largest m, BM, BN, BK, GROUP, warps, stages), ...): the first row whose m fits. Chosen from the tile
-#: sizes of the matrix instructions and the shared memory (164, 228, 228, 64 KiB), not tuned on the hardware yet.
-INT8_TILES = {
-    "sm_80": ((64, 64, 128, 128, 8, 4, 4), (1 << 62, 128, 128, 128, 8, 8, 3)),
-    "sm_90": ((64, 64, 128, 128, 8, 4, 4), (1 << 62, 128, 256, 128, 8, 8, 3)),
-    "sm_100": ((64, 64, 128, 128, 8, 4, 4), (1 << 62, 128, 128, 128, 8, 8, 4)),
-    "gfx942": ((64, 64, 128, 128, 8, 4, 2), (1 << 62, 128, 128, 128, 8, 4, 2)),
-    "interpreter": ((1 << 62, 32, 32, 64, 2, 4, 1),),
-}
-#: the same for FP8: a second accumulator, of the sums not yet in fp32, needs the registers that int8's wider tiles take
-FP8_TILES = {
-    "sm_80": ((64, 64, 128, 64, 8, 4, 3), (1 << 62, 128, 128, 64, 8, 8, 3)),
-    "sm_90": ((64, 64, 128, 128, 8, 4, 4), (1 << 62, 128, 128, 128, 8, 8, 4)),
-    "sm_100": ((64, 64, 128, 128, 8, 4, 4), (1 << 62, 128, 128, 128, 8, 8, 4)),
-    "gfx942": ((64, 64, 64, 128, 8, 4, 2), (1 << 62, 128, 128, 64, 8, 8, 2)),
-    "interpreter": ((1 << 62, 32, 32, 64, 2, 4, 1),),
-}
-#: the same for 16-bit inputs of matmul_packed: the weight's BN rows are the M side of the instruction
-PACKED_TILES = {
-    "sm_80": ((16, 16, 64, 64, 8, 4, 4), (64, 64, 64, 64, 8, 4, 4), (1 << 62, 128, 128, 64, 8, 8, 3)),
-    "sm_90": ((16, 16, 64, 64, 8, 4, 4), (64, 64, 64, 128, 8, 4, 4), (1 << 62, 128, 128, 64, 8, 8, 4)),
-    "sm_100": ((16, 16, 128, 64, 8, 4, 4), (64, 64, 128, 128, 8, 4, 4), (1 << 62, 128, 128, 64, 8, 8, 4)),
-    "gfx942": ((16, 16, 64, 128, 8, 4, 2), (64, 64, 64, 64, 8, 4, 2), (1 << 62, 128, 128, 64, 8, 8, 2)),
-    "interpreter": ((1 << 62, 32, 32, 32, 2, 4, 1),),
-}
-#: where scales must be gathered element by element (blocks that no tile fits into): they stage in shared memory too
-GATHER_TILES = {"interpreter": ((1 << 62, 32, 32, 32, 2, 4, 1),), "": ((16, 16, 64, 64, 8, 4, 2), (1 << 62, 64, 64, 64, 8, 8, 2))}
-#: fp32 inputs run on the ordinary cores (full fp32 precision): small tiles
-FP32_TILES = {"interpreter": ((1 << 62, 32, 32, 32, 2, 4, 1),), "": ((16, 16, 64, 64, 8, 4, 3), (1 << 62, 64, 64, 32, 8, 4, 3))}
 EXACT_K = 1 << 16  # products in one int32 sum: 2^16 * 128 * 128 = 2^30, whatever the codes
-
-
-def architecture(device: torch.device) -> str:
-    """Row of the tables: the nearest known architecture below the device's."""
-    if INTERPRETING:
-        return "interpreter"
-    if torch.version.hip:
-        return "gfx942"
-    major, _ = torch.cuda.get_device_capability(device)
-    return "sm_100" if major == 10 else "sm_90" if major == 9 else "sm_80"  # sm_120 has mma.sync, as sm_80
-
-
-def choose(tables: dict, arch: str, m: int) -> tuple:
-    return next(row[1:] for row in tables.get(arch, tables.get("", ())) if m <= row[0])
 
 
 # --- shared -----------------------------------------------------------------------------------------------
 @triton.jit
-def grouped_tile(m, n, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
-    """Tile of this program: GROUP rows of tiles are walked column by column, so that their operands stay in L2."""
-    pid = tl.program_id(0)
+def tile_of(number, m, n, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
+    """Row and column of a tile: GROUP rows of tiles are walked column by column, so that their operands stay in L2."""
     tiles_m, tiles_n = tl.cdiv(m, BM), tl.cdiv(n, BN)
-    group = pid // (GROUP * tiles_n)
-    first = group * GROUP
+    first = number // (GROUP * tiles_n) * GROUP
     rows = tl.minimum(tiles_m - first, GROUP)
-    inside = pid % (GROUP * tiles_n)
+    inside = number % (GROUP * tiles_n)
     return first + inside % rows, inside // rows
+
+
+@triton.jit
+def load_turned(x, rm, rk, at, m, k, stride_xm, stride_xk):
+    """Rows rm and columns at + rk of a float x, transposed; 0 outside."""
+    mask = (rm < m)[:, None] & (rk < k - at)[None, :]
+    source = x + rm.to(tl.int64)[:, None] * stride_xm + (at + rk).to(tl.int64)[None, :] * stride_xk
+    if x.dtype.element_ty == tl.int16:  # bf16 bits, in the interpreter only
+        return tl.trans(from_bf16_bits(tl.load(source, mask=mask, other=0)))
+    else:
+        return tl.trans(tl.load(source, mask=mask, other=0.0))
+
+
+@triton.jit
+def load_bias(bias, rn, n):
+    if bias.dtype.element_ty == tl.int16:
+        return from_bf16_bits(tl.load(bias + rn, mask=rn < n, other=0))
+    else:
+        return tl.load(bias + rn, mask=rn < n, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -121,15 +98,8 @@ def int8_sums(a_rows, b_rows, rk, k, EVEN_K: tl.constexpr, LONG: tl.constexpr, E
 
 
 @triton.jit
-def int8_kernel(a, b, a_scales, b_scales, bias, out, m, n, k, OUT: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr,
-                LONG: tl.constexpr, EXACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr):
-    """out = (a b^T * a_scales) * b_scales + bias. LONG: k exceeds EXACT, partial sums are added in int64."""
-    tile_m, tile_n = grouped_tile(m, n, BM, BN, GROUP)
-    rm, rn, rk = tile_m * BM + tl.arange(0, BM), tile_n * BN + tl.arange(0, BN), tl.arange(0, BK)
-    # Rows beyond the end read row 0's neighbours again (no mask in the loop) and are not stored.
-    a_rows = a + (rm % m).to(tl.int64)[:, None] * k + rk[None, :]
-    b_rows = b + (rn % n).to(tl.int64)[:, None] * k + rk[None, :]
-    sums = int8_sums(a_rows, b_rows, rk, k, EVEN_K, LONG, EXACT, BM, BN, BK)
+def store_scaled(sums, a_scales, b_scales, bias, out, rm, rn, m, n, OUT: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """The epilogue of whole-row scales: out = (sums * a_scales) * b_scales + bias."""
     values = sums * tl.load(a_scales + rm, mask=rm < m, other=0.0)[:, None] * tl.load(b_scales + rn, mask=rn < n, other=0.0)[None, :]
     if HAS_BIAS:
         values = values + load_bias(bias, rn, n)[None, :]
@@ -137,11 +107,27 @@ def int8_kernel(a, b, a_scales, b_scales, bias, out, m, n, k, OUT: tl.constexpr,
 
 
 @triton.jit
-def load_bias(bias, rn, n):
-    if bias.dtype.element_ty == tl.int16:
-        return from_bf16_bits(tl.load(bias + rn, mask=rn < n, other=0))
-    else:
-        return tl.load(bias + rn, mask=rn < n, other=0.0).to(tl.float32)
+def int8_kernel(a, b, a_scales, b_scales, bias, out, m, n, k, OUT: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr,
+                LONG: tl.constexpr, EXACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr):
+    """out = (a b^T * a_scales) * b_scales + bias. LONG: k exceeds EXACT, partial sums are added in int64."""
+    for number in tl.range(tl.program_id(0), tl.cdiv(m, BM) * tl.cdiv(n, BN), tl.num_programs(0), flatten=True):
+        tile_m, tile_n = tile_of(number, m, n, BM, BN, GROUP)
+        rm, rn, rk = tile_m * BM + tl.arange(0, BM), tile_n * BN + tl.arange(0, BN), tl.arange(0, BK)
+        # Rows beyond the end read row 0's neighbours again (no mask in the loop) and are not stored.
+        a_rows = a + (rm % m).to(tl.int64)[:, None] * k + rk[None, :]
+        b_rows = b + (rn % n).to(tl.int64)[:, None] * k + rk[None, :]
+        sums = int8_sums(a_rows, b_rows, rk, k, EVEN_K, LONG, EXACT, BM, BN, BK)
+        store_scaled(sums, a_scales, b_scales, bias, out, rm, rn, m, n, OUT, HAS_BIAS)
+
+
+@triton.jit
+def epilogue_kernel(sums, a_scales, b_scales, bias, out, m, n, OUT: tl.constexpr, HAS_BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """int8_kernel's end alone, for sums that torch made: 6 bytes an element of a bf16 result."""
+    number, across = tl.program_id(0), tl.cdiv(n, BN)
+    rm, rn = number // across * BM + tl.arange(0, BM), number % across * BN + tl.arange(0, BN)
+    at = rm.to(tl.int64)[:, None] * n + rn[None, :]
+    x = tl.load(sums + at, mask=(rm < m)[:, None] & (rn < n)[None, :], other=0).to(tl.float32)
+    store_scaled(x, a_scales, b_scales, bias, out, rm, rn, m, n, OUT, HAS_BIAS)
 
 
 def matmul_int8(a, b, a_scales, b_scales, bias, dtype):
@@ -150,14 +136,19 @@ def matmul_int8(a, b, a_scales, b_scales, bias, dtype):
     out = a.new_empty((m, n), dtype=dtype)
     if not out.numel():
         return out
-    bm, bn, bk, group, warps, stages = choose(INT8_TILES, architecture(a.device), m)
-    if k > EXACT_K:
-        bm, bn, warps = min(bm, 64), min(bn, 64), 4  # two sums of 12 bytes together in registers
+    arch, long = architecture(a.device), k > EXACT_K
+    tile, bias_given = choose("int8", arch, m, n), bias is not None
+    operands = a_scales, b_scales, as_bits(bias.contiguous()) if bias_given else a_scales, out, m, n
+    shared = {"OUT": CODES[float_code(dtype)], "HAS_BIAS": bias_given}
+    # torch's own limits: m above 16, n and k multiples of 8; 16 keeps every row aligned.
+    if torch_is_faster("int8", arch, m, n) and m > 16 and n % 16 == k % 16 == 0 and k and not long:
+        with ready(a):
+            epilogue_kernel[(triton.cdiv(m, 16) * triton.cdiv(n, 256),)](torch._int_mm(a, b.t()), *operands, **shared, BM=16, BN=256, num_warps=8, **LAUNCH)
+        return out
+    if long:
+        tile = tile._replace(bm=min(tile.bm, 64), bn=min(tile.bn, 64), warps=4)  # two sums of 12 bytes together in registers
     with ready(a):
-        int8_kernel[(triton.cdiv(m, bm) * triton.cdiv(n, bn),)](
-            a, b, a_scales, b_scales, a if bias is None else as_bits(bias.contiguous()), out, m, n, k, OUT=CODES[float_code(dtype)],
-            HAS_BIAS=bias is not None, EVEN_K=k % bk == 0, LONG=k > EXACT_K, EXACT=EXACT_K, BM=bm, BN=bn, BK=bk, GROUP=group,
-            num_warps=warps, num_stages=stages, **LAUNCH)
+        int8_kernel[grid(m, n, tile, a.device)](a, b, *operands, k, **shared, EVEN_K=k % tile.bk == 0, LONG=long, EXACT=EXACT_K, **tile.launch, **LAUNCH)
     return out
 
 
@@ -203,44 +194,41 @@ def packed_kernel(x, codes, scales, zeros, bias, out, m, n, k, columns, block, b
     operand, which may come from registers, and a small m is its narrow side. FACTOR (w^T, block a multiple of BK): the
     dot runs on the integers code - zero, exact in 16 bits, and each partial sum is multiplied by the block's scale in fp32.
     """
-    tile_m, tile_n = grouped_tile(m, n, BM, BN, GROUP)
-    rm, rn, rk = tile_m * BM + tl.arange(0, BM), tile_n * BN + tl.arange(0, BN), tl.arange(0, BK)
-    acc = tl.zeros((BN, BM), tl.float32)
-    for at in range(0, k, BK):
-        mask = (rm < m)[:, None] & (rk < k - at)[None, :]
-        source = x + rm.to(tl.int64)[:, None] * stride_xm + (at + rk).to(tl.int64)[None, :] * stride_xk
-        if x.dtype.element_ty == tl.int16:  # bf16 bits, in the interpreter only
-            xt = tl.trans(from_bf16_bits(tl.load(source, mask=mask, other=0)))
-        else:
-            xt = tl.trans(tl.load(source, mask=mask, other=0.0))
-        if TRANSPOSE:
-            w, scale = weight_tile(codes, scales, zeros, (at + rk).to(tl.int64), tile_n * BN, tl.minimum(BN, n - tile_n * BN), k, columns,
-                                   block, blocks, CODE, PER_ROW, FACTOR, BN)
-            w = tl.trans(w)
-        else:
-            w, scale = weight_tile(codes, scales, zeros, rn.to(tl.int64), at, tl.minimum(BK, k - at), n, columns, block, blocks, CODE,
-                                   PER_ROW, FACTOR, BK)
-        # fp32: full precision. bf16: the weight in bf16. fp16: exact integers in fp16; a weight already scaled might
-        # leave fp16's range, so tf32, which holds every fp16 exactly.
-        if X == BF16:
-            if INTERPRETED:
-                part = tl.dot(round_to_bf16(w), xt.to(tl.float32), input_precision="ieee")
+    for number in tl.range(tl.program_id(0), tl.cdiv(m, BM) * tl.cdiv(n, BN), tl.num_programs(0)):
+        tile_m, tile_n = tile_of(number, m, n, BM, BN, GROUP)
+        rm, rn, rk = tile_m * BM + tl.arange(0, BM), tile_n * BN + tl.arange(0, BN), tl.arange(0, BK)
+        acc = tl.zeros((BN, BM), tl.float32)
+        for at in range(0, k, BK):
+            xt = load_turned(x, rm, rk, at, m, k, stride_xm, stride_xk)
+            if TRANSPOSE:
+                w, scale = weight_tile(codes, scales, zeros, (at + rk).to(tl.int64), tile_n * BN, tl.minimum(BN, n - tile_n * BN), k, columns,
+                                       block, blocks, CODE, PER_ROW, FACTOR, BN)
+                w = tl.trans(w)
             else:
-                part = tl.dot(w.to(tl.bfloat16), xt)
-        elif X == F16 and FACTOR:
-            part = tl.dot(w.to(tl.float16), xt)
-        elif X == F16:
-            part = tl.dot(w, xt.to(tl.float32), input_precision="tf32")
-        else:
-            part = tl.dot(w, xt, input_precision="ieee")
-        if FACTOR:
-            acc += part * scale
-        else:
-            acc += part
-    values = tl.trans(acc)
-    if HAS_BIAS:
-        values = values + load_bias(bias, rn, n)[None, :]
-    store_out(out, values, rm.to(tl.int64)[:, None] * stride_om + rn.to(tl.int64)[None, :] * stride_on, (rm < m)[:, None] & (rn < n)[None, :], OUT)
+                w, scale = weight_tile(codes, scales, zeros, rn.to(tl.int64), at, tl.minimum(BK, k - at), n, columns, block, blocks, CODE,
+                                       PER_ROW, FACTOR, BK)
+            # fp32: full precision. bf16: the weight in bf16. fp16: exact integers in fp16; a weight already scaled might
+            # leave fp16's range, so tf32, which holds every fp16 exactly.
+            if X == BF16:
+                if INTERPRETED:
+                    part = tl.dot(round_to_bf16(w), xt.to(tl.float32), input_precision="ieee")
+                else:
+                    part = tl.dot(w.to(tl.bfloat16), xt)
+            elif X == F16 and FACTOR:
+                part = tl.dot(w.to(tl.float16), xt)
+            elif X == F16:
+                part = tl.dot(w, xt.to(tl.float32), input_precision="tf32")
+            else:
+                part = tl.dot(w, xt, input_precision="ieee")
+            if FACTOR:
+                acc += part * scale
+            else:
+                acc += part
+        values = tl.trans(acc)
+        if HAS_BIAS:
+            values = values + load_bias(bias, rn, n)[None, :]
+        store_out(out, values, rm.to(tl.int64)[:, None] * stride_om + rn.to(tl.int64)[None, :] * stride_on, (rm < m)[:, None] & (rn < n)[None, :],
+                  OUT)
 
 
 def fitting(tile: int, block: int, columns: int, least: int) -> tuple[int, bool]:
@@ -266,21 +254,21 @@ def launch_packed(x, codes, scales, zeros, code, block, columns, transpose, bias
         return
     block = min(block or columns, columns)
     arch = architecture(x.device)
-    bm, bn, bk, group, warps, stages = choose(FP32_TILES if x.dtype == torch.float32 else PACKED_TILES, arch, m)
+    tile = choose("fp32" if x.dtype == torch.float32 else "packed", arch, m, n)
     if transpose:
-        bn, per_row = fitting(bn, block, columns, 32)
-        factor = False  # the scale belongs to the summed index
+        bn, per_row = fitting(tile.bn, block, columns, 32)
+        tile, factor = tile._replace(bn=bn), False  # the scale belongs to the summed index
     else:
-        bk, per_row = fitting(bk, block, columns, 16)
-        factor = per_row and code not in STATE_CODES
+        bk, per_row = fitting(tile.bk, block, columns, 16)
+        tile, factor = tile._replace(bk=bk), per_row and code not in STATE_CODES
     if not per_row:
-        bm, bn, bk, group, warps, stages = choose(FP32_TILES if x.dtype == torch.float32 else GATHER_TILES, arch, m)
+        tile = choose("fp32" if x.dtype == torch.float32 else "gather", arch, m, n)
     with ready(x):
-        packed_kernel[(triton.cdiv(m, bm) * triton.cdiv(n, bn),)](
-            as_bits(x) if INTERPRETING else x, as_bits(codes), scales, scales if zeros is None else zeros, x if bias is None else as_bits(bias.contiguous()),
+        packed_kernel[grid(m, n, tile, x.device)](
+            as_bits(x) if INTERPRETING else x, as_bits(codes), scales, scales if zeros is None else zeros, scales if bias is None else as_bits(bias.contiguous()),
             out, m, n, k, columns, block, triton.cdiv(columns, block), *x.stride(), *out.stride(), CODE=CODES[code], X=CODES[float_code(x.dtype)],
-            OUT=CODES[float_code(out.dtype)], HAS_BIAS=bias is not None, TRANSPOSE=transpose, PER_ROW=per_row, FACTOR=factor, BM=bm, BN=bn,
-            BK=bk, GROUP=group, num_warps=warps, num_stages=stages, **LAUNCH)
+            OUT=CODES[float_code(out.dtype)], HAS_BIAS=bias is not None, TRANSPOSE=transpose, PER_ROW=per_row, FACTOR=factor, **tile.launch,
+            **LAUNCH)
 
 
 def matmul_packed(x, codes, scales, zeros, code, block, columns, transpose, bias, dtype):
@@ -341,28 +329,25 @@ def fp8_kernel(a, b, a_scales, b_scales, bias, out, m, n, k, a_block, b_block, A
                BK: tl.constexpr, GROUP: tl.constexpr):
     """out = a b^T + bias, both FP8. Scales of whole rows are applied at the end, BLOCKED ones (a_block and b_block are
     multiples of BK, or k) to each step's sum, which is fp32 from there on. Whole rows: fp32 after every step of BK too."""
-    tile_m, tile_n = grouped_tile(m, n, BM, BN, GROUP)
-    rm, rn, rk = tile_m * BM + tl.arange(0, BM), tile_n * BN + tl.arange(0, BN), tl.arange(0, BK)
-    row_a, row_b = (rm % m).to(tl.int64), (rn % n).to(tl.int64)  # rows beyond the end read others again and are not stored
-    a_rows = fp8_pointer(a, A, NATIVE) + row_a[:, None] * k + rk[None, :]
-    b_rows = fp8_pointer(b, B, NATIVE) + row_b[:, None] * k + rk[None, :]
-    a_scales, b_scales = a_scales + row_a * tl.cdiv(k, a_block), b_scales + row_b * tl.cdiv(k, b_block)
-    acc = fp8_sums(a_rows, b_rows, a_scales, b_scales, rk, k, a_block, b_block, A, B, EVEN_K, BLOCKED, NATIVE, BM, BN, BK)
-    if not BLOCKED:
-        acc = acc * tl.load(a_scales)[:, None] * tl.load(b_scales)[None, :]
-    if HAS_BIAS:
-        acc = acc + load_bias(bias, rn, n)[None, :]
-    store_out(out, acc, rm.to(tl.int64)[:, None] * n + rn[None, :], (rm < m)[:, None] & (rn < n)[None, :], OUT)
+    for number in tl.range(tl.program_id(0), tl.cdiv(m, BM) * tl.cdiv(n, BN), tl.num_programs(0), flatten=not BLOCKED):
+        tile_m, tile_n = tile_of(number, m, n, BM, BN, GROUP)
+        rm, rn, rk = tile_m * BM + tl.arange(0, BM), tile_n * BN + tl.arange(0, BN), tl.arange(0, BK)
+        row_a, row_b = (rm % m).to(tl.int64), (rn % n).to(tl.int64)  # rows beyond the end read others again and are not stored
+        a_rows = fp8_pointer(a, A, NATIVE) + row_a[:, None] * k + rk[None, :]
+        b_rows = fp8_pointer(b, B, NATIVE) + row_b[:, None] * k + rk[None, :]
+        scales_a, scales_b = a_scales + row_a * tl.cdiv(k, a_block), b_scales + row_b * tl.cdiv(k, b_block)
+        acc = fp8_sums(a_rows, b_rows, scales_a, scales_b, rk, k, a_block, b_block, A, B, EVEN_K, BLOCKED, NATIVE, BM, BN, BK)
+        if BLOCKED:
+            if HAS_BIAS:
+                acc = acc + load_bias(bias, rn, n)[None, :]
+            store_out(out, acc, rm.to(tl.int64)[:, None] * n + rn[None, :], (rm < m)[:, None] & (rn < n)[None, :], OUT)
+        else:
+            store_scaled(acc, a_scales, b_scales, bias, out, rm, rn, m, n, OUT, HAS_BIAS)
 
 
 def native_fp8(device: torch.device) -> bool:
     """Whether tl.dot takes float8_e4m3fn there (gfx942 converts it to 16 bits)."""
     return not INTERPRETING and (torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 9))
-
-
-def fp8_tiles(arch: str, m: int, blocked: bool) -> tuple:
-    bm, bn, *rest = choose(FP8_TILES, arch, m)
-    return bm, min(bn, 64) if blocked and arch == "sm_100" else bn, *rest  # each step's sum leaves tensor memory: 128 columns spill
 
 
 def float_matmul(x, w, transpose, bias, dtype):
@@ -390,14 +375,17 @@ def matmul_scaled(a, a_scales, a_zeros, a_code, a_block, b, b_scales, b_zeros, b
     if k and whole and not transpose and {a_code, b_code} <= {"int8", "int7"}:
         return matmul_int8(a, b, a_scales, b_scales, bias, dtype)
     if k and not transpose and {a_code, b_code} <= {"e4m3", "e5m2"}:
-        bm, bn, bk, group, warps, stages = fp8_tiles(architecture(a.device), m, not whole)
-        if all(block in (k, block // bk * bk) for block in (a_size, b_size)):
+        arch, format = architecture(a.device), "fp8" if whole else "fp8_block"
+        # torch's own limits: row-wise scales and a bf16 result; it has no product of two e5m2.
+        if whole and torch_is_faster("fp8", arch, m, n) and dtype == torch.bfloat16 and bias is None and n % 16 == k % 16 == 0 and a_code + b_code != "e5m2e5m2":
+            return torch._scaled_mm(a, b.t(), a_scales, b_scales.t(), out_dtype=dtype, use_fast_accum=False)
+        tile = choose(format, arch, m, n)
+        if all(block in (k, block // tile.bk * tile.bk) for block in (a_size, b_size)):
             with ready(a):  # results are within a bound, not bit-equal: multiply and add may fuse
-                fp8_kernel[(triton.cdiv(m, bm) * triton.cdiv(n, bn),)](
+                fp8_kernel[grid(m, n, tile, a.device)](
                     as_bits(a), as_bits(b), a_scales, b_scales, a_scales if bias is None else as_bits(bias.contiguous()), out, m, n, k, a_size,
-                    b_size, A=CODES[a_code], B=CODES[b_code], OUT=CODES[float_code(dtype)], HAS_BIAS=bias is not None, EVEN_K=k % bk == 0,
-                    BLOCKED=not whole, NATIVE=native_fp8(a.device), BM=bm, BN=bn, BK=bk, GROUP=group, num_warps=warps, num_stages=stages,
-                    enable_fp_fusion=True)
+                    b_size, A=CODES[a_code], B=CODES[b_code], OUT=CODES[float_code(dtype)], HAS_BIAS=bias is not None, EVEN_K=k % tile.bk == 0,
+                    BLOCKED=not whole, NATIVE=native_fp8(a.device), **tile.launch, enable_fp_fusion=True)
             return out
     x = a if a_code in FLOAT_DTYPES else dequantize(a, a_scales, a_zeros, a_code, a_block, k, torch.float32 if dtype == torch.float32 else torch.bfloat16)
     if b_code in FLOAT_DTYPES:

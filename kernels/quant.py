@@ -5,6 +5,9 @@ writes bits/8 per element + 4 (5 with a zero point) per block; dequantize the re
 bf16 -> uint8, block 256, moves 3.02 bytes per element, at 3.0 TB/s (H100 copy) about 1.0 T elements/s; stochastic
 rounding adds some 25 integer operations per element, below that limit. Expected, never measured on a GPU yet.
 
+quantize_both of bf16 moves 4 bytes per element where blocks fit a tile (two calls of quantize: 6) and 6 for whole rows, whose scales cost a
+walk of their own (two calls: 6 to 10, rows longer than a tile being read twice).
+
 hadamard moves 8 bytes per fp32 element and 4 per bf16; its 2 additions per element and butterfly step do not count, the
 exchanges between threads do: a step that leaves a thread's own elements goes through shuffles or shared memory.
 """
@@ -16,12 +19,13 @@ import triton.language as tl
 
 from gradmill.formats import CODES, Format, float_code
 from gradmill.kernels._common import (KEY_ARGUMENTS, LAUNCH, UNALIGNED, as_bits, bits, block_parameters, clamp, decode, encode, from_bf16_bits,
-                                      has_zero_point, key_words, load_codes, load_floats, measure, power_of_two, ready, round_even, seed_of,
-                                      store_codes, store_floats, tile_words, warps_for)
+                                      has_zero_point, key_words, load_codes, load_floats, magnitude, measure, power_of_two, ready, round_even,
+                                      seed_of, signed32, store_codes, store_floats, tile_words, warps_for)
 from gradmill.reference import quant as reference
 
 TILE = 4096    # elements a program holds in registers
 ACROSS = 32    # neighbouring rows read together where the input is contiguous along rows
+SQUARE = 64    # side of a tile that is quantised both ways, at the least
 
 
 @triton.jit
@@ -77,6 +81,102 @@ def quantize_kernel(x, codes, scales, zeros, rows, columns, block, blocks, strid
             words = tile_words(seed, step, stream, row * columns + col + done, ALIGNED, P2)
         q = encode(values, scale[:, None], zero[:, None], words, CODE, STOCHASTIC)
         store_codes(codes, q, row, col + done, size - done, columns, CODE, P2)
+
+
+# Both ways: square tiles, encoded by rows and, turned in shared memory, by columns. A program has one tile, or the four of a block twice as
+# long, which it then reads twice, from L1 the second time. Scales of whole rows and columns need a walk before.
+@triton.jit
+def square(x, top, left, rows, columns, stride_row, stride_column, SIDE: tl.constexpr):
+    """A tile's values; 0 outside."""
+    row = top + tl.arange(0, SIDE)
+    limit = tl.where(row < rows, tl.minimum(columns - left, SIDE), 0)
+    return load_strided(x, row, tl.zeros_like(row) + left, limit, stride_row, stride_column, SIDE)
+
+
+@triton.jit
+def corner(columns, SIDE: tl.constexpr):
+    """First row and column of this program's square, int64."""
+    across = tl.cdiv(columns, SIDE)
+    return (tl.program_id(0) // across).to(tl.int64) * SIDE, (tl.program_id(0) % across).to(tl.int64) * SIDE
+
+
+@triton.jit
+def most_kernel(x, most, rows, columns, stride_row, stride_column, SIDE: tl.constexpr):
+    """The largest magnitude() of every row, then of every column, in any order: an integer maximum."""
+    top, left = corner(columns, SIDE)
+    size = magnitude(square(x, top, left, rows, columns, stride_row, stride_column, SIDE))
+    row, column = top + tl.arange(0, SIDE), left + tl.arange(0, SIDE)
+    tl.atomic_max(most + row, tl.max(size, axis=1), mask=row < rows, sem="relaxed")
+    tl.atomic_max(most + rows + column, tl.max(size, axis=0), mask=column < columns, sem="relaxed")
+
+
+@triton.jit
+def encode_square(values, most, codes, scales, top, left, rows, columns, seed, step, stream, CODE: tl.constexpr, BLOCK: tl.constexpr,
+                  STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr, SIDE: tl.constexpr):
+    """One side of a tile: most (SIDE, blocks), the largest magnitude of each of its blocks."""
+    row, nothing = top + tl.arange(0, SIDE), tl.zeros_like(most)
+    scale, zero = block_parameters(most, nothing, nothing, CODE)
+    if BLOCK == 0:
+        at, exists = row[:, None], (row < tl.where(left == 0, rows, 0))[:, None]
+    elif BLOCK >= SIDE:
+        first = tl.where(left % BLOCK == 0, tl.where(left < columns, rows, 0), 0)  # a block's scale is stored once
+        at, exists = (row * tl.cdiv(columns, BLOCK) + left // BLOCK)[:, None], (row < first)[:, None]
+    else:
+        b = tl.arange(0, SIDE // BLOCK)[None, :]
+        at, exists = row[:, None] * tl.cdiv(columns, BLOCK) + left // BLOCK + b, (row < rows)[:, None] & (left + b * BLOCK < columns)
+    tl.store(scales + at, scale, mask=exists)
+    if BLOCK != 0 and BLOCK < SIDE:
+        scale = tl.reshape(tl.broadcast_to(tl.expand_dims(scale, 2), (SIDE, SIDE // BLOCK, BLOCK)), (SIDE, SIDE))
+    words = 0
+    if STOCHASTIC:
+        words = tile_words(seed, step, stream, row * columns + left, ALIGNED, SIDE)
+    q = encode(values, scale, tl.zeros_like(scale), words, CODE, STOCHASTIC)
+    limit = tl.where(row < rows, tl.minimum(columns - left, SIDE), 0)
+    store_codes(codes, q, row, tl.zeros_like(row) + left, limit, columns, CODE, SIDE)
+
+
+@triton.jit
+def most_of(values, BLOCK: tl.constexpr, SIDE: tl.constexpr):
+    """(SIDE, blocks): of a tile's own blocks, which a tile has whole."""
+    if BLOCK == SIDE:
+        return tl.max(magnitude(values), axis=1)[:, None]
+    else:
+        return tl.max(tl.reshape(magnitude(values), (SIDE, SIDE // BLOCK, BLOCK)), axis=2)
+
+
+@triton.jit(do_not_specialize=(*KEY_ARGUMENTS, "turned_stream"))
+def both_kernel(x, most, codes, scales, turned, turned_scales, rows, columns, stride_row, stride_column, seed_low, seed_high, step, stream, turned_stream,
+                CODE: tl.constexpr, BLOCK: tl.constexpr, STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr, TURNED_ALIGNED: tl.constexpr,
+                SIDE: tl.constexpr):
+    """BLOCK 0 (whole rows and columns): most_kernel was here before. BLOCK is 2 SIDE at the most."""
+    PARTS: tl.constexpr = 2 if BLOCK > SIDE else 1
+    top, left = corner(columns, SIDE * PARTS)
+    if PARTS == 2:
+        a = magnitude(square(x, top, left, rows, columns, stride_row, stride_column, SIDE))
+        b = magnitude(square(x, top, left + SIDE, rows, columns, stride_row, stride_column, SIDE))
+        first_columns, second_columns = tl.max(a, axis=0), tl.max(b, axis=0)
+        first_rows = tl.maximum(tl.max(a, axis=1), tl.max(b, axis=1))
+        a = magnitude(square(x, top + SIDE, left, rows, columns, stride_row, stride_column, SIDE))
+        b = magnitude(square(x, top + SIDE, left + SIDE, rows, columns, stride_row, stride_column, SIDE))
+        first_columns, second_columns = tl.maximum(first_columns, tl.max(a, axis=0)), tl.maximum(second_columns, tl.max(b, axis=0))
+        second_rows = tl.maximum(tl.max(a, axis=1), tl.max(b, axis=1))
+    seed = seed_of(seed_low, seed_high)
+    for part in range(PARTS * PARTS):
+        up, side = top + part // PARTS * SIDE, left + part % PARTS * SIDE
+        values = square(x, up, side, rows, columns, stride_row, stride_column, SIDE)
+        across = tl.trans(values)
+        if BLOCK == 0:
+            row, column = up + tl.arange(0, SIDE), side + tl.arange(0, SIDE)
+            by_rows = tl.load(most + row, mask=row < rows, other=0)[:, None]
+            by_columns = tl.load(most + rows + column, mask=column < columns, other=0)[:, None]
+        elif PARTS == 2:
+            by_rows = tl.where(part // PARTS == 0, first_rows, second_rows)[:, None]
+            by_columns = tl.where(part % PARTS == 0, first_columns, second_columns)[:, None]
+        else:
+            by_rows, by_columns = most_of(values, BLOCK, SIDE), most_of(across, BLOCK, SIDE)
+        encode_square(values, by_rows, codes, scales, up, side, rows, columns, seed, step, stream, CODE, BLOCK, STOCHASTIC, ALIGNED, SIDE)
+        encode_square(across, by_columns, turned, turned_scales, side, up, columns, rows, seed, step, turned_stream, CODE, BLOCK, STOCHASTIC, TURNED_ALIGNED,
+                      SIDE)
 
 
 @triton.jit
@@ -239,8 +339,26 @@ def quantize(x, code, block=0, transpose=False, key=None, stream=0, scales=None)
 
 
 def quantize_both(x, code, block=0, key=None, stream=0, turned_stream=0):
-    """See gradmill.ops.quant.quantize_both. The second launch finds x in L2 as far as that goes."""
-    return (*quantize(x, code, block, False, key, stream)[:2], *quantize(x, code, block, True, key, turned_stream)[:2])
+    """See gradmill.ops.quant.quantize_both. Blocks that no square tile can hold whole both ways take two launches of quantize."""
+    rows, columns = x.shape
+    if not x.numel() or block and not (16 <= block <= 128 and block & (block - 1) == 0):
+        return (*quantize(x, code, block, False, key, stream)[:2], *quantize(x, code, block, True, key, turned_stream)[:2])
+    format, side = Format(code, block), max(SQUARE, block // 2)
+    out = [x.new_empty(shape, dtype=dtype) for n, m in ((rows, columns), (columns, rows))
+           for shape, dtype in (((n, m), format.code_dtype), ((n, format.blocks(m)), torch.float32))]
+    across = max(side, block)   # columns and rows of a program
+    tiles = triton.cdiv(rows, side) * triton.cdiv(columns, side)
+    if tiles >= 1 << 31:
+        raise ValueError(f"gradmill.quantize_both: {rows} x {columns} is {tiles} tiles; the Triton kernel counts them in 31 bits")
+    most = x.new_zeros(rows + columns if block == 0 else 0, dtype=torch.int32)
+    shape, given = (rows, columns, *x.stride()), as_bits(x)
+    with ready(x):
+        if block == 0:
+            most_kernel[(tiles,)](given, most, *shape, SIDE=side, num_warps=warps_for(side * side), **LAUNCH)
+        both_kernel[(triton.cdiv(rows, across) * triton.cdiv(columns, across),)](given, most, *map(as_bits, out), *shape, *key_words(key, stream), signed32(turned_stream), CODE=CODES[code], BLOCK=block,
+                          STOCHASTIC=key is not None, ALIGNED=columns % 4 == 0, TURNED_ALIGNED=rows % 4 == 0, SIDE=side,
+                          num_warps=warps_for(side * side), **LAUNCH)
+    return tuple(out)
 
 
 def dequantize(codes, scales, zeros, code, block, columns, dtype):

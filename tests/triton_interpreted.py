@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from gradmill.formats import SPLIT, Format
-from gradmill.kernels import _common, binary, codebook, grouped, matmul, optim, projection, quant
+from gradmill.kernels import _common, binary, codebook, grouped, matmul, optim, projection, quant, tiles
 from gradmill.optim._base import QUANTIZED
 from gradmill.optim.rules import RULES
 from gradmill.reference import grouped as ref_grouped
@@ -40,6 +40,7 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(optim, "TILE", 256)
     monkeypatch.setattr(optim, "TILES", 2)
     monkeypatch.setattr(quant, "TILE", 512)
+    monkeypatch.setattr(quant, "SQUARE", 16)
 
 
 def random_key():
@@ -82,12 +83,19 @@ def test_quantize(code):
             check_quantize(x.abs() if code.startswith("square") else x, code, block, bool((i + stochastic) % 2), random_key() if stochastic else None)
 
 
-def test_quantize_both():
-    x, key = torch.randn(37, 20), random_key()
-    for code, block in (("int8", 0), ("e4m3", 32)):
+@pytest.mark.parametrize("code", ("int8", "int7", "e4m3", "e5m2"))
+def test_quantize_both(code):
+    """Whole rows, blocks that tiles hold, longer ones, and blocks that take two launches, in every layout."""
+    for i, (rows, columns, block) in enumerate(((37, 20, 0), (37, 20, 16), (37, 20, 10), (1, 1, 0), (1, 1, 128), (33, 70, 32), (19, 70, 128), (16, 32, 0), (16, 32, 256), (0, 5, 0),
+                                                (5, 0, 16), (1, 40, 32))):
+        x = torch.randn(rows, columns).to(FLOATS[i % 3])
+        if x.numel() > 20:
+            x[0, 3], x[-1, -1], x[rows // 2] = random.choice((1.0, float("nan"))), random.choice((1.0, float("-inf"))), random.choice((0.0, -0.0, 1e-40))
+        x = (x, x.t().contiguous().t(), torch.cat((x, x), 1)[:, ::2] if columns % 2 == 0 else x)[i % 3]
+        key = random.choice((None, random_key()))
         for name, a, b in zip(("codes", "scales", "turned codes", "turned scales"), quant.quantize_both(x, code, block, key, 3, 4),
                               ref_quant.quantize_both(x, code, block, key, 3, 4)):
-            assert_same(a, b, name, code)
+            assert_same(a, b, name, code, tuple(x.shape), x.stride(), x.dtype, block, key)
 
 
 @pytest.mark.parametrize("code", ("e4m3", "e5m2", "e2m1", "int7", "int8", "int4", "int2", "int3"))
@@ -185,11 +193,54 @@ def test_matmul_int8_beyond_int32(monkeypatch):
     k = (1 << 17) + 40
     a, b = torch.full((1, k), -128, dtype=torch.int8), torch.full((2, k), -128, dtype=torch.int8)
     one = torch.ones(2, 1)
-    monkeypatch.setitem(matmul.INT8_TILES, "interpreter", ((1 << 62, 16, 16, 4096, 1, 4, 1),))
+    monkeypatch.setitem(tiles.TABLE["interpreter"], "int8", {"large": (16, 16, 4096, 1, 4, 1, 1)})
     assert_same(matmul.matmul_int8(a, b, one[:1], one, None, torch.float32), ref_matmul.matmul_int8(a, b, one[:1], one, None, torch.float32))
     monkeypatch.setattr(matmul, "EXACT_K", 4096)
     operands = int8_operands(3, 5, 9001)
     assert_same(matmul.matmul_int8(*operands, None, torch.float32), ref_matmul.matmul_int8(*operands, None, torch.float32))
+
+
+def test_programs_walk_all_tiles(monkeypatch):
+    """More tiles than programs, whole groups of tile rows and a short one: every tile once."""
+    for cores, group in ((1, 1), (3, 4), (5, 2)):
+        monkeypatch.setattr(tiles, "INTERPRETED_CORES", cores)
+        monkeypatch.setitem(tiles.TABLE["interpreter"], "int8", {"large": (16, 16, 32, group, 4, 1, 1)})
+        operands = int8_operands(83, 70, 40)
+        assert_same(matmul.matmul_int8(*operands, None, torch.float32), ref_matmul.matmul_int8(*operands, None, torch.float32), cores, group)
+
+
+def test_matmul_int8_where_the_table_says_torch(monkeypatch):
+    calls, real = [], torch._int_mm
+    monkeypatch.setitem(tiles.TABLE["interpreter"], "torch", ["int8 m64"])
+    monkeypatch.setattr(torch, "_int_mm", lambda *a: (calls.append(1), real(*a))[1])
+    for (m, n, k), theirs in (((33, 48, 64), True), ((17, 272, 16), True), ((5, 48, 64), False), ((33, 50, 64), False), ((33, 48, 60), False)):
+        operands, before = int8_operands(m, n, k), len(calls)
+        for dtype in FLOATS:
+            bias = random.choice((None, torch.randn(n), torch.randn(n).bfloat16()))
+            assert_same(matmul.matmul_int8(*operands, bias, dtype), ref_matmul.matmul_int8(*operands, bias, dtype), (m, n, k), dtype)
+        assert len(calls) - before == 3 * theirs, (m, n, k)
+
+
+def test_matmul_scaled_where_the_table_says_torch(monkeypatch):
+    calls = []
+
+    def scaled_mm(a, b, scale_a, scale_b, out_dtype, use_fast_accum):  # as torch documents it
+        assert scale_a.shape == (a.shape[0], 1) and scale_b.shape == (1, b.shape[1]) and b.t().is_contiguous() and not use_fast_accum
+        calls.append(1)
+        return (a.double() @ b.double() * scale_a * scale_b).to(out_dtype)
+    monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
+    monkeypatch.setitem(tiles.TABLE["interpreter"], "torch", ["fp8 m64"])
+    for codes, shape, block, dtype, bias, theirs in ((("e4m3", "e4m3"), (33, 32, 48), 0, torch.bfloat16, None, True), (("e5m2", "e4m3"), (20, 16, 16), 0, torch.bfloat16, None, True),
+                                                     (("e5m2", "e5m2"), (33, 32, 48), 0, torch.bfloat16, None, False), (("e4m3", "e4m3"), (33, 32, 48), 0, torch.float32, None, False),
+                                                     (("e4m3", "e4m3"), (33, 32, 48), 0, torch.bfloat16, torch.randn(32), False), (("e4m3", "e4m3"), (33, 31, 48), 0, torch.bfloat16, None, False),
+                                                     (("e4m3", "e4m3"), (5, 32, 48), 0, torch.bfloat16, None, False), (("e4m3", "e4m3"), (33, 32, 256), 64, torch.bfloat16, None, False)):
+        (m, n, k), before = shape, len(calls)
+        a, b = ref_quant.quantize(torch.randn(m, k), codes[0], block), ref_quant.quantize(torch.randn(n, k), codes[1], block)
+        arguments = (*a, codes[0], block, *b, codes[1], block, k, False, bias)
+        got, want = matmul.matmul_scaled(*arguments, dtype), ref_matmul.matmul_scaled(*arguments, torch.float64)
+        magnitude = ref_quant.dequantize(*a, codes[0], block, k, torch.float64).abs() @ ref_quant.dequantize(*b, codes[1], block, k, torch.float64).abs().t()
+        within(got, want, magnitude + (0 if bias is None else bias.abs()), k)
+        assert len(calls) - before == theirs, (codes, shape, block, dtype)
 
 
 def within(got, want, magnitude, k, extra=0.0):

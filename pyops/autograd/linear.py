@@ -11,8 +11,9 @@ from gradmill.formats import FORMATS, Format, float_code
 from gradmill.ops._registry import forced_backend, native_module, use_backend
 from gradmill.ops.grouped import matmul_grouped, quantize_grouped
 from gradmill.ops.matmul import matmul_int8, matmul_packed, matmul_scaled
-from gradmill.ops.quant import BOTH_WAYS, dequantize, hadamard, quantize, quantize_both, quantize_to
+from gradmill.ops.quant import BOTH_WAYS, block_absmax, dequantize, hadamard, quantize, quantize_both, quantize_to
 from gradmill.recipes import Matmul, Recipe
+from gradmill.reference.grouped import ragged_blocks
 from gradmill.reference.philox import stream
 from gradmill.reference.quant import power_of_two_up, shared_scales
 from gradmill.weight import QuantizedWeight
@@ -324,21 +325,26 @@ def _step_gradient(dw, weight: QuantizedWeight):
 
 
 # --- a linear layer per expert ----------------------------------------------------------------------------
-def _of_experts(stored: list[Stored]) -> Stored:
-    """A matrix per expert as one operand."""
-    first = stored[0]
-    if first.scales is None:
-        return replace(first, codes=torch.stack([s.codes for s in stored]))
-    codes = torch.stack([s.codes.view(torch.uint8) for s in stored]).view(first.codes.dtype)  # under autocast torch does not stack float8
-    return replace(first, codes=codes, scales=torch.stack([s.scales for s in stored]), zeros=None)
-
-
 def _store_experts(weight, format: Format, transpose=False) -> Stored:
-    """weight (experts, out, in), or each expert's transpose, as an operand: scales are each expert's own."""
-    if format.blocked and not format.shared and not transpose:
-        one = _store(weight.flatten(0, 1), format)
-        return replace(one, codes=one.codes.view(weight.shape), scales=one.scales.view(*weight.shape[:2], one.scales.shape[1]))
-    return _of_experts([_store(w, format, transpose) for w in weight])
+    """weight (experts, out, in), or each expert's transpose, as an operand, in one call: scales are each expert's own."""
+    operand = weight.mT if transpose else weight
+    experts, rows, columns = operand.shape
+    if not format.blocked:
+        return Stored(operand.to(format.code_dtype).contiguous(), None, None, format, columns)
+    blocks, scales = format.blocks(columns), None
+    if format.shared:
+        group = format.rows or max(rows, 1)
+        absmax = torch.nn.functional.pad(block_absmax(weight, format, transpose), (0, 0, 0, -rows % group))  # no group reaches into the next expert
+        scales = shared_scales(absmax.flatten(0, 1), replace(format, rows=group)).view(experts, -1, blocks)[:, :rows]
+    if not transpose:
+        codes, scales, _ = quantize(weight.flatten(0, 1), format.code, format.block, False, None, 0, None if scales is None else scales.flatten(0, 1))
+        return Stored(codes.view(weight.shape), scales.view(experts, rows, blocks), None, format, columns)
+    offs = torch.arange(1, experts + 1, dtype=torch.int32, device=weight.device) * columns  # every expert has as many "tokens" as outputs
+    if scales is not None:  # there is room for one block more of each
+        room = ragged_blocks(format, experts * columns, experts)
+        scales = torch.nn.functional.pad(scales.flatten(), (0, rows * (room - experts * blocks))).view(rows, room)
+    codes, scales = quantize_grouped(weight.flatten(0, 1), offs, format.code, format.block, None, 0, scales)
+    return Stored(codes.view(operand.shape), scales.flatten()[:experts * rows * blocks].view(experts, rows, blocks), None, format, columns)
 
 
 def _expert_scales(x, offs, format: Format):
