@@ -300,7 +300,7 @@ void fused_step_live(int device, uint64_t stream, int rule, int param_code, int6
                      int64_t state_block, const std::vector<int64_t>& table, uint64_t scalars, uint64_t counts, uint64_t seed) {
   const std::vector<StepTensor> tensors = step_tensors(param_code, param_block, state_codes, state_block, table);
   const int64_t count = static_cast<int64_t>(tensors.size());
-  StepArgs args{rule, grad_code, tensors.data(), count, pointer<const float>(scalars), count, seed, 0, pointer<const float>(counts)};
+  [[maybe_unused]] const StepArgs args{rule, grad_code, tensors.data(), count, pointer<const float>(scalars), count, seed, 0, pointer<const float>(counts)};
   GM_RUN(throw std::runtime_error("fused_step_live runs on CUDA only"), cuda::fused_step(args, launch))
 }
 
