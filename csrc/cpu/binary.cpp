@@ -411,9 +411,9 @@ void dot_rows(const BinaryMatmulArgs& p) {
 #if GM_LEVEL >= 1
 // --- products by table ------------------------------------------------------------------------------------
 typedef __m256i bytes32;
-constexpr int kBlock = 31;             // bytes of k at a time: 62 nibbles, so a byte holds the bits that differ
+constexpr int kBlock = 31, kPlaneBlock = 64;  // bytes of k at a time: 62 nibbles, so a byte holds the bits that differ; planes add up in words
 constexpr int kPanel = 64;             // columns of a microkernel, two vectors of bytes
-constexpr int kTileRows = 192, kTileColumns = 1024;
+constexpr int kTileRows = 192, kPlaneTileRows = 96, kTileColumns = 1024;
 
 inline bytes32 load_bytes(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 inline bytes32 table(const uint8_t* p) { return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(p))); }
@@ -575,7 +575,8 @@ void pack_nibbles(const BinaryMatmulArgs& p, int64_t first, int64_t live, int64_
 
 template <int ROWS, bool PLANES>
 void by_table(const BinaryMatmulArgs& p) {
-  int64_t rows = min_of(kTileRows / ROWS * ROWS, round_up(p.m, ROWS)), cols = min_of(kTileColumns, round_up(p.n, kPanel));
+  constexpr int64_t block = PLANES ? kPlaneBlock : kBlock, most = PLANES ? kPlaneTileRows : kTileRows;
+  int64_t rows = min_of(most / ROWS * ROWS, round_up(p.m, ROWS)), cols = min_of(kTileColumns, round_up(p.n, kPanel));
   const int64_t wanted = omp_get_max_threads() > 1 ? 4 * omp_get_max_threads() : 1;
   while (divide_up(p.m, rows) * divide_up(p.n, cols) < wanted) {
     if (cols >= 4 * kPanel && cols >= rows) cols = round_up(cols / 2, kPanel);
@@ -583,23 +584,25 @@ void by_table(const BinaryMatmulArgs& p) {
     else break;
   }
   const int64_t down = divide_up(p.m, rows), across = divide_up(p.n, cols), bytes = bytes_of(p.k);
+  const bool once = bytes <= block;  // then rows are finished while their sums are in L1
 #pragma omp parallel if (p.m * p.n * p.k > 1 << 20)
   {
-    Scratch a(rows * kBlock * 2 * 4), b(cols * kBlock * 2 / 4), tile((rows + 1) * cols);
+    Scratch a(rows * block * 2 * 4), b(cols * block * 2 / 4), tile((once ? ROWS + 1 : rows + 1) * cols);
     uint8_t *const tables = reinterpret_cast<uint8_t*>(a.data), *const nibbles = reinterpret_cast<uint8_t*>(b.data);
     int32_t* const sums = reinterpret_cast<int32_t*>(tile.data);
+    float* const line = reinterpret_cast<float*>(sums + (once ? ROWS : rows) * cols);
 #pragma omp for schedule(dynamic)
     for (int64_t t = 0; t < down * across; ++t) {
       const int64_t row = t / across * rows, m = min_of(rows, p.m - row), col = t % across * cols, n = min_of(cols, p.n - col);
-      if (bytes == 0) memset(sums, 0, static_cast<size_t>(rows * cols) * 4);
-      for (int64_t k = 0; k < bytes; k += kBlock) {
-        const int64_t count = min_of(kBlock, bytes - k), steps = 2 * count;
+      if (bytes == 0) memset(sums, 0, static_cast<size_t>(ROWS * cols) * 4);
+      for (int64_t k = 0; k < bytes; k += block) {
+        const int64_t count = min_of(block, bytes - k), steps = 2 * count;
         for (int64_t j = 0; j < n; j += kPanel) pack_nibbles(p, col + j, n - j, k, count, nibbles + j * steps);
         for (int64_t i = 0; i < m; i += ROWS) {
           uint8_t* const panel = tables + i * steps * 16;
           pack_tables<ROWS>(p, row + i, m - i, k, count, panel);
           for (int64_t j = 0; j < n; j += kPanel) {
-            int32_t* const out = sums + i * cols + j;
+            int32_t* const out = sums + (once ? 0 : i * cols) + j;
             if constexpr (PLANES) {
               if (m - i == 1) multiply_planes<ROWS, 1>(steps, panel, nibbles + j * steps, out, cols, k == 0);
               else multiply_planes<ROWS, ROWS>(steps, panel, nibbles + j * steps, out, cols, k == 0);
@@ -609,9 +612,10 @@ void by_table(const BinaryMatmulArgs& p) {
               else multiply_signs<ROWS, ROWS>(steps, panel, nibbles + j * steps, out, cols, k == 0);
             }
           }
+          for (int64_t r = 0; once && r < min_of(ROWS, m - i); ++r) finish(p, row + i + r, col, n, sums + r * cols, line);
         }
       }
-      for (int64_t i = 0; i < m; ++i) finish(p, row + i, col, n, sums + i * cols, reinterpret_cast<float*>(sums + rows * cols));
+      for (int64_t i = 0; i < m && (!once || bytes == 0); ++i) finish(p, row + i, col, n, sums + (once ? 0 : i * cols), line);
     }
   }
 }

@@ -100,12 +100,12 @@ class OneBit(torch.autograd.Function):
             dw = (part if len(kept) == out else part.new_zeros(ctx.shape).index_copy_(0, kept, part)).to(weight.dtype).reshape(weight.shape)
         if needs_ds:
             if ctx.last:
-                products = dy[:, :, 0] * matmul_binary(patches, w, columns, nans, w_nans, None, torch.float32)
+                products = matmul_binary(patches, w, columns, nans, w_nans, None, torch.float32)[:, :, None]
             else:
-                products = dy * matmul_binary(w, patches, columns, w_nans, nans, None, torch.float32, dy.shape[2])
-            ds = products.sum(0 if ctx.last else (0, 2))[:, None].to(scales.dtype)
+                products = matmul_binary(w, patches, columns, w_nans, nans, None, torch.float32, dy.shape[2])
+            ds = products.mul_(dy).sum(2).sum(0)[:, None].to(scales.dtype)
         if ctx.bias_dtype is not None and ctx.needs_input_grad[3]:
-            db = dy.sum((0, 2)).to(ctx.bias_dtype)
+            db = dy.sum(2).sum(0).to(ctx.bias_dtype)  # faster than both at once
         return dx, dw, ds, db
 
 
