@@ -245,7 +245,9 @@ def _native_fold_kept(d, kept, outside, n, channels, height, width, kernel, stri
     if d.is_cuda:
         return reference.fold_kept(d, kept, outside, n, channels, height, width, kernel, stride, padding, dilation, dtype, last)
     out = torch.empty((n, channels, height, width), dtype=dtype, memory_format=torch.channels_last if last else torch.contiguous_format)
-    if out.numel():
+    if not len(d):
+        out.zero_()
+    elif out.numel():
         size = reference.output_size(height, width, kernel, stride, padding, dilation)
         kept = None if kept is None else kept.contiguous()
         native_module().fold_kept(d.data_ptr(), 0 if kept is None else kept.data_ptr(), len(d), outside.data_ptr(), n,
