@@ -15,10 +15,21 @@
 //               AVX2   293 ms  282 ms (1.04x)  211 ms (1.39x)  366 ms (0.80x)
 // Forward alone: int8 1.52x and 2.13x with VNNI, 0.98x and 1.20x with AVX2. Of int8's time at 128 channels with VNNI the products are
 // 6/10, quantising patches twice 2/10, folding 1/10. Before these kernels (torch unfolds, quantize reads, torch adds up) int8 was at
-// 0.86x there. Signs (code kSign) go from the image to packed bits, no patch matrix in between; of a gradient of which a quarter of the
-// patches was sampled, only these are folded (a scalar add an element, a quarter of the elements, instead of a matrix of zeros written, filled
-// and read). one_bit_fqt forward + backward, batch 32, one thread's CPU time: 64 channels at 32x32 160 -> 75 ms (torch fp32 73), 128 at 16x16 59 -> 41
-// (66), 256 at 8x8 37 -> 29 (62), 512 at 4x4 28 -> 26 (70), AVX-512; held to AVX2 66 (75), 37 (72), 26 (73), 24 (95). With two threads nothing could be measured: other processes had 80 % of the machine.
+// 0.86x there.
+//
+// one_bit_fqt has kernels of its own, whose columns are (window, channels): an image is packed once, a bit for each element, pixel by pixel, and a patch is its
+// pixels' bytes copied. Counted for 256 -> 256 channels, 8x8, batch 128, forward and backward: 14.5 G products of signs (1.2 G of them, dX's and dW's quarters, with 4
+// bits), read of fp32 images 8.4 MB each: X, W, dY five times (ranges, dX's and dW's planes, twice for the scales); written Y, the forward product once more
+// and dX; patches 2.4 MB of bits instead of 75.5 MB of floats, made by rows (copies), then turned round as bits. Floor: products at the table's 445 G a second (binary.cpp)
+// 30 ms, 60 MB at 10 GB/s 6 ms. Measured 52 ms (AVX2; the same process with nothing else running would show less): products 34, folding 3.2, planes 3.0, ranges 2.8, the image 2.2,
+// turning bits round 1.1, copying patches 0.7, sampling 0.1, torch's sums 4. Before (patches of floats made, packed by rows and by columns, dY turned round and read
+// six times by torch, dX's patches folded by scalar adds) 104 ms.
+// Against torch fp32, batch 32, one thread's CPU time, least of 9, interleaved, the machine full of other work:
+//                      AVX2: torch  one_bit_fqt      AVX-512: torch  one_bit_fqt
+//   64 channels, 32x32      79 ms   32 ms (2.5x)             76 ms   32 ms (2.4x)
+//   128, 16x16              75      19    (4.0x)             70      22    (3.2x)
+//   256, 8x8                77      15    (5.1x)             64      15    (4.3x)
+//   512, 4x4               124      23    (5.3x)             81      21    (3.9x)
 #include "signs.h"
 #include "simd.h"
 #include "tile.h"
