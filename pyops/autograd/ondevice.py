@@ -84,7 +84,7 @@ def _product(codes, scales, weight, channels, bias, window: Window | None, y=Non
         return product if y is None else y.add_(product)
     n, (oh, ow), out, groups, first_part = len(codes), window.output(codes.shape), weight.shape[0], window.groups, y is None
     y = torch.empty((n, out, oh, ow), device=codes.device) if first_part else y
-    for first, last in _pieces(n, oh * ow * weight.shape[1:].numel() * groups, groups):
+    for first, last in _pieces(n, oh * ow * max(weight.shape[1:].numel() * groups, 2 * out), groups):  # of few channels the product is what is large
         rows, piece = scales[first:last].repeat_interleave(oh * ow, 0), codes[first:last] if channels is None else codes[first:last].index_select(1, channels)
         part = _products(_patches(piece, window), _grouped(weight.codes, groups), rows.expand(groups, -1, 1), _grouped(weight.scales, groups))
         part = part.transpose(1, 2).reshape(out, last - first, oh, ow).transpose(0, 1)
@@ -108,7 +108,7 @@ def _input_gradient(dy, part: Part, dx, window: Window | None):
     groups, columns = window.groups, weight.codes.shape[1]
     shape = dx.shape[0], dx.shape[1] if part.channels is None else len(part.channels), *dx.shape[2:]
     right, ones = _grouped(weight.codes, groups).mT, dy.new_ones((groups, columns, 1))
-    for first, last in _pieces(len(dy), dy.shape[2] * dy.shape[3] * 4 * groups * columns, 1):
+    for first, last in _pieces(len(dy), dy.shape[2] * dy.shape[3] * 4 * max(groups * columns, 2 * dy.shape[1]), 1):  # dY is copied twice
         d = _turned(dy[first:last] * weight.scales.view(-1, 1, 1), groups).mT  # (groups, tokens, out / groups)
         tokens = d.shape[1]
         codes, scales, _ = quantize(d.reshape(groups * tokens, d.shape[2]), "int8", 0)
@@ -125,7 +125,7 @@ def _weight_gradient(dy, codes, x_scale, shape, window: Window | None):
         left = quantize(dy, "int8", 0, True)
         return matmul_int8(left[0], codes.t().contiguous(), left[1], scales, None, torch.float32)
     dw, groups = None, window.groups
-    for first, last in _pieces(len(dy), dy.shape[2] * dy.shape[3] * groups * columns, groups, max(PIECE, 4 * shape.numel())):  # patches may take what the gradient takes
+    for first, last in _pieces(len(dy), dy.shape[2] * dy.shape[3] * max(groups * columns, 2 * dy.shape[1]), groups, max(PIECE, 4 * shape.numel())):  # patches may take what the gradient takes
         left, left_scales, _ = quantize(_turned(dy[first:last], groups).flatten(0, 1), "int8", 0)
         part = _products(_grouped(left, groups), _patches(codes[first:last], window).mT, _grouped(left_scales, groups), scales.expand(groups, -1, 1)).view(shape)
         dw = part if dw is None else dw.add_(part)
