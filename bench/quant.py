@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import torch
 
+import gradmill
 from gradmill import functional, ops
 from gradmill.formats import Format
 
@@ -201,3 +202,17 @@ def fake_quantize_w4(ctx):
         ours(lambda: lambda i: step(i, lambda *inputs: functional.fake_quantize(*inputs, 4, group))),
         baseline("torch expression + autograd", lambda: lambda i: step(i, lambda w, s, z: torch_fake(
             _blocks(w, group), s[..., None], z[..., None], 15).view(rows, columns)))])
+
+
+@case("quant")
+def train_steps_w2(ctx):
+    """EfficientQAT's second phase (E2E-QP): a packed 2-bit layer of which the step sizes train."""
+    tokens, n = ctx.pick((512, 2048), (4, 128))
+    x, dy, plain = ctx.once(lambda: ctx.randn(tokens, n).requires_grad_()), ctx.once(lambda: ctx.randn(tokens, n)), ctx.once(lambda: torch.nn.Linear(n, n, bias=False).to(ctx.device))
+
+    def run(make):
+        layer = make()
+        trained = [p for p in layer.parameters() if p.requires_grad]
+        return lambda i: torch.autograd.grad(layer(x()), (x(), *trained), dy())
+    return Bench(f"E2E-QP, a layer's forward + backward in packed 2 bits, {tokens} tokens, {n}->{n}", Work(16.0 * tokens * n + n * n * (0.25 + 4.0), 6.0 * tokens * n * n, "fp32"), [
+        ours(lambda: run(lambda: gradmill.nn.Linear.from_linear(plain(), "w2").train_steps_())), baseline("torch fp32", lambda: run(plain))])

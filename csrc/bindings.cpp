@@ -164,10 +164,31 @@ void quantize_patches(uint64_t image, const std::array<int64_t, 11>& geometry, c
   cpu().conv->quantize_patches(a);
 }
 
-void fold_patches(uint64_t d, uint64_t kept, int64_t count, const std::array<int64_t, 11>& geometry, int64_t images, uint64_t image) {
-  FoldArgs a{pointer<const float>(d), pointer<const int64_t>(kept), count, window(geometry), images, pointer<float>(image)};
+void fold_patches(uint64_t d, const std::array<int64_t, 11>& geometry, int64_t images, uint64_t image) {
+  FoldArgs a{pointer<const float>(d), window(geometry), images, pointer<float>(image)};
   py::gil_scoped_release release;
   cpu().conv->fold_patches(a);
+}
+
+bool pack_image(uint64_t x, int code, bool last, int64_t images, int64_t channels, int64_t pixels, uint64_t signs, uint64_t outside) {
+  PackImageArgs a{pointer(x), code, last, images, channels, pixels, pointer<uint8_t>(signs), pointer<uint8_t>(outside), false};
+  py::gil_scoped_release release;
+  cpu().conv->pack_image(a);
+  return a.bad;
+}
+
+void patch_bits(uint64_t bits, const std::array<int64_t, 11>& geometry, const std::array<int64_t, 2>& padding, int64_t images, uint64_t out) {
+  PatchBitsArgs a{pointer<const uint8_t>(bits), window(geometry), {padding[0], padding[1]}, images, pointer<uint8_t>(out)};
+  py::gil_scoped_release release;
+  cpu().conv->patch_bits(a);
+}
+
+void fold_kept(uint64_t d, uint64_t kept, int64_t count, uint64_t outside, int64_t images, const std::array<int64_t, 11>& geometry,
+               const std::array<int64_t, 2>& padding, uint64_t image, int code, bool last) {
+  FoldKeptArgs a{pointer<const float>(d), pointer<const int64_t>(kept), count, pointer<const uint8_t>(outside), window(geometry),
+                 {padding[0], padding[1]}, images, pointer(image), code, last};
+  py::gil_scoped_release release;
+  cpu().conv->fold_kept(a);
 }
 
 void matmul_int8(int device, uint64_t stream, int64_t m, int64_t n, int64_t k, uint64_t a, uint64_t b, uint64_t a_scales, uint64_t b_scales,
@@ -212,11 +233,40 @@ void pack_bits(int device, uint64_t stream, uint64_t x, int x_code, int64_t stri
 }
 
 void matmul_binary(int device, uint64_t stream, int64_t m, int64_t n, int64_t k, int planes, uint64_t a, uint64_t b, uint64_t a_scales, uint64_t offsets,
-                   uint64_t b_scales, uint64_t bias, uint64_t counts, uint64_t out, int out_code) {
+                   uint64_t b_scales, uint64_t bias, uint64_t counts, uint64_t out, int out_code, int64_t run) {
   BinaryMatmulArgs args{m, n, k, planes, pointer<const uint8_t>(a), pointer<const uint8_t>(b), pointer<const float>(a_scales),
                         pointer<const float>(offsets), pointer<const float>(b_scales), pointer<const float>(bias), pointer<int32_t>(counts),
-                        pointer(out), out_code};
+                        pointer(out), out_code, run};
   GM_RUN(cpu().binary->matmul(args), cuda::matmul_binary(args, launch))
+}
+
+void transpose_bits(uint64_t bits, int64_t rows, int64_t cols, uint64_t out) {
+  TransposeBitsArgs args{pointer<const uint8_t>(bits), rows, cols, pointer<uint8_t>(out)};
+  py::gil_scoped_release release;
+  cpu().binary->transpose(args);
+}
+
+void gradient_ranges(uint64_t x, int64_t images, int64_t channels, int64_t positions, uint64_t sizes, uint64_t ranges, uint64_t magnitudes,
+                     uint64_t channel_ranges, uint64_t channel_magnitudes) {
+  GradientRangesArgs args{{pointer<const float>(x), images, channels, positions, pointer<const float>(sizes)}, pointer<float>(ranges),
+                          pointer<float>(magnitudes), pointer<float>(channel_ranges), pointer<float>(channel_magnitudes)};
+  py::gil_scoped_release release;
+  cpu().binary->ranges(args);
+}
+
+void pack_gradient(uint64_t x, int64_t images, int64_t channels, int64_t positions, uint64_t sizes, uint64_t kept, int64_t count, int planes,
+                   const KeyTuple& key, uint64_t bits, uint64_t scales, uint64_t offsets) {
+  Key k = make_key(key);
+  PackGradientArgs args{{pointer<const float>(x), images, channels, positions, pointer<const float>(sizes)}, pointer<const int64_t>(kept), count, planes,
+                        key ? &k : nullptr, pointer<uint8_t>(bits), pointer<float>(scales), pointer<float>(offsets)};
+  py::gil_scoped_release release;
+  cpu().binary->pack_gradient(args);
+}
+
+void sample_groups(uint64_t ranges, int64_t groups, int64_t bits, double offset, uint64_t kept, uint64_t factors) {
+  SampleArgs args{pointer<const float>(ranges), groups, bits, offset, pointer<int64_t>(kept), pointer<float>(factors)};
+  py::gil_scoped_release release;
+  cpu().binary->sample(args);
 }
 
 void matmul_tenants(int device, uint64_t stream, int64_t m, int64_t n, int64_t k, const std::vector<int64_t>& order, const std::vector<int64_t>& tenants,
@@ -354,6 +404,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("dequantize", &dequantize);
   m.def("quantize_patches", &quantize_patches);
   m.def("fold_patches", &fold_patches);
+  m.def("pack_image", &pack_image);
+  m.def("patch_bits", &patch_bits);
+  m.def("fold_kept", &fold_kept);
   m.def("hadamard", &hadamard);
   m.def("fake_quantize", &fake_quantize);
   m.def("fake_quantize_backward", &fake_quantize_backward);
@@ -363,6 +416,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("quantize_grouped", &quantize_grouped);
   m.def("pack_bits", &pack_bits);
   m.def("matmul_binary", &matmul_binary);
+  m.def("transpose_bits", &transpose_bits);
+  m.def("gradient_ranges", &gradient_ranges);
+  m.def("pack_gradient", &pack_gradient);
+  m.def("sample_groups", &sample_groups);
   m.def("matmul_tenants", &matmul_tenants);
   m.def("codebook_sums", &codebook_sums);
   m.def("move_indices", &move_indices);

@@ -153,7 +153,8 @@ def conv2d(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None 
     if recipe.one_bit is not None:
         window = Window(kernel, stride, padding, dilation, 1)
         parts = zip(x.chunk(groups, 1), weight.chunk(groups), steps.chunk(groups), [None] * groups if bias is None else bias.chunk(groups))
-        y = torch.cat([OneBit.apply(*part, *recipe.one_bit, _output_dtype(x), window) for part in parts], 1)
+        ys = [OneBit.apply(*part, *recipe.one_bit, _output_dtype(x), window) for part in (parts if groups > 1 else [(x, weight, steps, bias)])]
+        y = ys[0] if groups == 1 else torch.cat(ys, 1)
         return y if input.dim() == 4 else y[0]
     y = QuantizedLinear.apply(x, weight, bias, recipe, _output_dtype(x), steps, Window(kernel, stride, padding, dilation, groups))
     return y if input.dim() == 4 else y[0]

@@ -92,8 +92,8 @@ class Recipe:
         """Bytes of X that forward keeps for dW: exact, for (tokens, columns) of that item size."""
         if self.frozen:
             return 0
-        if self.one_bit is not None:  # signs by rows and by columns, a scale for each row and column
-            return tokens * -(-columns // 8) + columns * -(-tokens // 8) + 4 * (tokens + columns)
+        if self.one_bit is not None:  # signs, a scale for each row and column
+            return tokens * -(-columns // 8) + 4 * (tokens + columns)
         if self.dw == "forward" and self.y.left is not None:
             return self.y.left.nbytes(tokens, columns)
         if isinstance(self.dw, Matmul) and self.dw.right is not None:

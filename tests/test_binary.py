@@ -5,7 +5,7 @@ from hypothesis import given, strategies as st
 
 from gradmill import ops
 from gradmill.formats import Format
-from gradmill.ops import matmul_binary, matmul_planes, pack_planes, pack_signs
+from gradmill.ops import binary as binary_ops, matmul_binary, matmul_planes, pack_planes, pack_signs
 
 from .conftest import FLOATS, LEVELS, SPECIAL, assert_native_is_reference, assert_same_bits, key, layouts, misaligned, reference, running, threads, wild
 
@@ -81,6 +81,64 @@ def test_planes_are_within_a_step_and_unbiased():
             total += got
         # A draw lies in an interval of one step around the value: standard deviation at most half a step. Six of the mean's.
         assert ((total / draws - x).abs() <= scales * (0.5 * 6 / draws ** 0.5)).all()
+
+
+# --- gradients --------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("n, c, p", [(1, 1, 1), (0, 3, 4), (3, 0, 4), (5, 7, 1), (70, 40, 1), (4, 17, 9), (3, 64, 64), (2, 33, 40)])
+def test_gradients_ranges_and_planes(n, c, p):
+    special = torch.randn(n, c, p)
+    if special.numel() > 8:
+        special.view(-1)[torch.randperm(special.numel())[:3]] = torch.tensor([torch.nan, -torch.inf, 3e38])
+    for dy in (wild(n * c, p).view(n, c, p), special, torch.zeros(n, c, p), -torch.rand(n, c, p)):
+        sizes = torch.randn(c)
+        for count in (1, 2):
+            with threads(count):
+                assert_native_is_reference(ops.gradient_ranges, dy, sizes)
+        for s, matrix in ((sizes, (dy * sizes[:, None]).transpose(1, 2).reshape(n * p, c)), (None, dy.transpose(0, 1).reshape(c, n * p))):
+            kept = torch.randperm(len(matrix))[:len(matrix) // 3 + 1]
+            for bits, k in ((1, None), (3, key(5, 2)), (4, key(1 << 40, 3))):
+                want = reference(pack_planes, matrix[kept], bits, False, k, 9)
+                assert_same_bits(assert_native_is_reference(ops.pack_gradient, dy, s, kept, bits, k, 9), want, f"{bits}")
+                assert_same_bits(binary_ops._pack_kept(dy, s, kept, bits, k, 9), want, "what CUDA and Triton are made of")
+
+
+def test_ranges_by_hand():
+    dy = torch.tensor([[[1.0, -3.0], [2.0, torch.inf]]])
+    for variant in ("reference", *LEVELS):
+        with running(variant):
+            got = ops.gradient_ranges(dy, torch.tensor([2.0, -1.0]))
+            assert [t.tolist() for t in got] == [[4.0, torch.inf], [2.0, torch.inf], [4.0, torch.inf], [3.0, torch.inf]], "2 and -2; 1 and -3"
+
+
+def test_sampled_groups_are_the_references():
+    for trial in range(300):
+        ranges = torch.rand(torch.randint(1, 80, ()).item()) ** torch.randint(0, 9, ()).item() * (trial % 9 > 0)
+        ranges[torch.rand(len(ranges)) < trial % 4 / 4] = 0
+        if trial % 5 == 0:
+            ranges[torch.randint(len(ranges), (2,))] = torch.tensor([torch.inf, torch.nan])
+        offset = torch.rand((), dtype=torch.float64)
+        for bits in (1, 2, 4):
+            want = reference(ops.sample_groups, ranges, bits, offset)
+            assert len(want[0]) == -(-len(ranges) // bits) and (want[0].diff() > 0).all()
+            for variant in LEVELS:
+                with running(variant):
+                    got = ops.sample_groups(ranges, bits, offset)
+                assert_same_bits(got[0], want[0], f"{ranges} {bits} {offset}")
+                torch.testing.assert_close(got[1], want[1], rtol=2.0 ** -23, atol=0)
+    assert all(len(t) == 0 for t in ops.sample_groups(torch.empty(0), 4, offset))
+
+
+@pytest.mark.parametrize("m, n, k, run", [(1, 1, 9, 1), (5, 12, 20, 4), (30, 200, 100, 25), (64, 130, 257, 13), (64, 2048, 31, 1024), (7, 0, 9, 3), (0, 6, 9, 3), (9, 6, 0, 3)])
+def test_products_in_runs(m, n, k, run):
+    a, b, a_scales, b_scales = bit_rows(m, k), bit_rows(n, k), torch.randn(m, 1), torch.randn(n, 1)
+    for bias, dtype in ((None, torch.float32), (torch.randn(m), torch.float32), (torch.randn(m).bfloat16(), torch.float16)):
+        got = assert_native_is_reference(matmul_binary, a, b, k, a_scales, b_scales, bias, dtype, run)
+        assert got.shape == (n // run, m, run)
+        want = matmul_binary(a, b, k, a_scales, b_scales, None, torch.float32)
+        want = want if bias is None else want + bias.float()[:, None]
+        assert_same_bits(got.transpose(0, 1).reshape(m, n), want.to(dtype))
+        other = binary_ops._binary_in_runs(binary_ops.reference.matmul_binary, a, b, k, torch.ones(m, 1), b_scales, bias, dtype, run)
+        assert_same_bits(other, matmul_binary(a, b, k, torch.ones(m, 1), b_scales, bias, dtype, run), "what CUDA and Triton are made of")
 
 
 # --- products ---------------------------------------------------------------------------------------------
@@ -231,6 +289,16 @@ def test_tenants_and_threads_do_not_change_a_row():
     (lambda: matmul_binary(bit_rows(2, 9), bit_rows(2, 9), 9, *[torch.ones(2, 1)] * 2, None, torch.float64), TypeError, "dtype"),
     (lambda: ops.matmul_tenants(torch.randn(2, 9), torch.randn(2, 4), bit_rows(4, 9)[None], torch.ones(1), torch.tensor([0, 1]), 9), ValueError, r"tenants is \[0, 1\]"),
     (lambda: ops.matmul_tenants(torch.randn(2, 9), torch.randn(2, 4), bit_rows(4, 9)[None], torch.ones(2), torch.tensor([0, 0]), 9), ValueError, "alphas"),
+    (lambda: matmul_binary(bit_rows(2, 9), bit_rows(4, 9), 9, torch.ones(2, 1), torch.ones(4, 1), None, torch.float32, 3), ValueError, "run is 3; it must be 0 or a divisor of 4"),
+    (lambda: matmul_binary(bit_rows(2, 9), bit_rows(4, 9), 9, torch.ones(2, 1), torch.ones(4, 1), torch.ones(4), torch.float32, 2), ValueError, "bias"),
+    (lambda: ops.transpose_bits(bit_rows(2, 9), 17), ValueError, "transpose_bits: bits is"),
+    (lambda: ops.gradient_ranges(torch.ones(2, 3), torch.ones(3)), ValueError, "gradient_ranges: dy is"),
+    (lambda: ops.gradient_ranges(torch.ones(2, 3, 4), torch.ones(4)), ValueError, "gradient_ranges: sizes is"),
+    (lambda: ops.gradient_ranges(torch.ones(2, 3, 4).double(), torch.ones(3)), TypeError, "gradient_ranges: dy is"),
+    (lambda: ops.pack_gradient(torch.ones(2, 3, 4), None, torch.tensor([3]), 4), ValueError, "pack_gradient: kept is .*0 to 2"),
+    (lambda: ops.pack_gradient(torch.ones(2, 3, 4), None, torch.tensor([0]), 5), ValueError, "pack_gradient: bits is 5"),
+    (lambda: ops.sample_groups(torch.ones(2), 0, torch.zeros((), dtype=torch.float64)), ValueError, "bits is 0"),
+    (lambda: ops.sample_groups(torch.ones(2), 4, torch.zeros(())), TypeError, "offset is"),
     (lambda: matmul_planes(bit_rows(2, 9), bit_rows(2, 9), 9, *[torch.ones(2, 1)] * 3, torch.float32), ValueError, "matmul_planes: a is"),
 ])
 def test_errors_name_the_argument(call, error, words):

@@ -157,7 +157,7 @@ def test_bfloat16_and_differing_models():
 def test_examples_of_the_docs_page(tmp_path):
     """docs/one_bit.md's blocks run as they stand."""
     blocks = re.findall(r"```python\n(.*?)```", (Path(__file__).parent.parent / "docs/one_bit.md").read_text(), re.S)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     base, finetuned = pair()
     batches, x = [torch.randn(8, 70)], torch.randn(4, 70)
     for name in ("a", "b"):
@@ -184,3 +184,8 @@ def test_examples_of_the_docs_page(tmp_path):
     assert type(names["model"][2]) is gradmill.nn.BinaryLinear and type(names["model"][0]) is torch.nn.Linear
     exec(blocks[3], names := {"gradmill": gradmill, "model": Layers(), "batches": [torch.randn(4, 64)]})
     assert names["model"].layers[0][0].recipe.name == "w2"
+    x, w = torch.randn(6, 70), torch.randn(9, 70)
+    exec(blocks[4], names := {"gradmill": gradmill, "torch": torch, "x": x, "w": w})
+    signs = [torch.where(t < 0, -1.0, 1.0) * t.abs().mean(1, keepdim=True) for t in (x, w)]
+    torch.testing.assert_close(names["y"], signs[0] @ signs[1].t())
+    assert (names["y4"] - x @ signs[1].t()).norm() < 0.2 * (x @ signs[1].t()).norm()

@@ -13,11 +13,13 @@ import gradmill
 from gradmill import QuantizedWeight, functional, ops
 from gradmill.autograd import window as windows
 from gradmill.nn import Conv2d
+from gradmill.ops import binary as binary_ops, conv as conv_ops
 from gradmill.recipes import RECIPES, Recipe
-from gradmill.reference.conv import output_size
+from gradmill.reference.conv import by_pixel, output_size, patches as reference_patches
+from gradmill.reference.quant import unpack_bits
 from gradmill.weight import nbytes
 
-from .conftest import BLOCKED, FLOATS, LEVELS, SPECIAL, assert_native_is_reference, assert_same_bits, fit, isa, threads, wild
+from .conftest import BLOCKED, FLOATS, LEVELS, SPECIAL, assert_native_is_reference, assert_same_bits, fit, isa, reference, threads, wild
 from .test_recipes import DETERMINISTIC as DETERMINISTIC_LINEAR, FROZEN, NAMES as LINEAR, QAT, close, expected
 
 NAMES, DETERMINISTIC = ([n for n in names if not RECIPES[n].history] for names in (LINEAR, DETERMINISTIC_LINEAR))
@@ -256,16 +258,53 @@ def test_folded_patches_have_the_references_bits(geometry):
             assert ((got - want).abs() <= size * 2.0 ** -21).all()
 
 
+IMAGES = ((2, 3, 9, 7), (1, 17, 8, 40), (0, 3, 9, 9), (3, 0, 9, 9), (1, 1, 7, 7), (2, 64, 8, 8), (2, 40, 7, 11))
+
+
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
-def test_a_few_rows_of_patches_fold_as_all_with_zeros(geometry):
-    for n, c, h, w in ((2, 3, 9, 7), (3, 17, 8, 11), (1, 1, 7, 7), (0, 3, 9, 9)):
-        oh, ow = output_size(h, w, *geometry)
-        for count in {0, 1, n * oh * ow // 4, n * oh * ow}:
-            kept = torch.randperm(n * oh * ow)[:count].sort().values
-            d = wild(len(kept), c * geometry[0][0] * geometry[0][1])
-            full = torch.zeros(n * oh * ow, d.shape[1]).index_copy_(0, kept, d)
-            assert_same_bits(ops.fold_patches(d, n, c, h, w, *geometry, torch.float32, kept), ops.fold_patches(full, n, c, h, w, *geometry, torch.float32))
-            assert_native_is_reference(ops.fold_patches, d, n, c, h, w, *geometry, torch.bfloat16, kept)
+def test_an_images_signs_and_their_patches(geometry):
+    for n, c, h, w in IMAGES:
+        x = torch.randn(n, c, h, w) * 1.2
+        special = x.clone()
+        if x.numel():
+            special.view(-1)[torch.randint(x.numel(), (len(SPECIAL) // 2,))] = torch.tensor(SPECIAL)[torch.randperm(len(SPECIAL))[:len(SPECIAL) // 2]]
+        for image in (x, special, special.to(memory_format=torch.channels_last), x.bfloat16(), torch.randn(n, c, 2 * h, w + 3)[:, :, ::2, 2:-1]):
+            for count in (1, 2):
+                with threads(count):
+                    signs, outside, rows, columns = assert_native_is_reference(ops.pack_image, image, *geometry, what=str((n, c, h, w)))
+            dirty = signs.clone()
+            dirty[:, -1:] |= 128 * (c % 8 != 0)  # a bit that is not used
+            patches = assert_native_is_reference(ops.patch_bits, dirty, n, c, h, w, *geometry)
+            assert_same_bits(assert_native_is_reference(ops.transpose_bits, patches, c * geometry[0][0] * geometry[0][1]),
+                             reference(ops.pack_signs, by_pixel(reference_patches(image.float(), *geometry), c), True)[0])
+            by_rows, by_columns = (reference(ops.pack_signs, by_pixel(reference_patches(image, *geometry), c), transpose) for transpose in (False, True))
+            assert_same_bits((patches, rows, columns), (by_rows[0], by_rows[1], by_columns[1]), "the patches' own signs")
+            assert_same_bits(outside, reference(ops.pack_signs, (1 - image.float().abs()).permute(0, 2, 3, 1).reshape(n * h * w, c))[0])
+            for module in (conv_ops._pack_rows, lambda x, *g: (conv_ops._patch_bytes(signs, *x.shape, *g), binary_ops._transposed(patches, columns.shape[0]))):
+                got = module(image, *geometry)  # what CUDA and Triton are made of
+                assert_same_bits(got, (signs, outside, rows, columns) if len(got) == 4 else (patches, ops.transpose_bits(patches, columns.shape[0])))
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+def test_a_few_patches_gradients_fold_as_all_with_zeros(geometry):
+    kernel = geometry[0]
+    for n, c, h, w in IMAGES:
+        (oh, ow), columns = output_size(h, w, *geometry), c * kernel[0] * kernel[1]
+        outside = torch.randint(0, 256, (n * h * w, -(-c // 8)), dtype=torch.uint8)
+        inside = 1 - unpack_bits(outside, 1, c, False).view(n, h, w, c).permute(0, 3, 1, 2)
+        for count in {None, 0, 1, n * oh * ow // 4}:
+            kept = None if count is None else torch.randperm(n * oh * ow)[:count].sort().values
+            d = wild(n * oh * ow if kept is None else len(kept), columns)
+            if d.numel():
+                d[0, 0] = torch.nan
+            full = d if kept is None else torch.zeros(n * oh * ow, columns).index_copy_(0, kept, d)
+            want = ops.fold_patches(full.view(len(full), kernel[0] * kernel[1], c).transpose(1, 2).reshape(full.shape), n, c, h, w, *geometry, torch.float32) * inside
+            for last, dtype in ((False, torch.float32), (True, torch.float32), (False, torch.bfloat16), (True, torch.float16)):
+                for threaded in (1, 2):
+                    with threads(threaded):
+                        got = assert_native_is_reference(ops.fold_kept, d, kept, outside, n, c, h, w, *geometry, dtype, last)
+                assert_same_bits(got, want.to(dtype))
+                assert got.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
 def test_patches_are_torchs_unfold():
@@ -286,9 +325,22 @@ def test_bad_arguments_of_the_kernels_are_refused_by_name(change, error, message
         ops.quantize_patches(**{**arguments, **change})
     with pytest.raises(ValueError, match="d is .*of shape"):
         ops.fold_patches(torch.ones(3, 4), 1, 1, 3, 3, [2, 2], [1, 1], [0, 0], [1, 1], torch.float32)
+    window, pixels = ([2, 2], [1, 1], [0, 0], [1, 1]), torch.zeros(9, 1, dtype=torch.uint8)
     for kept in ([2, 1], [1, 1], [-1, 2], [0, 4], torch.ones(2)):
-        with pytest.raises(ValueError, match="kept is"):
-            ops.fold_patches(torch.ones(2, 4), 1, 1, 3, 3, [2, 2], [1, 1], [0, 0], [1, 1], torch.float32, torch.as_tensor(kept))
+        with pytest.raises(ValueError, match="fold_kept: kept is"):
+            ops.fold_kept(torch.ones(2, 4), torch.as_tensor(kept), pixels, 1, 1, 3, 3, *window, torch.float32, False)
+    with pytest.raises(ValueError, match="outside is"):
+        ops.fold_kept(torch.ones(4, 4), None, pixels[1:], 1, 1, 3, 3, *window, torch.float32, False)
+    with pytest.raises(TypeError, match="dtype is"):
+        ops.fold_kept(torch.ones(4, 4), None, pixels, 1, 1, 3, 3, *window, torch.float64, False)
+    with pytest.raises(ValueError, match="patch_bits: bits is .*of shape"):
+        ops.patch_bits(pixels, 1, 9, 3, 3, *window)
+    with pytest.raises(ValueError, match="patch_bits: kernel is"):
+        ops.patch_bits(pixels, 1, 1, 3, 3, [4, 2], *window[1:])
+    with pytest.raises(TypeError, match="pack_image: x is"):
+        ops.pack_image(torch.ones(1, 1, 3, 3, dtype=torch.float64), *window)
+    with pytest.raises(ValueError, match="pack_image: x is"):
+        ops.pack_image(torch.ones(1, 3, 3), *window)
 
 
 # --- special values and layouts ---------------------------------------------------------------------------

@@ -227,6 +227,17 @@ def test_more_memory_is_never_worse_and_too_little_is_refused():
     assert all(r.bias and not r.channels for r in biases.layers) and biases.bytes.peak < ondevice.plan(model, x, share=1.0).bytes.peak
 
 
+@pytest.mark.parametrize("batch, side", [(16, 8), (128, 8), (32, 16)])
+def test_fewer_channels_need_less_memory(batch, side):
+    """Of convolutions whose workspace weighs more than what they keep; 3x3, strided, depthwise and 1x1."""
+    def block(*arguments, **options):
+        return nn.Conv2d(*arguments, **options), nn.ReLU()
+    model = nn.Sequential(*block(3, 16, 3, padding=1), *block(16, 32, 3, 2, 1), *block(32, 32, 3, padding=1, groups=32), *block(32, 64, 1), *block(64, 64, 3, padding=1),
+                          nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+    peaks = [ondevice.plan(model, torch.randn(batch, 3, side, side), share=share).bytes.peak for share in (0.25, 0.5, 1.0)]
+    assert peaks[0] < peaks[1] < peaks[2], peaks
+
+
 def test_the_knapsack_is_the_best_choice():
     for _ in range(20):
         options = [[(0.0, 0), *((float(v), int(c)) for v, c in zip(torch.rand(3), torch.randint(1, 60, (3,))))] for _ in range(4)]

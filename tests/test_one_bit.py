@@ -8,8 +8,9 @@ import torch.nn.functional as F
 
 import gradmill
 from gradmill import recipes
-from gradmill.autograd.one_bit import inclusion, prune
+from gradmill.autograd.one_bit import prune
 from gradmill.reference import binary as reference_binary
+from gradmill.reference.binary import inclusion
 from gradmill.reference.philox import stream
 from gradmill.reference.quant import unpack_bits
 

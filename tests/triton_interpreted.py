@@ -533,6 +533,21 @@ def test_matmul_binary(m, n, k):
             assert_same(binary.matmul_planes(*args), ref_binary.matmul_planes(*args), planes, dtype)
 
 
+def test_one_bit_convolution():
+    """Forward and backward through Triton's kernels and what torch puts between them."""
+    import gradmill
+    x, w, steps, dy = torch.randn(2, 3, 4, 5), torch.randn(4, 3, 3, 2), torch.rand(4, 1), torch.randn(2, 4, 4, 4)
+    results = []
+    for backend in ("triton", "reference"):
+        torch.manual_seed(3)
+        leaves = [t.clone().requires_grad_() for t in (x, w, steps)]
+        with gradmill.use_backend(backend):
+            y = gradmill.functional.conv2d(leaves[0], leaves[1], None, 1, (1, 0), recipe="one_bit_fqt", steps=leaves[2])
+            results.append((y, *torch.autograd.grad(y, leaves, dy)))
+    for got, want, name in zip(*results, ("y", "dx", "dw", "steps")):
+        assert_same(got, want, name)
+
+
 @pytest.mark.parametrize("m, rows, columns", [(1, 1, 1), (5, 40, 70), (2, 3, 64)])
 def test_signs_times_floats(m, rows, columns):
     bits, alphas, tenants = torch.randint(0, 256, (2, rows, -(-columns // 8)), dtype=torch.uint8), torch.tensor([0.5, -2.0]), torch.randint(-1, 2, (m,))

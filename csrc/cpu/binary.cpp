@@ -16,6 +16,14 @@
 // all planes cost one lookup; they reach 60, so bytes are widened every four steps: 2.75 instructions for 2 (677 -> 484 G in the
 // microkernel). 2048 cubed, four planes: 6.7x torch's fp32, where four binary products would be 2.4x.
 //
+// A table costs a 16-byte store a nibble, a nibble a share of a byte transpose, so the shorter operand should be the one in tables: Y = W X^T (256 rows of tables, 8192 columns,
+// 6 % of the time in tables) instead of X W^T (8192 rows, 256 columns, 24 %); with `run` it is written as an image at once. dX has short sums (64 to 512 bits): at 64 bits
+// a sum's own 5 instructions' worth of lookups are nothing beside the 4 bytes it is written as (78 G a second, 18.9 MB of which every page is new); rows of which k fits one
+// block are finished while their sums are in L1.
+//
+// Gradients: one pass gives every group's range (4 bytes read an element); planes are packed from the groups that were kept alone, gathered where
+// they lie. Sampling is a few passes over the groups' ranges in float64 (0.1 ms for 8192; torch's sort, sums and searches take 1.9).
+//
 // Up to 8 rows: 64-bit popcounts of the rows as they lie, which the portable level uses for all shapes.
 // gcc keeps the accumulators in memory unless every loop over them is unrolled (1.8 times the time).
 #include "gemm.h"
@@ -127,6 +135,194 @@ void pack(const PackBitsArgs& p) {
   }
 }
 
+// --- bits turned round ------------------------------------------------------------------------------------
+// An item is 16 bytes of columns of up to 512 rows: a line of out for each of 128 columns, made in L1.
+void transpose_bits(const TransposeBitsArgs& p) {
+  constexpr int64_t together = 512, wide = 16;
+  const int64_t bytes = bytes_of(p.cols), out_bytes = bytes_of(p.rows), across = divide_up(bytes, wide), down = divide_up(p.rows, together);
+#pragma omp parallel for schedule(static) if (p.rows * p.cols > 1 << 20)
+  for (int64_t t = 0; t < down * across; ++t) {
+    const int64_t row = t / across * together, rows = min_of(together, p.rows - row), byte = t % across * wide, count = min_of(wide, bytes - byte);
+    alignas(64) uint8_t lines[wide * 8][together / 8] = {};
+    for (int64_t r = 0; r < rows; r += 32) {
+      alignas(32) uint8_t square[wide][32] = {};  // byte by byte, 32 rows
+      const int64_t live = min_of(32, rows - r);
+      const uint8_t* const in = p.bits + (row + r) * bytes + byte;
+#if GM_LEVEL >= 1
+      for (int half = 0; half < 2; ++half) {
+        __m128i x[16], y[16];
+        for (int i = 0; i < 16; ++i) {
+          if (16 * half + i >= live) x[i] = _mm_setzero_si128();
+          else if (count == wide) x[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + (16 * half + i) * bytes));
+          else {
+            uint8_t line[wide] = {};
+            memcpy(line, in + (16 * half + i) * bytes, static_cast<size_t>(count));
+            x[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(line));
+          }
+        }
+#pragma GCC unroll 4
+        for (int stage = 0; stage < 4; ++stage) {  // each a perfect shuffle of the 256 bytes; four are the transpose
+#pragma GCC unroll 8
+          for (int i = 0; i < 8; ++i) y[2 * i] = _mm_unpacklo_epi8(x[i], x[i + 8]), y[2 * i + 1] = _mm_unpackhi_epi8(x[i], x[i + 8]);
+#pragma GCC unroll 16
+          for (int i = 0; i < 16; ++i) x[i] = y[i];
+        }
+        for (int i = 0; i < 16; ++i) _mm_store_si128(reinterpret_cast<__m128i*>(square[i] + 16 * half), x[i]);
+      }
+#else
+      for (int64_t i = 0; i < live; ++i)
+        for (int64_t k = 0; k < count; ++k) square[k][i] = in[i * bytes + k];
+#endif
+      for (int64_t k = 0; k < count; ++k)
+        for (int b = 0; b < 8; ++b) {
+          uint8_t word[4];
+          plane_bits(square[k], b, word, 4);
+          memcpy(lines[8 * k + b] + r / 8, word, 4);
+        }
+    }
+    for (int64_t c = 0; c < min_of(8 * wide, p.cols - 8 * byte); ++c)
+      memcpy(p.out + (8 * byte + c) * out_bytes + row / 8, lines[c], static_cast<size_t>(bytes_of(rows)));
+  }
+}
+
+// --- gradients --------------------------------------------------------------------------------------------
+// What is left of a group's low, high and x - x (nan once x is not finite) in the end.
+inline void range_of(float low, float high, float bad, float* range, float* magnitude) {
+  const bool fine = bad == 0.0f;
+  *range = fine ? high - low : bits_float(0x7f800000u);
+  *magnitude = fine ? (high >= -low ? high : -low) : bits_float(0x7f800000u);
+}
+
+inline void widen(float x, float& low, float& high, float& bad) {
+  low = x < low ? x : low;
+  high = x > high ? x : high;
+  bad += x - x;
+}
+
+// Each thread's images have tokens of their own and add to its channels' three numbers, which then come together: no order matters.
+void gradient_ranges(const GradientRangesArgs& p) {
+  const int64_t images = p.g.images, channels = p.g.channels, positions = p.g.positions;
+  Scratch together(3 * channels);
+  float* const all = reinterpret_cast<float*>(together.data);
+  memset(all, 0, static_cast<size_t>(3 * channels) * 4);
+#pragma omp parallel if (images * channels * positions > 1 << 15)
+  {
+    Scratch buffer(3 * channels), tokens(3 * positions);
+    float *__restrict low = reinterpret_cast<float*>(buffer.data), *__restrict high = low + channels, *__restrict bad = high + channels;
+    float *__restrict t_low = reinterpret_cast<float*>(tokens.data), *__restrict t_high = t_low + positions, *__restrict t_bad = t_high + positions;
+    memset(low, 0, static_cast<size_t>(3 * channels) * 4);
+#pragma omp for schedule(static)
+    for (int64_t n = 0; n < images; ++n) {
+      const float* __restrict x = p.g.x + n * channels * positions;
+      if (positions == 1) {
+        float lows[kMeanLanes] = {}, highs[kMeanLanes] = {}, bads[kMeanLanes] = {};
+        int64_t c = 0;
+        for (; c + kMeanLanes <= channels; c += kMeanLanes)
+          for (int l = 0; l < kMeanLanes; ++l) {
+            widen(x[c + l], low[c + l], high[c + l], bad[c + l]);
+            widen(x[c + l] * p.g.sizes[c + l], lows[l], highs[l], bads[l]);
+          }
+        for (; c < channels; ++c) widen(x[c], low[c], high[c], bad[c]), widen(x[c] * p.g.sizes[c], lows[0], highs[0], bads[0]);
+        for (int l = 1; l < kMeanLanes; ++l) {
+          lows[0] = lows[l] < lows[0] ? lows[l] : lows[0];
+          highs[0] = highs[l] > highs[0] ? highs[l] : highs[0];
+          bads[0] += bads[l];
+        }
+        range_of(lows[0], highs[0], bads[0], p.ranges + n, p.magnitudes + n);
+        continue;
+      }
+      memset(t_low, 0, static_cast<size_t>(3 * positions) * 4);
+      for (int64_t c = 0; c < channels; ++c, x += positions) {
+        constexpr int lanes = 16;
+        const float size = p.g.sizes[c];
+        float lows[lanes] = {}, highs[lanes] = {}, bads[lanes] = {};
+        int64_t i = 0;
+        for (; i + lanes <= positions; i += lanes)
+          for (int l = 0; l < lanes; ++l) {
+            widen(x[i + l], lows[l], highs[l], bads[l]);
+            widen(x[i + l] * size, t_low[i + l], t_high[i + l], t_bad[i + l]);
+          }
+        for (; i < positions; ++i) widen(x[i], lows[0], highs[0], bads[0]), widen(x[i] * size, t_low[i], t_high[i], t_bad[i]);
+        for (int l = 0; l < lanes; ++l) {
+          low[c] = lows[l] < low[c] ? lows[l] : low[c];
+          high[c] = highs[l] > high[c] ? highs[l] : high[c];
+          bad[c] += bads[l];
+        }
+      }
+      for (int64_t i = 0; i < positions; ++i) range_of(t_low[i], t_high[i], t_bad[i], p.ranges + n * positions + i, p.magnitudes + n * positions + i);
+    }
+#pragma omp critical
+    for (int64_t c = 0; c < channels; ++c) {
+      all[c] = low[c] < all[c] ? low[c] : all[c];
+      all[channels + c] = high[c] > all[channels + c] ? high[c] : all[channels + c];
+      all[2 * channels + c] += bad[c];
+    }
+  }
+  for (int64_t c = 0; c < channels; ++c) range_of(all[c], all[channels + c], all[2 * channels + c], p.channel_ranges + c, p.channel_magnitudes + c);
+}
+
+void pack_gradient(const PackGradientArgs& p) {
+  const Gradient& g = p.g;
+  const int64_t cols = g.sizes ? g.channels : g.tokens();
+  const PackBitsArgs rows{nullptr, kF32, cols, p.count, cols, false, p.planes, false, p.key, p.bits, p.scales, p.offsets};
+#pragma omp parallel if (p.count * cols > 1 << 15)
+  {
+    Scratch buffer(cols);
+    float* const row = reinterpret_cast<float*>(buffer.data);
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < p.count; ++i) {
+      if (g.sizes) {
+        const float* const x = g.x + p.kept[i] / g.positions * g.channels * g.positions + p.kept[i] % g.positions;
+        for (int64_t c = 0; c < cols; ++c) row[c] = x[c * g.positions] * g.sizes[c];
+      } else {
+        for (int64_t n = 0; n < g.images; ++n)
+          memcpy(row + n * g.positions, g.x + (n * g.channels + p.kept[i]) * g.positions, static_cast<size_t>(g.positions) * 4);
+      }
+      pack_row(rows, row, i);
+    }
+  }
+}
+
+// Which groups are certain: those whose share of what is left would be above 1, until there is none.
+void sample_groups(const SampleArgs& p) {
+  const int64_t count = divide_up(p.groups, p.bits);
+  const double wanted = p.groups > p.bits ? static_cast<double>(p.groups) / static_cast<double>(p.bits) : 1.0;
+  const auto certain = [&](double size, double factor) { return !(size * factor <= 1.0) && size > 0.0; };
+  const auto size_of = [&](int64_t i) { return magnitude_bits(p.ranges[i]) < 0x7f800000u ? static_cast<double>(p.ranges[i]) : HUGE_VAL; };
+  double factor = 0.0;  // so that only what is infinite is certain
+  for (int64_t before = 0, now = -1; now != before;) {
+    double rest = 0.0;
+    before = now, now = 0;
+    for (int64_t i = 0; i < p.groups; ++i) {
+      const double size = size_of(i);
+      if (certain(size, factor)) ++now;
+      else rest += size;
+    }
+    const double left = wanted - static_cast<double>(now);
+    factor = left <= 0.0 ? 0.0 : rest > 0.0 ? left / rest : HUGE_VAL;
+  }
+  double sum = 0.0, step = 0.0;
+  int64_t hits = 0;
+  for (int64_t i = 0; i < p.groups && hits < count; ++i) {
+    const double size = size_of(i);
+    double share = certain(size, factor) ? 1.0 : size > 0.0 ? size * factor : 0.0;
+    share = share < 1.0 ? share : 1.0;
+    if (share < 1.0) sum += share;
+    const double now = floor(sum + p.offset);
+    if (share >= 1.0 || now != step) p.kept[hits] = i, p.factors[hits++] = static_cast<float>(1.0 / share);
+    step = now;
+  }
+  // The first that were not hit fill up, in order.
+  for (int64_t i = 0; hits < count; ++i) {
+    int64_t at = 0;
+    while (at < hits && p.kept[at] < i) ++at;
+    if (at < hits && p.kept[at] == i) continue;
+    for (int64_t k = hits; k > at; --k) p.kept[k] = p.kept[k - 1], p.factors[k] = p.factors[k - 1];
+    p.kept[at] = i, p.factors[at] = 0.0f;
+    ++hits;
+  }
+}
+
 // --- counts and dot products ------------------------------------------------------------------------------
 // Both operands' last byte is masked where it is read: what unused bits hold does not matter.
 inline uint8_t last_mask(int64_t k) { return static_cast<uint8_t>(k % 8 ? (1 << k % 8) - 1 : 255); }
@@ -180,7 +376,9 @@ void finish(const BinaryMatmulArgs& p, int64_t row, int64_t col, int64_t n, cons
   if (p.planes == 0) {
     const int32_t k = static_cast<int32_t>(p.k);
     for (int64_t j = 0; j < n; ++j) out[j] = (static_cast<float>(k - 2 * sums[j]) * scale) * b_scales[j];
-    if (p.bias)
+    if (p.bias && p.run)
+      for (int64_t j = 0; j < n; ++j) out[j] += p.bias[row];
+    else if (p.bias)
       for (int64_t j = 0; j < n; ++j) out[j] += p.bias[col + j];
   } else {
     const int32_t k = static_cast<int32_t>(p.k), total = p.counts[row], *counts = p.counts + p.m + col;
@@ -188,7 +386,14 @@ void finish(const BinaryMatmulArgs& p, int64_t row, int64_t col, int64_t n, cons
     for (int64_t j = 0; j < n; ++j)
       out[j] = (offset * static_cast<float>(k - 2 * counts[j]) + scale * static_cast<float>(total - 2 * sums[j])) * b_scales[j];
   }
-  encode_floats(p.out_code, out, nullptr, n, static_cast<char*>(p.out) + (row * p.n + col) * code_bits(p.out_code) / 8);
+  char* const to = static_cast<char*>(p.out);
+  const int64_t size = code_bits(p.out_code) / 8;
+  if (p.run == 0) return encode_floats(p.out_code, out, nullptr, n, to + (row * p.n + col) * size);
+  for (int64_t j = 0; j < n;) {
+    const int64_t image = (col + j) / p.run, at = (col + j) % p.run, live = min_of(p.run - at, n - j);
+    encode_floats(p.out_code, out + j, nullptr, live, to + ((image * p.m + row) * p.run + at) * size);
+    j += live;
+  }
 }
 
 void dot_rows(const BinaryMatmulArgs& p) {
@@ -214,9 +419,9 @@ void dot_rows(const BinaryMatmulArgs& p) {
 #if GM_LEVEL >= 1
 // --- products by table ------------------------------------------------------------------------------------
 typedef __m256i bytes32;
-constexpr int kBlock = 31;             // bytes of k at a time: 62 nibbles, so a byte holds the bits that differ
+constexpr int kBlock = 31, kPlaneBlock = 64;  // bytes of k at a time: 62 nibbles, so a byte holds the bits that differ; planes add up in words
 constexpr int kPanel = 64;             // columns of a microkernel, two vectors of bytes
-constexpr int kTileRows = 192, kTileColumns = 1024;
+constexpr int kTileRows = 192, kPlaneTileRows = 96, kTileColumns = 1024;
 
 inline bytes32 load_bytes(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 inline bytes32 table(const uint8_t* p) { return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(p))); }
@@ -378,7 +583,8 @@ void pack_nibbles(const BinaryMatmulArgs& p, int64_t first, int64_t live, int64_
 
 template <int ROWS, bool PLANES>
 void by_table(const BinaryMatmulArgs& p) {
-  int64_t rows = min_of(kTileRows / ROWS * ROWS, round_up(p.m, ROWS)), cols = min_of(kTileColumns, round_up(p.n, kPanel));
+  constexpr int64_t block = PLANES ? kPlaneBlock : kBlock, most = PLANES ? kPlaneTileRows : kTileRows;
+  int64_t rows = min_of(most / ROWS * ROWS, round_up(p.m, ROWS)), cols = min_of(kTileColumns, round_up(p.n, kPanel));
   const int64_t wanted = omp_get_max_threads() > 1 ? 4 * omp_get_max_threads() : 1;
   while (divide_up(p.m, rows) * divide_up(p.n, cols) < wanted) {
     if (cols >= 4 * kPanel && cols >= rows) cols = round_up(cols / 2, kPanel);
@@ -386,23 +592,25 @@ void by_table(const BinaryMatmulArgs& p) {
     else break;
   }
   const int64_t down = divide_up(p.m, rows), across = divide_up(p.n, cols), bytes = bytes_of(p.k);
+  const bool once = bytes <= block;  // then rows are finished while their sums are in L1
 #pragma omp parallel if (p.m * p.n * p.k > 1 << 20)
   {
-    Scratch a(rows * kBlock * 2 * 4), b(cols * kBlock * 2 / 4), tile((rows + 1) * cols);
+    Scratch a(rows * block * 2 * 4), b(cols * block * 2 / 4), tile((once ? ROWS + 1 : rows + 1) * cols);
     uint8_t *const tables = reinterpret_cast<uint8_t*>(a.data), *const nibbles = reinterpret_cast<uint8_t*>(b.data);
     int32_t* const sums = reinterpret_cast<int32_t*>(tile.data);
+    float* const line = reinterpret_cast<float*>(sums + (once ? ROWS : rows) * cols);
 #pragma omp for schedule(dynamic)
     for (int64_t t = 0; t < down * across; ++t) {
       const int64_t row = t / across * rows, m = min_of(rows, p.m - row), col = t % across * cols, n = min_of(cols, p.n - col);
-      if (bytes == 0) memset(sums, 0, static_cast<size_t>(rows * cols) * 4);
-      for (int64_t k = 0; k < bytes; k += kBlock) {
-        const int64_t count = min_of(kBlock, bytes - k), steps = 2 * count;
+      if (bytes == 0) memset(sums, 0, static_cast<size_t>(ROWS * cols) * 4);
+      for (int64_t k = 0; k < bytes; k += block) {
+        const int64_t count = min_of(block, bytes - k), steps = 2 * count;
         for (int64_t j = 0; j < n; j += kPanel) pack_nibbles(p, col + j, n - j, k, count, nibbles + j * steps);
         for (int64_t i = 0; i < m; i += ROWS) {
           uint8_t* const panel = tables + i * steps * 16;
           pack_tables<ROWS>(p, row + i, m - i, k, count, panel);
           for (int64_t j = 0; j < n; j += kPanel) {
-            int32_t* const out = sums + i * cols + j;
+            int32_t* const out = sums + (once ? 0 : i * cols) + j;
             if constexpr (PLANES) {
               if (m - i == 1) multiply_planes<ROWS, 1>(steps, panel, nibbles + j * steps, out, cols, k == 0);
               else multiply_planes<ROWS, ROWS>(steps, panel, nibbles + j * steps, out, cols, k == 0);
@@ -412,9 +620,10 @@ void by_table(const BinaryMatmulArgs& p) {
               else multiply_signs<ROWS, ROWS>(steps, panel, nibbles + j * steps, out, cols, k == 0);
             }
           }
+          for (int64_t r = 0; once && r < min_of(ROWS, m - i); ++r) finish(p, row + i + r, col, n, sums + r * cols, line);
         }
       }
-      for (int64_t i = 0; i < m; ++i) finish(p, row + i, col, n, sums + i * cols, reinterpret_cast<float*>(sums + rows * cols));
+      for (int64_t i = 0; i < m && (!once || bytes == 0); ++i) finish(p, row + i, col, n, sums + (once ? 0 : i * cols), line);
     }
   }
 }
@@ -504,6 +713,6 @@ void tenants(const TenantsArgs& p) {
 
 }  // namespace
 
-const BinaryKernels GM_TABLE(binary) = {pack, matmul, tenants};
+const BinaryKernels GM_TABLE(binary) = {pack, matmul, tenants, transpose_bits, gradient_ranges, pack_gradient, sample_groups};
 
 }  // namespace gradmill

@@ -15,10 +15,21 @@
 //               AVX2   293 ms  282 ms (1.04x)  211 ms (1.39x)  366 ms (0.80x)
 // Forward alone: int8 1.52x and 2.13x with VNNI, 0.98x and 1.20x with AVX2. Of int8's time at 128 channels with VNNI the products are
 // 6/10, quantising patches twice 2/10, folding 1/10. Before these kernels (torch unfolds, quantize reads, torch adds up) int8 was at
-// 0.86x there. Signs (code kSign) go from the image to packed bits, no patch matrix in between; of a gradient of which a quarter of the
-// patches was sampled, only these are folded (a scalar add an element, a quarter of the elements, instead of a matrix of zeros written, filled
-// and read). one_bit_fqt forward + backward, batch 32, one thread's CPU time: 64 channels at 32x32 160 -> 75 ms (torch fp32 73), 128 at 16x16 59 -> 41
-// (66), 256 at 8x8 37 -> 29 (62), 512 at 4x4 28 -> 26 (70), AVX-512; held to AVX2 66 (75), 37 (72), 26 (73), 24 (95). With two threads nothing could be measured: other processes had 80 % of the machine.
+// 0.86x there.
+//
+// one_bit_fqt has kernels of its own, whose columns are (window, channels): an image is packed once, a bit for each element, pixel by pixel, and a patch is its
+// pixels' bytes copied. Counted for 256 -> 256 channels, 8x8, batch 128, forward and backward: 14.5 G products of signs (1.2 G of them, dX's and dW's quarters, with 4
+// bits), read of fp32 images 8.4 MB each: X, W, dY five times (ranges, dX's and dW's planes, twice for the scales); written Y, the forward product once more
+// and dX; patches 2.4 MB of bits instead of 75.5 MB of floats, made by rows (copies), then turned round as bits. Floor: products at the table's 445 G a second (binary.cpp)
+// 30 ms, 60 MB at 10 GB/s 6 ms. Measured 52 ms (AVX2; the same process with nothing else running would show less): products 34, folding 3.2, planes 3.0, ranges 2.8, the image 2.2,
+// turning bits round 1.1, copying patches 0.7, sampling 0.1, torch's sums 4. Before (patches of floats made, packed by rows and by columns, dY turned round and read
+// six times by torch, dX's patches folded by scalar adds) 104 ms.
+// Against torch fp32, batch 32, one thread's CPU time, least of 9, interleaved, the machine full of other work:
+//                      AVX2: torch  one_bit_fqt      AVX-512: torch  one_bit_fqt
+//   64 channels, 32x32      79 ms   32 ms (2.5x)             76 ms   32 ms (2.4x)
+//   128, 16x16              75      19    (4.0x)             70      22    (3.2x)
+//   256, 8x8                77      15    (5.1x)             64      15    (4.3x)
+//   512, 4x4               124      23    (5.3x)             81      21    (3.9x)
 #include "signs.h"
 #include "simd.h"
 #include "tile.h"
@@ -124,16 +135,6 @@ void fold_patches(const FoldArgs& a) {
   for (int64_t item = 0; item < a.images * blocks; ++item) {
     const int64_t n = item / blocks, c = item % blocks * together, begin = n * positions;
     const int64_t from = c * taps, to = (c + together < v.channels ? c + together : v.channels) * taps, whole = from + (to - from) / W * W;
-    if (a.kept) {
-      int64_t row = a.count;
-      for (int64_t step = a.count; step > 0; step /= 2)  // the first of the next image
-        while (row - step >= 0 && a.kept[row - step] >= begin + positions) row -= step;
-      while (--row >= 0 && a.kept[row] >= begin) {
-        float* pixels = a.image + first_of(v, a.kept[row]);
-        for (int64_t k = from; k < to; ++k) pixels[offset[k]] += a.d[row * columns + k];
-      }
-      continue;
-    }
     for (int64_t done = (positions + W - 1) / W * W - W; done >= 0; done -= W) {
       int64_t first[W];
       const bool run = strip(v, begin + done, begin + positions, first);
@@ -162,8 +163,200 @@ void fold_patches(const FoldArgs& a) {
   free(offset);
 }
 
+// --- an image's signs -------------------------------------------------------------------------------------
+// Bits of up to 32 channels of one pixel, those of the next pixels in the next words.
+struct Words {
+  uint32_t *signs, *outside;
+};
+
+// Up to 8 pixels of `channels` (at most 32) channels, `pitch` floats apart; whether any is not finite.
+bool pack_channels(const float* x, int64_t pitch, int64_t pixels, int64_t channels, Words out) {
+#if GM_LEVEL >= 1
+  const __m256 size = _mm256_castsi256_ps(_mm256_set1_epi32(INT32_MAX)), one = _mm256_set1_ps(1.0f), largest = _mm256_set1_ps(kLargest);
+  __m256 bad = _mm256_setzero_ps();
+  __m256i signs = _mm256_setzero_si256(), outside = signs;
+  float few[8] = {};
+  for (int64_t c = 0; c < channels; ++c, x += pitch) {
+    if (pixels < 8) memcpy(few, x, static_cast<size_t>(pixels) * 4);
+    const __m256 v = _mm256_loadu_ps(pixels < 8 ? few : x), m = _mm256_and_ps(v, size);
+    const __m256i bit = _mm256_set1_epi32(static_cast<int32_t>(1u << c));
+    signs = _mm256_or_si256(signs, _mm256_and_si256(bit, _mm256_castps_si256(_mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_LT_OQ))));
+    outside = _mm256_or_si256(outside, _mm256_and_si256(bit, _mm256_castps_si256(_mm256_cmp_ps(m, one, _CMP_GT_OQ))));
+    bad = _mm256_or_ps(bad, _mm256_cmp_ps(m, largest, _CMP_NLE_UQ));
+  }
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out.signs), signs);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out.outside), outside);
+  return _mm256_movemask_ps(bad) != 0;
+#else
+  int bad = 0;
+  for (int i = 0; i < 8; ++i) out.signs[i] = out.outside[i] = 0;
+  for (int64_t c = 0; c < channels; ++c)
+    for (int64_t i = 0; i < pixels; ++i) {
+      const float v = x[c * pitch + i], m = fabsf(v);
+      out.signs[i] |= static_cast<uint32_t>(v < 0.0f) << c;
+      out.outside[i] |= static_cast<uint32_t>(m > 1.0f) << c;
+      bad |= !(m <= kLargest);
+    }
+  return bad != 0;
+#endif
+}
+
+void pack_image(PackImageArgs& p) {
+  const int64_t bytes = bytes_of(p.channels), size = code_bits(p.code) / 8, image = p.channels * p.pixels;
+  const bool last = p.last || p.pixels == 1;
+  int bad = 0;
+#pragma omp parallel if (p.images * image > kSerial) reduction(| : bad)
+  {
+    const int64_t floats = p.code == kF32 ? 0 : last ? p.channels : image;
+    float* buffer = static_cast<float*>(malloc(static_cast<size_t>(floats) * 4 + 4));
+    if (last) {
+      const int64_t whole = p.channels / 32 * 32;
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < p.images * p.pixels; ++i) {
+        const char* at = static_cast<const char*>(p.x) + i * p.channels * size;
+        if (floats) decode_floats(p.code, at, p.channels, buffer);
+        const float* x = floats ? buffer : reinterpret_cast<const float*>(at);
+        uint8_t *signs = p.signs + i * bytes, *outside = p.outside + i * bytes;
+        float rest[32] = {};
+        memcpy(rest, x + whole, static_cast<size_t>(p.channels - whole) * 4);
+        for (int64_t c = 0; c < p.channels; c += 8) {
+          const float* v = c < whole ? x + c : rest + (c - whole);
+          float above[8];
+          for (int k = 0; k < 8; ++k) above[k] = 1.0f - fabsf(v[k]), bad |= !(fabsf(v[k]) <= kLargest);
+          signs[c / 8] = negative_bits(v), outside[c / 8] = negative_bits(above);
+        }
+      }
+    } else {
+#pragma omp for schedule(static)
+      for (int64_t n = 0; n < p.images; ++n) {
+        const char* at = static_cast<const char*>(p.x) + n * image * size;
+        if (floats) decode_floats(p.code, at, image, buffer);
+        const float* x = floats ? buffer : reinterpret_cast<const float*>(at);
+        for (int64_t c = 0; c < p.channels; c += 32) {
+          const int64_t channels = p.channels - c < 32 ? p.channels - c : 32;
+          const size_t count = static_cast<size_t>(bytes_of(channels));
+          for (int64_t done = 0; done < p.pixels; done += 8) {
+            const int64_t live = p.pixels < 8 ? p.pixels : 8, i = done + live > p.pixels ? p.pixels - live : done;  // the last ones may be made twice
+            uint32_t signs[8], outside[8];
+            bad |= pack_channels(x + c * p.pixels + i, p.pixels, live, channels, {signs, outside});
+            uint8_t *to = p.signs + (n * p.pixels + i) * bytes + c / 8, *far = p.outside + (n * p.pixels + i) * bytes + c / 8;
+            if (count == 4)
+              for (int64_t k = 0; k < live; ++k) memcpy(to + k * bytes, signs + k, 4), memcpy(far + k * bytes, outside + k, 4);
+            else
+              for (int64_t k = 0; k < live; ++k) memcpy(to + k * bytes, signs + k, count), memcpy(far + k * bytes, outside + k, count);
+          }
+        }
+      }
+    }
+    free(buffer);
+  }
+  p.bad = bad != 0;
+}
+
+// `count` bits to out, from its bit `at` on, of which it has none set yet.
+inline void append_bits(uint8_t* out, int64_t at, const uint8_t* from, int64_t count) {
+  out += at / 8;
+  const int shift = static_cast<int>(at % 8);
+  for (int64_t i = 0; i < bytes_of(count); ++i) {
+    const int byte = count - 8 * i < 8 ? from[i] & ((1 << (count - 8 * i)) - 1) : from[i];
+    out[i] = static_cast<uint8_t>(out[i] | byte << shift);
+    if (shift && 8 * i + 8 - shift < count) out[i + 1] = static_cast<uint8_t>(byte >> (8 - shift));
+  }
+}
+
+void patch_bits(const PatchBitsArgs& p) {
+  const Window& v = p.window;
+  const int64_t pixel = bytes_of(v.channels), bytes = bytes_of(v.columns()), tokens = p.images * v.out[0] * v.out[1];
+  const bool whole = v.channels % 8 == 0;
+#pragma omp parallel for schedule(static) if (tokens * v.columns() > 1 << 20)
+  for (int64_t t = 0; t < tokens; ++t) {
+    const int64_t ox = t % v.out[1], oy = t / v.out[1] % v.out[0], n = t / (v.out[0] * v.out[1]);
+    const int64_t left = ox * v.stride[1] - p.padding[1];
+    uint8_t* const out = p.out + t * bytes;
+    if (!whole) memset(out, 0, static_cast<size_t>(bytes));
+    for (int64_t i = 0; i < v.kernel[0]; ++i) {
+      const int64_t y = oy * v.stride[0] + i * v.dilation[0] - p.padding[0];
+      const bool inside = y >= 0 && y < v.height;
+      const uint8_t* const row = p.bits + (n * v.height + (inside ? y : 0)) * v.width * pixel;
+      uint8_t* const to = out + i * v.kernel[1] * pixel;
+      if (whole && inside && v.dilation[1] == 1 && left >= 0 && left + v.kernel[1] <= v.width) {
+        memcpy(to, row + left * pixel, static_cast<size_t>(v.kernel[1] * pixel));
+        continue;
+      }
+      for (int64_t j = 0; j < v.kernel[1]; ++j) {
+        const int64_t x = left + j * v.dilation[1];
+        const bool seen = inside && x >= 0 && x < v.width;
+        if (whole && seen) memcpy(to + j * pixel, row + x * pixel, static_cast<size_t>(pixel));
+        else if (whole) memset(to + j * pixel, 0, static_cast<size_t>(pixel));
+        else if (seen) append_bits(out, (i * v.kernel[1] + j) * v.channels, row + x * pixel, v.channels);
+      }
+    }
+  }
+}
+
+// As fold_patches, pixel by pixel in runs of channels, over the patches that there are. An item is some channels of an image, in L1.
+void fold_kept(const FoldKeptArgs& p) {
+  const Window& v = p.window;
+  const int64_t pixels = v.height * v.width, positions = v.out[0] * v.out[1], columns = v.columns(), size = code_bits(p.code) / 8;
+  const int64_t fit = 8192 / pixels / 32 * 32, together = fit > 64 ? fit : 64, blocks = (v.channels + together - 1) / together;
+#pragma omp parallel if (p.count * columns > kSerial)
+  {
+    const int64_t room = pixels * together;
+    float *sums = static_cast<float*>(malloc(static_cast<size_t>(2 * room) * 4)), *turned = sums + room;
+#pragma omp for schedule(static)
+    for (int64_t item = 0; item < p.images * blocks; ++item) {
+      const int64_t n = item / blocks, c = item % blocks * together, live = v.channels - c < together ? v.channels - c : together, begin = n * positions;
+      memset(sums, 0, static_cast<size_t>(pixels * live) * 4);
+      int64_t row = p.kept ? p.count : begin + positions;
+      if (p.kept)
+        for (int64_t step = p.count; step > 0; step /= 2)  // the first of the next image
+          while (row - step >= 0 && p.kept[row - step] >= begin + positions) row -= step;
+      while (--row >= 0 && (p.kept ? p.kept[row] : row) >= begin) {
+        const int64_t at = (p.kept ? p.kept[row] : row) - begin, ox = at % v.out[1], oy = at / v.out[1];
+        const float* d = p.d + row * columns + c;
+        for (int64_t i = 0; i < v.kernel[0]; ++i)
+          for (int64_t j = 0; j < v.kernel[1]; ++j, d += v.channels) {
+            const int64_t y = oy * v.stride[0] + i * v.dilation[0] - p.padding[0], x = ox * v.stride[1] + j * v.dilation[1] - p.padding[1];
+            if (y < 0 || y >= v.height || x < 0 || x >= v.width) continue;
+            float* __restrict to = sums + (y * v.width + x) * live;
+            int64_t k = 0;
+            for (; k + W <= live; k += W) store(to + k, add(load(to + k), load(d + k)));
+            for (; k < live; ++k) to[k] += d[k];
+          }
+      }
+      for (int64_t i = 0; i < pixels; ++i) {
+        const uint8_t* bits = p.outside + (n * pixels + i) * bytes_of(v.channels) + c / 8;
+        float* __restrict at = sums + i * live;
+        int64_t k = 0;
+#if GM_LEVEL >= 1
+        const SignDecoder half(0, 0.5f);
+        for (; k + W <= live; k += W) store(at + k, load(at + k) * (half(bits + k / 8) + broadcast(0.5f)));
+#endif
+        for (; k < live; ++k) at[k] *= static_cast<float>(1 - (bits[k / 8] >> k % 8 & 1));
+      }
+      if (p.last || pixels == 1) {
+        for (int64_t i = 0; i < pixels; ++i)
+          encode_floats(p.code, sums + i * live, nullptr, live, static_cast<char*>(p.image) + ((n * pixels + i) * v.channels + c) * size);
+        continue;
+      }
+      const int64_t square_pixels = pixels / W * W, square_channels = live / W * W;
+      for (int64_t k = 0; k < square_channels; k += W)
+        for (int64_t i = 0; i < square_pixels; i += W) {
+          vf square[W];
+          for (int r = 0; r < W; ++r) square[r] = load(sums + (i + r) * live + k);
+          transpose(square);
+          for (int r = 0; r < W; ++r) store(turned + (k + r) * pixels + i, square[r]);
+        }
+      for (int64_t i = 0; i < pixels; ++i)
+        for (int64_t k = i < square_pixels ? square_channels : 0; k < live; ++k) turned[k * pixels + i] = sums[i * live + k];
+      encode_floats(p.code, turned, nullptr, live * pixels, static_cast<char*>(p.image) + (n * v.channels + c) * pixels * size);
+    }
+    free(sums);
+  }
+}
+
 }  // namespace
 
-const ConvKernels GM_TABLE(conv) = {quantize_patches, fold_patches};
+const ConvKernels GM_TABLE(conv) = {quantize_patches, fold_patches, pack_image, patch_bits, fold_kept};
 
 }  // namespace gradmill

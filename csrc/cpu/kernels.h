@@ -190,6 +190,43 @@ struct BinaryMatmulArgs {
   int32_t* counts;                                    // m + n to work with: the q's sum of each row of a, the bits set in each of b
   void* out;
   int out_code;
+  int64_t run;  // CPU: 0, or b's rows come in runs of so many: out is (n / run, m, run), bias a number for each row of a
+};
+// bits (rows x ceil(cols / 8) bytes) to out (cols x ceil(rows / 8) bytes).
+struct TransposeBitsArgs {
+  const uint8_t* bits;
+  int64_t rows, cols;
+  uint8_t* out;
+};
+// A gradient (images, channels, positions): a token is an image's position. Range, zero included, and largest magnitude of each token's x * sizes
+// and of each channel's x; inf for a group that is not finite.
+struct Gradient {
+  const float* x;
+  int64_t images, channels, positions;
+  const float* sizes;  // one a channel
+  int64_t tokens() const { return images * positions; }
+};
+struct GradientRangesArgs {
+  Gradient g;
+  float *ranges, *magnitudes, *channel_ranges, *channel_magnitudes;
+};
+// PackBitsArgs' planes of some tokens (x * sizes) or, if sizes is null, of some channels.
+struct PackGradientArgs {
+  Gradient g;
+  const int64_t* kept;
+  int64_t count;
+  int planes;
+  const Key* key;
+  uint8_t* bits;
+  float *scales, *offsets;
+};
+// ceil(groups / bits) of the groups; pyops/ops/binary.py says which.
+struct SampleArgs {
+  const float* ranges;
+  int64_t groups, bits;
+  double offset;
+  int64_t* kept;
+  float* factors;
 };
 
 // out[i] = base[i] + alphas[t] x[i] sign_t^T for each row i of x (m x k), t its tenant, none if negative. `order` lists the rows so that
@@ -281,14 +318,43 @@ struct PatchArgs {
   Matrix out;
   bool transpose;
 };
-// image = the sum of what d (images * out[0] * out[1], columns) holds for each pixel. With `kept`, ascending, d has only these of its rows, the others are zeros.
+// image = the sum of what d (images * out[0] * out[1], columns) holds for each pixel.
 struct FoldArgs {
   const float* d;
-  const int64_t* kept;
-  int64_t count;
   Window window;
   int64_t images;
   float* image;
+};
+
+// Of each pixel's channels, (images * pixels) rows of ceil(channels / 8) bytes: signs, and where |x| > 1. x is (images, channels, pixels), with
+// `last` (images, pixels, channels). `bad`: whether any x is a nan or an inf.
+struct PackImageArgs {
+  const void* x;
+  int code;
+  bool last;
+  int64_t images, channels, pixels;
+  uint8_t *signs, *outside;
+  bool bad;
+};
+// Rows of bits, one a pixel, to patches' bits; the window is over the image as it is, `padding` (of zeros) around it.
+struct PatchBitsArgs {
+  const uint8_t* bits;
+  Window window;
+  int64_t padding[2], images;
+  uint8_t* out;
+};
+// The patches d (count rows, kernel x channels), rows `kept` (ascending; null: all) of the matrix of patches, added to image (with `last` channels
+// last), times 0 where `outside` has a bit.
+struct FoldKeptArgs {
+  const float* d;
+  const int64_t* kept;
+  int64_t count;
+  const uint8_t* outside;
+  Window window;
+  int64_t padding[2], images;
+  void* image;
+  int code;
+  bool last;
 };
 
 // out[i] = (sum of squares, largest magnitude) of tensor i, elements beyond `limit` in magnitude multiplied by `factor` first.
@@ -326,11 +392,18 @@ struct MatmulKernels {
 struct ConvKernels {
   void (*quantize_patches)(const PatchArgs&);
   void (*fold_patches)(const FoldArgs&);
+  void (*pack_image)(PackImageArgs&);
+  void (*patch_bits)(const PatchBitsArgs&);
+  void (*fold_kept)(const FoldKeptArgs&);
 };
 struct BinaryKernels {
   void (*pack)(const PackBitsArgs&);
   void (*matmul)(const BinaryMatmulArgs&);
   void (*tenants)(const TenantsArgs&);
+  void (*transpose)(const TransposeBitsArgs&);
+  void (*ranges)(const GradientRangesArgs&);
+  void (*pack_gradient)(const PackGradientArgs&);
+  void (*sample)(const SampleArgs&);
 };
 struct CodebookKernels {
   void (*sums)(const BookSumsArgs&);

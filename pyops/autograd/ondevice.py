@@ -76,32 +76,44 @@ def _turned(dy, groups: int):
     return _grouped(dy.transpose(0, 1).reshape(dy.shape[1], dy[:, 0].numel()), groups)
 
 
-def _product(codes, scales, weight, bias, window: Window | None):
-    """X W^T + b in fp32, from the codes of the channels that the weight sees."""
+def _product(codes, scales, weight, channels, bias, window: Window | None, y=None):
+    """X W^T + b in fp32, from the codes of the channels that the weight sees (None: all there are); with ``y``, which has the bias, added to it. Piece by piece, so that a second
+    part needs no second output."""
     if window is None:
-        return matmul_int8(codes, weight.codes, scales, weight.scales, bias, torch.float32)
-    n, (oh, ow), out, groups = len(codes), window.output(codes.shape), weight.shape[0], window.groups
-    y = torch.empty((n, out, oh, ow), device=codes.device)
-    for first, last in _pieces(n, oh * ow * codes.shape[1] * window.kernel[0] * window.kernel[1], groups):
-        rows = scales[first:last].repeat_interleave(oh * ow, 0)
-        part = _products(_patches(codes[first:last], window), _grouped(weight.codes, groups), rows.expand(groups, -1, 1), _grouped(weight.scales, groups))
-        y[first:last] = part.transpose(1, 2).reshape(out, last - first, oh, ow).transpose(0, 1)
-    return y if bias is None else y.add_(bias.view(-1, 1, 1))
+        product = matmul_int8(codes if channels is None else codes.index_select(1, channels), weight.codes, scales, weight.scales, bias if y is None else None, torch.float32)
+        return product if y is None else y.add_(product)
+    n, (oh, ow), out, groups, first_part = len(codes), window.output(codes.shape), weight.shape[0], window.groups, y is None
+    y = torch.empty((n, out, oh, ow), device=codes.device) if first_part else y
+    for first, last in _pieces(n, oh * ow * max(weight.shape[1:].numel() * groups, 2 * out), groups):  # of few channels the product is what is large
+        rows, piece = scales[first:last].repeat_interleave(oh * ow, 0), codes[first:last] if channels is None else codes[first:last].index_select(1, channels)
+        part = _products(_patches(piece, window), _grouped(weight.codes, groups), rows.expand(groups, -1, 1), _grouped(weight.scales, groups))
+        part = part.transpose(1, 2).reshape(out, last - first, oh, ow).transpose(0, 1)
+        if first_part:
+            y[first:last] = part
+        else:
+            y[first:last] += part
+    return y if bias is None or not first_part else y.add_(bias.view(-1, 1, 1))
 
 
-def _input_gradient(dy, weight, shape, window: Window | None):
-    """dY W in fp32, of a part's input of that shape: the weight's scales go into dY, whose rows are then quantised to INT8."""
+def _input_gradient(dy, part: Part, dx, window: Window | None):
+    """dY W in fp32, of a part's channels into dx, which is returned: the weight's scales go into dY, whose rows are then quantised to INT8."""
+    weight, own = part.weight, slice(None) if part.channels is None else part.channels
     if window is None:
         codes, scales, _ = quantize(dy * weight.scales.view(1, -1), "int8", 0)
-        return matmul_int8(codes, weight.codes.t().contiguous(), scales, scales.new_ones((weight.codes.shape[1], 1)), None, torch.float32)
-    dx, groups, columns = torch.empty(shape, device=dy.device), window.groups, weight.codes.shape[1]
+        product = matmul_int8(codes, weight.codes.t().contiguous(), scales, scales.new_ones((weight.codes.shape[1], 1)), None, torch.float32)
+        if part.channels is None:
+            return product
+        dx[:, own] = product
+        return dx
+    groups, columns = window.groups, weight.codes.shape[1]
+    shape = dx.shape[0], dx.shape[1] if part.channels is None else len(part.channels), *dx.shape[2:]
     right, ones = _grouped(weight.codes, groups).mT, dy.new_ones((groups, columns, 1))
-    for first, last in _pieces(len(dy), dy.shape[2] * dy.shape[3] * 4 * groups * columns, 1):
+    for first, last in _pieces(len(dy), dy.shape[2] * dy.shape[3] * 4 * max(groups * columns, 2 * dy.shape[1]), 1):  # dY is copied twice
         d = _turned(dy[first:last] * weight.scales.view(-1, 1, 1), groups).mT  # (groups, tokens, out / groups)
         tokens = d.shape[1]
         codes, scales, _ = quantize(d.reshape(groups * tokens, d.shape[2]), "int8", 0)
         d = _products(_grouped(codes, groups), right, _grouped(scales, groups), ones).transpose(0, 1).reshape(tokens, groups * columns)
-        dx[first:last] = fold_patches(d, last - first, *shape[1:], *window[:4], torch.float32)
+        dx[first:last, own] = fold_patches(d, last - first, *shape[1:], *window[:4], torch.float32)
     return dx
 
 
@@ -113,7 +125,7 @@ def _weight_gradient(dy, codes, x_scale, shape, window: Window | None):
         left = quantize(dy, "int8", 0, True)
         return matmul_int8(left[0], codes.t().contiguous(), left[1], scales, None, torch.float32)
     dw, groups = None, window.groups
-    for first, last in _pieces(len(dy), dy.shape[2] * dy.shape[3] * groups * columns, groups, max(PIECE, 4 * shape.numel())):  # patches may take what the gradient takes
+    for first, last in _pieces(len(dy), dy.shape[2] * dy.shape[3] * max(groups * columns, 2 * dy.shape[1]), groups, max(PIECE, 4 * shape.numel())):  # patches may take what the gradient takes
         left, left_scales, _ = quantize(_turned(dy[first:last], groups).flatten(0, 1), "int8", 0)
         part = _products(_grouped(left, groups), _patches(codes[first:last], window).mT, _grouped(left_scales, groups), scales.expand(groups, -1, 1)).view(shape)
         dw = part if dw is None else dw.add_(part)
@@ -146,11 +158,10 @@ class OnDevice(torch.autograd.Function):
         needs_x, needs_w, needs_b = (ctx.needs_input_grad[i] for i in (0, 1, 3))
         y, kept = None, None
         for i, part in enumerate(parts):
-            mine = _select(codes, part)
             if part.trains and needs_w:
-                kept = mine
-            product = _product(mine, scales, part.weight, bias.to(torch.float32) if bias is not None and i == 0 else None, window)
-            y = product if y is None else y.add_(product)
+                kept = _select(codes, part)
+            mine, channels = (kept, None) if part.trains and needs_w else (codes, part.channels)
+            y = _product(mine, scales, part.weight, channels, None if bias is None else bias.to(torch.float32), window, y)
         inside = None
         if cap is not None:
             y = y.clamp_(0, cap)  # keeps nan
@@ -176,14 +187,11 @@ class OnDevice(torch.autograd.Function):
             half, none = dy.new_full((len(dy), 1), -0.5), torch.empty(0, dtype=torch.uint8, device=dy.device)
             dy = dequantize(inside, half, none, "sign", 0, dy.shape[1:].numel(), torch.float32).add_(0.5).view(dy.shape).mul_(dy)
         if ctx.needs_input_grad[0]:
-            for part in _parts(weight, frozen, trained):
-                shape = (ctx.x_shape[0], ctx.x_shape[1] if part.channels is None else len(part.channels), *ctx.x_shape[2:])
-                d = _input_gradient(dy, part.weight, shape, window)
-                if part.channels is None:
-                    dx = d
-                else:
-                    dx = d.new_empty(ctx.x_shape) if dx is None else dx
-                    dx.index_copy_(1, part.channels, d)
+            parts = _parts(weight, frozen, trained)
+            if window is not None or len(parts) > 1:
+                dx = torch.empty(ctx.x_shape, device=dy.device)
+            for part in parts:
+                dx = _input_gradient(dy, part, dx, window)
             dx = dx.to(ctx.x_dtype)
         if ctx.needs_input_grad[1]:
             dw = _weight_gradient(dy, kept, x_scale, weight.shape, window).to(weight.dtype)

@@ -6,82 +6,61 @@ import contextlib
 import torch
 
 from gradmill.autograd.window import Window
-from gradmill.formats import Format
 from gradmill.ops._registry import forced_backend, use_backend
-from gradmill.ops.binary import matmul_binary, matmul_planes, pack_planes, pack_signs
-from gradmill.ops.quant import dequantize
+from gradmill.ops.binary import gradient_ranges, matmul_binary, matmul_planes, pack_gradient, sample_groups, transpose_bits
+from gradmill.ops.conv import fold_kept, pack_image, patch_bits
 from gradmill.reference.philox import stream
 
-SIGN = Format("sign")
-
-
-def inclusion(ranges: torch.Tensor, count: float) -> torch.Tensor:
-    """Probabilities proportional to ``ranges`` (groups,), at most 1, that add up to ``count``, or to all the groups that have a range."""
-    ranges = ranges.to(torch.float64)
-    ranges = torch.where(ranges.isfinite(), ranges, torch.inf)  # a nan is always kept
-    order = ranges.argsort(descending=True)
-    sizes, index = ranges[order], torch.arange(len(ranges), device=ranges.device)
-    rest = sizes.flip(0).cumsum(0).flip(0)
-    factor = (count - index).clamp(min=0) / rest  # if the first `index` are certain, for the others
-    fits = sizes * factor <= 1
-    certain = torch.where(fits.any(), fits.to(torch.uint8).argmax(), (sizes > 0).sum())
-    others = torch.where(sizes > 0, sizes * factor.index_select(0, certain.clamp(max=len(sizes) - 1).view(1)), 0.0)
-    return torch.zeros_like(sizes).scatter(0, order, torch.where(index < certain, 1.0, others.clamp(0, 1)))
+_PIXEL = Window((1, 1), (1, 1), (0, 0), (1, 1), 1)
 
 
 def prune(ranges: torch.Tensor, magnitudes: torch.Tensor, bits: int, pruning: str, offset: torch.Tensor):
     """Which groups of a gradient are kept, and what each must be multiplied by: (indices, factors).
 
-    "sample": 1 / bits of the groups, each with a probability p proportional to its range, times 1 / p. The paper draws each for itself; here one random
-    number in [0, 1), ``offset``, places a comb over the running sum of the p (systematic sampling): the same probabilities, and a number of groups that
-    is known before, ceil(groups / bits); the last of them may have the factor 0.
-    "top": those with the largest magnitudes, as they are, as the official code does (biased). "none": all.
+    "sample": see :func:`gradmill.ops.sample_groups`. "top": those with the largest magnitudes, as they are, as the official code does (biased).
+    "none": all.
     """
     groups = len(ranges)
     if pruning == "none" or groups == 0:
         return torch.arange(groups, device=ranges.device), torch.ones(groups, device=ranges.device)
+    if pruning == "sample":
+        return sample_groups(ranges, bits, offset)
     count = -(-groups // bits)
-    if pruning == "top":
-        kept = magnitudes.nan_to_num(torch.inf).topk(count).indices.sort().values
-        return kept, torch.ones(count, device=ranges.device)
-    p = inclusion(ranges, max(groups / bits, 1.0))
-    steps = torch.floor(torch.where(p < 1, p, 0.0).cumsum(0) + offset)
-    hit = (p >= 1) | (steps != torch.nn.functional.pad(steps, (1, 0))[:-1])
-    kept = hit.to(torch.uint8).topk(count).indices.sort().values
-    return kept, torch.where(hit, 1 / p, 0.0)[kept].to(torch.float32)
-
-
-def _ranges(x, dim: int):
-    """Range of each group, made to include zero (a group that is not all zero has one, so that sampling is unbiased), and its largest magnitude."""
-    low, high = x.amin(dim).clamp(max=0), x.amax(dim).clamp(min=0)
-    return high - low, torch.maximum(high, -low)
+    return magnitudes.nan_to_num(torch.inf).topk(count).indices.sort().values, torch.ones(count, device=ranges.device)
 
 
 class OneBit(torch.autograd.Function):
     """Y = scale * (sign(X) sign(W)^T) + b; see gradmill.recipes.ONE_BIT_FQT.
 
-    X (tokens, in), or with a window an image (n, in, h, w) whose patches are X, zero padding counting as +; W (out, in) or (out, in, kh, kw), scales
-    (out, 1), b (out) or None. Kept for backward: three bits for each element of X (its signs by rows and by columns, where |X| > 1).
+    X an image (n, in, h, w) whose patches are the product's rows, zero padding counting as +; W (out, in, kh, kw), scales (out, 1), b (out) or None. Without
+    a window X (tokens, in) and W (out, in): images of one pixel. Kept for backward: two bits for each element of X (its sign, whether |X| > 1), and a number for
+    each patch and for each element of the window, which say where X is not finite.
+
+    Columns are in the order (kh, kw, in): a patch's bits are then runs of its pixels' bits, the gradient of a patch is added to an image in runs of channels, and no patch
+    matrix is kept.
     """
 
     @staticmethod
     def forward(ctx, x, weight, scales, bias, bits, pruning, dtype, window: Window | None = None):
-        def signs_of(transpose):  # of a convolution straight from the image
-            return pack_signs(x, transpose) if window is None else window.patches(x, 0).quantize(SIGN, transpose)[:2]
-
-        columns = weight.shape[1:].numel()
-        signs, nans = signs_of(False)
-        w, w_nans = pack_signs(weight.reshape(weight.shape[0], columns))
-        y = matmul_binary(signs, w, columns, nans, w_nans * scales, bias, dtype)
+        image, w = (x, weight) if window is not None else (x[:, :, None, None], weight[:, :, None, None])
+        window = window or _PIXEL
+        signs, outside, nans, column_nans = pack_image(image, *window[:4])
+        over, columns = (image.shape, *window[:4]), w.shape[1:].numel()
+        patches, (packed, w_nans, _) = _patches(signs, *over), _pack_weight(w)
+        ctx.last = w.shape[2:] == image.shape[2:] == (1, 1) or image.is_contiguous(memory_format=torch.channels_last) and not image.is_contiguous()
+        oh, ow = window.output(image.shape)
+        if ctx.last:
+            y = matmul_binary(patches, packed, columns, nans, w_nans * scales, bias, dtype).view(len(image), oh, ow, len(w)).permute(0, 3, 1, 2)
+        else:
+            y = matmul_binary(packed, patches, columns, w_nans * scales, nans, bias, dtype, oh * ow).view(len(image), len(w), oh, ow)
         if any(ctx.needs_input_grad):
             offsets = torch.rand(2, dtype=torch.float64, device="cpu")
             key = torch.stack((torch.randint(-2 ** 63, 2 ** 63 - 1, (), dtype=torch.int64, device="cpu"), torch.zeros((), dtype=torch.int64, device="cpu")))
-            outside = pack_signs(1 - x.reshape(len(x), x.shape[1:].numel()).abs())[0] if ctx.needs_input_grad[0] else None
-            ctx.save_for_backward(key, offsets, weight, scales, signs, nans, *signs_of(True), outside)
+            ctx.save_for_backward(key, offsets, weight, scales, signs, nans, column_nans, outside if ctx.needs_input_grad[0] else None)
         ctx.backend = None if torch.compiler.is_compiling() else forced_backend()  # backward may run in another thread, outside the user's `with use_backend`
-        ctx.how, ctx.x_shape, ctx.x_dtype, ctx.tokens, ctx.window = (bits, pruning), x.shape, x.dtype, len(signs), window
+        ctx.how, ctx.shape, ctx.x_shape, ctx.x_dtype, ctx.over = (bits, pruning), w.shape, x.shape, x.dtype, over
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return y if window is None else window.image(y, x.shape, x)
+        return y if x.dim() == 4 else y.flatten(1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -91,40 +70,52 @@ class OneBit(torch.autograd.Function):
 
     @staticmethod
     def _backward(ctx, dy):
-        key, (to_rows, to_channels), weight, scales, signs, nans, over_tokens, over_nans, outside = ctx.saved_tensors
-        (bits, pruning), window, dx, dw, ds, db = ctx.how, ctx.window, None, None, None, None
-        dy = (dy if window is None else window.rows(dy, 0)).to(torch.float32)
-        columns, out, sizes = weight.shape[1:].numel(), weight.shape[0], scales.flatten()
-        matrix = weight.reshape(out, columns)
-        if ctx.needs_input_grad[0]:  # groups: samples
-            g = dy * sizes
-            kept, factor = prune(*_ranges(g, 1), bits, pruning, to_rows)
-            planes, steps, offsets = pack_planes(g[kept], bits, False, key, stream(0, "gradient"))
-            part = matmul_planes(planes, *_pair(pack_signs(matrix, transpose=True), out, steps * factor[:, None], offsets * factor[:, None]), torch.float32)
-            some = len(kept) < ctx.tokens
-            if window is not None:
-                dx = window.patches(part.new_empty(ctx.x_shape), 0).fold(part, torch.float32, kept if some else None)
-            else:
-                dx = part.new_zeros((ctx.tokens, columns)).index_copy_(0, kept, part) if some else part
-            half, none = dx.new_full((ctx.x_shape[0], 1), 0.5), torch.empty(0, dtype=torch.uint8, device=dx.device)
-            inside = dequantize(outside, half, none, "sign", 0, ctx.x_shape[1:].numel(), torch.float32).add_(0.5).view(ctx.x_shape)  # 1 where |X| <= 1, else 0
-            dx = (dx * inside).to(ctx.x_dtype)  # a product, so that a nan shows outside, too
-        if ctx.needs_input_grad[1]:  # groups: output channels
-            ranges, magnitudes = _ranges(dy, 0) if len(dy) else (dy.new_zeros(out), dy.new_zeros(out))
-            kept, factor = prune(ranges * sizes.abs(), magnitudes * sizes.abs(), bits, pruning, to_channels)
+        key, (to_tokens, to_channels), weight, scales, signs, nans, column_nans, outside = ctx.saved_tensors
+        (bits, pruning), over, dx, dw, ds, db = ctx.how, ctx.over, None, None, None, None
+        out, columns, sizes = len(weight), ctx.shape[1:].numel(), scales.detach().flatten()
+        needs_dx, needs_dw, needs_ds = ctx.needs_input_grad[:3]
+        dy = dy.to(torch.float32)
+        # (images, out, positions); channels last (tokens, out, 1)
+        dy = (dy.movedim(1, -1).reshape(len(nans), out, 1) if ctx.last else dy.flatten(2)).contiguous()
+        if pruning == "none" or not (needs_dx or needs_dw):  # only their number counts
+            tokens, channels = (nans[:, 0], nans[:, 0]), (sizes, sizes)
+        else:
+            *tokens, range, magnitude = gradient_ranges(dy, sizes)
+            channels = range * sizes.abs(), magnitude * sizes.abs()
+        if needs_dx or needs_ds:
+            w, w_nans, w_column_nans = _pack_weight(weight.view(ctx.shape))
+        if needs_dx:  # groups: tokens
+            kept, factor = prune(*tokens, bits, pruning, to_tokens)
+            planes, steps, offsets = pack_gradient(dy, sizes, kept, bits, key, stream(0, "gradient"))
+            part = matmul_planes(planes, transpose_bits(w, columns), out, steps * factor[:, None], offsets * factor[:, None], w_column_nans, torch.float32)
+            dx = fold_kept(part, kept if len(kept) < len(nans) else None, outside, *over[0], *over[1:], ctx.x_dtype, ctx.last).view(ctx.x_shape)
+        if needs_dw or needs_ds:
+            patches = _patches(signs, *over)
+        if needs_dw:  # groups: output channels
+            kept, factor = prune(*channels, bits, pruning, to_channels)
             factor = factor[:, None] * scales[kept]
-            planes, steps, offsets = pack_planes(dy[:, kept], bits, True, key, stream(1, "gradient"))
-            part = matmul_planes(planes, *_pair((over_tokens, over_nans), ctx.tokens, steps * factor, offsets * factor), torch.float32)
-            dw = (part if len(kept) == out else part.new_zeros((out, columns)).index_copy_(0, kept, part)).to(weight.dtype).view(weight.shape)
-        if ctx.needs_input_grad[2]:
-            w, w_nans = pack_signs(matrix)
-            ds = (dy * matmul_binary(signs, w, columns, nans, w_nans, None, torch.float32)).sum(0)[:, None].to(scales.dtype)
+            planes, steps, offsets = pack_gradient(dy, None, kept, bits, key, stream(1, "gradient"))
+            part = matmul_planes(planes, transpose_bits(patches, columns), len(nans), steps * factor, offsets * factor, column_nans, torch.float32)
+            part = part.view(len(kept), *ctx.shape[2:], ctx.shape[1]).permute(0, 3, 1, 2)
+            dw = (part if len(kept) == out else part.new_zeros(ctx.shape).index_copy_(0, kept, part)).to(weight.dtype).reshape(weight.shape)
+        if needs_ds:
+            if ctx.last:
+                products = matmul_binary(patches, w, columns, nans, w_nans, None, torch.float32)[:, :, None]
+            else:
+                products = matmul_binary(w, patches, columns, w_nans, nans, None, torch.float32, dy.shape[2])
+            ds = products.mul_(dy).sum(2).sum(0)[:, None].to(scales.dtype)
         if ctx.bias_dtype is not None and ctx.needs_input_grad[3]:
-            db = dy.sum(0).to(ctx.bias_dtype)
+            db = dy.sum(2).sum(0).to(ctx.bias_dtype)  # faster than both at once
         return dx, dw, ds, db
 
 
-def _pair(packed, columns, steps, offsets):
-    """matmul_planes' arguments after its planes."""
-    signs, nans = packed
-    return signs, columns, steps.contiguous(), offsets.contiguous(), nans
+def _patches(signs, shape, *window):
+    """Packed bits of an image's patches."""
+    return signs if window == _PIXEL[:4] else patch_bits(signs, *shape, *window)
+
+
+def _pack_weight(w):
+    """Its signs, a row for each output channel, and which rows and columns are not finite: images that are one patch each."""
+    window = tuple(w.shape[2:]), (1, 1), (0, 0), (1, 1)
+    signs, _, nans, column_nans = pack_image(w, *window)
+    return _patches(signs, w.shape, *window), nans, column_nans

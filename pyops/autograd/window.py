@@ -61,7 +61,8 @@ class Window(NamedTuple):
             return 0, False
         if recipe.one_bit is not None:
             oh, ow = self.output(shape)
-            return self.groups * recipe.saved_bytes(n * oh * ow, channels // self.groups * self.kernel[0] * self.kernel[1], itemsize), True
+            each = channels // self.groups  # signs of the image; a number for each patch and each element of the window
+            return self.groups * (n * height * width * -(-each // 8) + 4 * (n * oh * ow + each * self.kernel[0] * self.kernel[1])), False
         format = self.kept_format(recipe, shape)
         image = n * channels * height * width * itemsize if format is None else format.nbytes(n, channels * height * width)
         if recipe.dw is None:
@@ -93,9 +94,9 @@ class Patches:
         step = length if whole else max(1, length * CHUNK // max(numel, 1))
         return [self] if step >= length else [Patches(part, self.window) for part in self.image.split(step, dim)]
 
-    def fold(self, d, dtype, kept=None):
-        """The gradient of the image, given that of this matrix, or of its rows ``kept``, the others being zeros."""
-        return fold_patches(d, *self.image.shape, *self.window[:4], dtype, kept)
+    def fold(self, d, dtype):
+        """The gradient of the image, given that of this matrix."""
+        return fold_patches(d, *self.image.shape, *self.window[:4], dtype)
 
 
 #: Elements of a patch matrix worked off at a time.

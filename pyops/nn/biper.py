@@ -6,7 +6,7 @@ import contextlib
 import torch
 
 from gradmill.autograd.window import Window
-from gradmill.formats import FORMATS
+from gradmill.formats import Format
 from gradmill.functional import _output_dtype
 from gradmill.ops.binary import matmul_binary, pack_signs
 
@@ -87,12 +87,15 @@ class _Conv2d:
     def _multiply_packed(self, signs, scales, bias):
         image = self._padded(signs if signs.dim() == 4 else signs[None]).to(torch.bfloat16)
         window = Window(self.kernel_size, self.stride, (0, 0), self.dilation, self.groups)
+        oh, ow = window.output(image.shape)
         columns, size, parts = self.in_channels // self.groups * self.kernel_size[0] * self.kernel_size[1], self.out_channels // self.groups, []
         for group in range(self.groups):
-            rows = window.patches(image, group).quantize(FORMATS["bf16"], False)[0]
+            rows = window.patches(image, group).quantize(Format("sign"), False)[:2]
             own = slice(group * size, (group + 1) * size)
-            parts.append(matmul_binary(*_pair(pack_signs(rows), (self.bits[own], scales[own]), columns), None if bias is None else bias[own], torch.float32))
-        y = window.image(parts[0] if len(parts) == 1 else torch.cat(parts, 1), image.shape, image)
+            parts.append(matmul_binary(*_pair((self.bits[own].contiguous(), scales[own].contiguous()), rows, columns), None if bias is None else bias[own], torch.float32, oh * ow))
+        y = (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).view(len(image), self.out_channels, oh, ow)
+        if image.is_contiguous(memory_format=torch.channels_last) and not image.is_contiguous():
+            y = y.contiguous(memory_format=torch.channels_last)
         return y if signs.dim() == 4 else y[0]
 
 

@@ -1,8 +1,9 @@
 """gradmill's ops: schema, fake kernel, checks and choice of backend per family. Tensors in, tensors out, no autograd."""
 from gradmill.ops._registry import OPS, BackendError, use_backend
-from gradmill.ops.binary import matmul_binary, matmul_planes, matmul_tenants, pack_planes, pack_signs
+from gradmill.ops.binary import (gradient_ranges, matmul_binary, matmul_planes, matmul_tenants, pack_gradient, pack_planes, pack_signs, sample_groups,
+                                 transpose_bits)
 from gradmill.ops.codebook import codebook_sums, matmul_codebook, move_indices
-from gradmill.ops.conv import fold_patches, quantize_patches
+from gradmill.ops.conv import fold_kept, fold_patches, pack_image, patch_bits, quantize_patches
 from gradmill.ops.grouped import matmul_grouped, quantize_grouped
 from gradmill.ops.matmul import matmul_int8, matmul_packed, matmul_scaled
 from gradmill.ops.optim import fused_step, measure
@@ -12,4 +13,5 @@ from gradmill.ops.quant import dequantize, fake_quantize, fake_quantize_backward
 __all__ = ["OPS", "BackendError", "use_backend", "quantize", "quantize_both", "quantize_to", "dequantize", "hadamard", "fake_quantize", "fake_quantize_backward",
            "quantize_patches", "fold_patches", "matmul_int8", "matmul_packed", "matmul_scaled", "matmul_grouped", "quantize_grouped", "fused_step", "measure",
            "project", "project_back", "subspace_basis", "pack_signs", "pack_planes", "matmul_binary", "matmul_planes", "matmul_tenants",
+           "gradient_ranges", "pack_gradient", "sample_groups", "transpose_bits", "pack_image", "patch_bits", "fold_kept",
            "matmul_codebook", "codebook_sums", "move_indices"]

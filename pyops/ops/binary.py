@@ -83,6 +83,176 @@ offsets (rows, 1) fp32. A row whose scale would be below 2^-100 has scale 0 and 
 and offset nan. Bit-equal in every backend. Raises TypeError for dtypes, ValueError for shapes and bits."""
 
 
+# --- bits -------------------------------------------------------------------------------------------------
+def _check_transpose_bits(bits, columns):
+    if columns < 0:
+        reject("transpose_bits", "columns", columns, "0 or more")
+    require_matrix("transpose_bits", "bits", bits, (torch.uint8,), (None, row_bytes(columns)), contiguous=True)
+
+
+def _fake_transpose_bits(bits, columns):
+    return bits.new_empty((columns, row_bytes(bits.shape[0])))
+
+
+def unpacked(bits, columns):
+    """The bits as uint8 (rows, columns)."""
+    return (bits[..., None] >> torch.arange(8, dtype=torch.uint8, device=bits.device) & 1).flatten(1)[:, :columns]
+
+
+def _transposed(bits, columns):
+    return pack_signs(-unpacked(bits, columns).to(torch.bfloat16), True)[0]
+
+
+def _native_transpose_bits(bits, columns):
+    if bits.is_cuda:
+        return _transposed(bits, columns)
+    out = _fake_transpose_bits(bits, columns)
+    if out.numel():
+        native_module().transpose_bits(bits.data_ptr(), bits.shape[0], columns, out.data_ptr())
+    return out
+
+
+_CPU_CUDA = {"cpu": ("native", "triton", "reference"), "cuda": ("native", "triton", "reference")}
+transpose_bits = Op(
+    "transpose_bits", "(Tensor bits, int columns) -> Tensor", _check_transpose_bits, _fake_transpose_bits,
+    backends={"native": _native_transpose_bits, "triton": _transposed, "reference": reference.transpose_bits}, order=_CPU_CUDA)
+transpose_bits.__doc__ = """transpose_bits(bits, columns) -> (columns, ceil(rows / 8)) uint8
+
+Packed bits (rows, ceil(columns / 8)) uint8, lowest first, turned round; unused bits of the result are 0. Raises TypeError for dtypes, ValueError for shapes."""
+
+
+# --- gradients --------------------------------------------------------------------------------------------
+def _check_gradient(op, dy, sizes):
+    if dy.dtype != torch.float32 or sizes is not None and sizes.dtype != torch.float32:
+        reject(op, *(("dy", dy) if dy.dtype != torch.float32 else ("sizes", sizes)), "float32", TypeError)
+    if dy.dim() != 3 or not dy.is_contiguous():
+        reject(op, "dy", dy, "contiguous, of shape (images, channels, positions)")
+    if sizes is not None and not (sizes.shape == dy.shape[1:2] and sizes.is_contiguous() and sizes.device == dy.device):
+        reject(op, "sizes", sizes, f"contiguous, of shape ({dy.shape[1]},) on {dy.device}")
+
+
+def _check_ranges(dy, sizes):
+    _check_gradient("gradient_ranges", dy, sizes)
+
+
+def _fake_ranges(dy, sizes):
+    return tuple(dy.new_empty(n) for n in (dy.shape[0] * dy.shape[2],) * 2 + (dy.shape[1],) * 2)
+
+
+def _native_ranges(dy, sizes):
+    if dy.is_cuda:
+        return reference.gradient_ranges(dy, sizes)
+    out = _fake_ranges(dy, sizes)
+    if not dy.numel():
+        return tuple(t.zero_() for t in out)
+    native_module().gradient_ranges(dy.data_ptr(), *dy.shape, sizes.data_ptr(), *(t.data_ptr() for t in out))
+    return out
+
+
+gradient_ranges = Op(
+    "gradient_ranges", "(Tensor dy, Tensor sizes) -> (Tensor, Tensor, Tensor, Tensor)", _check_ranges, _fake_ranges,
+    backends={"native": _native_ranges, "triton": reference.gradient_ranges, "reference": reference.gradient_ranges}, order=_CPU_CUDA)
+gradient_ranges.__doc__ = """gradient_ranges(dy, sizes) -> (ranges, magnitudes, channel_ranges, channel_magnitudes)
+
+Of a gradient dy (images, channels, positions) fp32: for each token, an image's position (images * positions,), the range of its channels' dy * sizes, made to include
+zero, and the largest magnitude; for each channel (channels,) the same of dy itself. sizes (channels,) fp32. A group with a nan or an inf has inf. Bit-equal in every
+backend. Raises TypeError for dtypes, ValueError for shapes."""
+
+
+def _check_pack_gradient(dy, sizes, kept, bits, key=None, stream=0):
+    op = "pack_gradient"
+    _check_gradient(op, dy, sizes)
+    if not (kept.dtype == torch.int64 and kept.dim() == 1 and kept.device == dy.device):
+        reject(op, "kept", kept, f"int64 of one dimension on {dy.device}")
+    if not 1 <= bits <= 4:
+        reject(op, "bits", bits, "1 to 4")
+    require_key(op, key)
+
+
+def _groups_of(dy, sizes):
+    """(groups, elements of each)"""
+    images, channels, positions = dy.shape
+    return (channels, images * positions) if sizes is None else (images * positions, channels)
+
+
+def _kept_groups(dy, sizes, kept, bits, key=None, stream=0):
+    groups = _groups_of(dy, sizes)[0]
+    if len(kept) and not 0 <= int(kept.min()) <= int(kept.max()) < groups:
+        reject("pack_gradient", "kept", kept.tolist(), f"0 to {groups - 1}")
+
+
+def _fake_pack_gradient(dy, sizes, kept, bits, key=None, stream=0):
+    columns = _groups_of(dy, sizes)[1]
+    return (dy.new_empty((bits, len(kept), row_bytes(columns)), dtype=torch.uint8), dy.new_empty((len(kept), 1)), dy.new_empty((len(kept), 1)))
+
+
+def _native_pack_gradient(dy, sizes, kept, bits, key=None, stream=0):
+    if dy.is_cuda or sizes is None and dy.shape[2] == 1:  # channels last: one after the other they would all read the same lines
+        return _pack_kept(dy, sizes, kept, bits, key, stream)
+    planes, scales, offsets = _fake_pack_gradient(dy, sizes, kept, bits, key, stream)
+    if not planes.numel():
+        return planes, scales.zero_(), offsets.zero_()
+    kept = kept.contiguous()
+    native_module().pack_gradient(dy.data_ptr(), *dy.shape, 0 if sizes is None else sizes.data_ptr(), kept.data_ptr(), len(kept), bits, key_tuple(key, stream),
+                                  planes.data_ptr(), scales.data_ptr(), offsets.data_ptr())
+    return planes, scales, offsets
+
+
+def _pack_kept(dy, sizes, kept, bits, key=None, stream=0):
+    images, channels, positions = dy.shape
+    if sizes is None:
+        matrix = dy.index_select(1, kept).transpose(0, 1).reshape(len(kept), images * positions) if positions > 1 else dy[:, :, 0].index_select(1, kept).t()
+        return pack_planes(matrix, bits, False, key, stream)
+    rows = dy.transpose(1, 2).reshape(images * positions, channels)[kept] * sizes
+    return pack_planes(rows, bits, False, key, stream)
+
+
+pack_gradient = Op(
+    "pack_gradient", "(Tensor dy, Tensor? sizes, Tensor kept, int bits, Tensor? key=None, int stream=0) -> (Tensor, Tensor, Tensor)",
+    _check_pack_gradient, _fake_pack_gradient, values=_kept_groups,
+    backends={"native": _native_pack_gradient, "triton": _pack_kept, "reference": reference.pack_gradient}, order=_CPU_CUDA)
+pack_gradient.__doc__ = """pack_gradient(dy, sizes, kept, bits, key=None, stream=0) -> (planes, scales, offsets)
+
+:func:`pack_planes` of some groups of a gradient dy (images, channels, positions) fp32. With sizes (channels,) fp32 a group is a token (images * positions of them), its
+channels' dy * sizes; without, a channel, its dy of all tokens. kept (rows,) int64: which groups. Raises TypeError for dtypes, ValueError for shapes, bits and kept."""
+
+
+def _check_sample(ranges, bits, offset):
+    op = "sample_groups"
+    if ranges.dtype != torch.float32 or ranges.dim() != 1:
+        reject(op, "ranges", ranges, "float32 of one dimension", TypeError if ranges.dtype != torch.float32 else ValueError)
+    if bits < 1:
+        reject(op, "bits", bits, "1 or more")
+    if offset.dtype != torch.float64 or offset.dim() != 0:
+        reject(op, "offset", offset, "a float64 number", TypeError if offset.dtype != torch.float64 else ValueError)
+
+
+def _fake_sample(ranges, bits, offset):
+    count = -(-len(ranges) // bits)
+    return ranges.new_empty(count, dtype=torch.int64), ranges.new_empty(count)
+
+
+def _native_sample(ranges, bits, offset):
+    if ranges.is_cuda:
+        return reference.sample_groups(ranges, bits, offset)
+    kept, factor = _fake_sample(ranges, bits, offset)
+    if len(ranges):
+        ranges = ranges.contiguous()
+        native_module().sample_groups(ranges.data_ptr(), len(ranges), bits, float(offset), kept.data_ptr(), factor.data_ptr())
+    return kept, factor
+
+
+sample_groups = Op(
+    "sample_groups", "(Tensor ranges, int bits, Tensor offset) -> (Tensor, Tensor)", _check_sample, _fake_sample,
+    backends={"native": _native_sample, "triton": reference.sample_groups, "reference": reference.sample_groups}, order=_CPU_CUDA)
+sample_groups.__doc__ = """sample_groups(ranges, bits, offset) -> (kept, factor)
+
+1 / bits of the groups, ceil(groups / bits), each with a probability p proportional to its range (groups,) fp32 and at most 1, and 1 / p. Gao et al., "1-Bit FQT" (AGP), draws
+each for itself; here one random number in [0, 1), ``offset`` (a float64 scalar, may be on the CPU), places a comb over the running sum of the p (systematic sampling): the same probabilities, and a number
+of groups that is known before; if one too few is hit, the first that is not fills up, with the factor 0. kept ascends. A range that is inf or nan is always kept. In float64, whose sums'
+order differs between backends: a factor is within 2^-23 of its value, and which group is hit may differ where the comb falls within 1e-12 of a group's border. Raises TypeError for dtypes, ValueError for shapes."""
+
+
 # --- products ---------------------------------------------------------------------------------------------
 LONGEST = 1 << 27  # columns: sums of so many products of 4 bits and a sign fit an int32
 
@@ -94,40 +264,56 @@ def _check_bits(op, a, b, columns, b_scales):
     require_matrix(op, "b_scales", b_scales, (torch.float32,), (b.shape[0], 1), a.device, contiguous=True)
 
 
-def _check_binary(a, b, columns, a_scales, b_scales, bias, dtype):
+def _check_binary(a, b, columns, a_scales, b_scales, bias, dtype, run=0):
     op = "matmul_binary"
     require_matrix(op, "a", a, (torch.uint8,), (None, row_bytes(columns)), contiguous=True)
     _check_bits(op, a, b, columns, b_scales)
     require_matrix(op, "a_scales", a_scales, (torch.float32,), (a.shape[0], 1), a.device, contiguous=True)
-    _check_out(op, bias, dtype, b.shape[0], a.device)
+    _check_out(op, bias, dtype, (a if run else b).shape[0], a.device)
+    if run < 0 or run and b.shape[0] % run:
+        reject(op, "run", run, f"0 or a divisor of {b.shape[0]}, b's rows")
 
 
-def _fake_binary(a, b, columns, a_scales, b_scales, bias, dtype):
-    return a.new_empty((a.shape[0], b.shape[0]), dtype=dtype)
+def _fake_binary(a, b, columns, a_scales, b_scales, bias, dtype, run=0):
+    m, n = a.shape[0], b.shape[0]
+    return a.new_empty((n // run, m, run) if run else (m, n), dtype=dtype)
 
 
-def _native(out, a, b, columns, planes, a_scales, offsets, b_scales, bias):
+def _native(out, a, b, columns, planes, a_scales, offsets, b_scales, bias, run=0):
     if out.numel():
-        m, n = out.shape
+        m, n = a.shape[-2], b.shape[0]
         counts = torch.empty(m + n, dtype=torch.int32, device=a.device)  # bits set in each row of a and of b
         native_module().matmul_binary(*where(a), m, n, columns, planes, a.data_ptr(), b.data_ptr(), a_scales.data_ptr(), _pointer(offsets),
-                                      b_scales.data_ptr(), _pointer(bias), counts.data_ptr(), out.data_ptr(), CODES[float_code(out.dtype)])
+                                      b_scales.data_ptr(), _pointer(bias), counts.data_ptr(), out.data_ptr(), CODES[float_code(out.dtype)], run)
     return out
 
 
-def _native_binary(a, b, columns, a_scales, b_scales, bias, dtype):
-    return _native(_fake_binary(a, b, columns, a_scales, b_scales, bias, dtype), a, b, columns, 0, a_scales, None, b_scales, _fp32_bias(bias))
+def _native_binary(a, b, columns, a_scales, b_scales, bias, dtype, run=0):
+    if run and a.is_cuda:
+        return _binary_in_runs(_native_binary, a, b, columns, a_scales, b_scales, bias, dtype, run)
+    return _native(_fake_binary(a, b, columns, a_scales, b_scales, bias, dtype, run), a, b, columns, 0, a_scales, None, b_scales, _fp32_bias(bias), run)
+
+
+def _triton_binary(a, b, columns, a_scales, b_scales, bias, dtype, run=0):
+    from gradmill.kernels.binary import matmul_binary as multiply
+    return _binary_in_runs(multiply, a, b, columns, a_scales, b_scales, bias, dtype, run) if run else multiply(a, b, columns, a_scales, b_scales, bias, dtype)
+
+
+def _binary_in_runs(multiply, a, b, columns, a_scales, b_scales, bias, dtype, run):
+    """Where the kernel writes matrices only; the bias belongs to the columns of the transposed product."""
+    return multiply(b, a, columns, b_scales, a_scales, bias, dtype).view(len(b) // run, run, len(a)).transpose(1, 2).contiguous()
 
 
 matmul_binary = Op(
-    "matmul_binary", "(Tensor a, Tensor b, int columns, Tensor a_scales, Tensor b_scales, Tensor? bias, ScalarType dtype) -> Tensor",
+    "matmul_binary", "(Tensor a, Tensor b, int columns, Tensor a_scales, Tensor b_scales, Tensor? bias, ScalarType dtype, int run=0) -> Tensor",
     _check_binary, _fake_binary,
-    backends={"native": _native_binary, "triton": "gradmill.kernels.binary:matmul_binary", "reference": reference.matmul_binary},
+    backends={"native": _native_binary, "triton": _triton_binary, "reference": reference.matmul_binary},
     order={"cpu": ("native", "triton", "reference"), "cuda": ("native", "triton", "reference")})
-matmul_binary.__doc__ = """matmul_binary(a, b, columns, a_scales, b_scales, bias, dtype) -> (m, n)
+matmul_binary.__doc__ = """matmul_binary(a, b, columns, a_scales, b_scales, bias, dtype, run=0) -> (m, n), or with run (n / run, m, run)
 
 a (m, ceil(columns / 8)) and b (n, same) uint8 packed signs, a_scales (m, 1) and b_scales (n, 1) fp32: out = (sum of +-1 products *
-a_scales) * b_scales + bias, the sum (columns - 2 popcount(a xor b)) exact. Unused bits of the last byte are ignored. Bit-equal in
+a_scales) * b_scales + bias, the sum (columns - 2 popcount(a xor b)) exact. With ``run`` b's rows come in
+runs of so many, an image's positions: out is (images, channels, positions), and the bias belongs to a's rows. Unused bits of the last byte are ignored. Bit-equal in
 every backend. Raises TypeError for dtypes, ValueError for shapes, layout and columns above 2^27."""
 
 

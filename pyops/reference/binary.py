@@ -40,6 +40,67 @@ def pack_planes(x, bits, transpose=False, key=None, stream=0):
     return planes, torch.where(bad, torch.nan, scale), torch.where(bad, torch.nan, low)
 
 
+def transpose_bits(bits, columns):
+    """See gradmill.ops.binary.transpose_bits."""
+    rows = bits.shape[0]
+    return pack_bits(unpack_bits(bits, 1, columns, False).t(), 1) if rows and columns else bits.new_zeros((columns, -(-rows // 8)))
+
+
+# --- gradients --------------------------------------------------------------------------------------------
+def _ranges(x):
+    """Of each row: its range, made to include zero, and its largest magnitude; inf for one with a nan or an inf."""
+    if not x.shape[1]:
+        return x.new_zeros(len(x)), x.new_zeros(len(x))
+    low, high, fine = x.amin(1).clamp(max=0) + 0.0, x.amax(1).clamp(min=0) + 0.0, x.isfinite().all(1)
+    return torch.where(fine, high - low, torch.inf), torch.where(fine, torch.maximum(high, -low) + 0.0, torch.inf)
+
+
+def _by_token(dy, sizes):
+    return (dy * sizes[:, None]).transpose(1, 2).reshape(dy.shape[0] * dy.shape[2], dy.shape[1])
+
+
+def _by_channel(dy):
+    return dy.transpose(0, 1).reshape(dy.shape[1], dy.shape[0] * dy.shape[2])
+
+
+def gradient_ranges(dy, sizes):
+    """See gradmill.ops.binary.gradient_ranges."""
+    return (*_ranges(_by_token(dy, sizes)), *_ranges(_by_channel(dy)))
+
+
+def pack_gradient(dy, sizes, kept, bits, key=None, stream=0):
+    """See gradmill.ops.binary.pack_gradient."""
+    return pack_planes((_by_channel(dy) if sizes is None else _by_token(dy, sizes))[kept], bits, False, key, stream)
+
+
+def inclusion(ranges, count):
+    """Probabilities proportional to ``ranges`` (groups,), at most 1, that add up to ``count``, or to all the groups that have a range."""
+    ranges = ranges.to(torch.float64)
+    ranges = torch.where(ranges.isfinite(), ranges, torch.inf)  # a nan is always kept
+    order = ranges.argsort(descending=True)
+    sizes, index = ranges[order], torch.arange(len(ranges), device=ranges.device)
+    rest = sizes.flip(0).cumsum(0).flip(0)
+    factor = (count - index).clamp(min=0) / rest  # if the first `index` are certain, for the others
+    fits = sizes * factor <= 1
+    certain = torch.where(fits.any(), fits.to(torch.uint8).argmax(), (sizes > 0).sum())
+    others = torch.where(sizes > 0, sizes * factor.index_select(0, certain.clamp(max=len(sizes) - 1).view(1)), 0.0)
+    return torch.zeros_like(sizes).scatter(0, order, torch.where(index < certain, 1.0, others.clamp(0, 1)))
+
+
+def sample_groups(ranges, bits, offset):
+    """See gradmill.ops.binary.sample_groups."""
+    groups = len(ranges)
+    count = -(-groups // bits)
+    if not groups:
+        return ranges.new_empty(0, dtype=torch.int64), ranges.new_empty(0)
+    p = inclusion(ranges, max(groups / bits, 1.0))
+    steps = torch.floor(torch.where(p < 1, p, 0.0).cumsum(0) + offset)
+    hit = (p >= 1) | (steps != torch.nn.functional.pad(steps, (1, 0))[:-1])
+    kept = hit.to(torch.uint8).argsort(descending=True, stable=True)[:count].sort().values
+    return kept, torch.where(hit, 1 / p, 0.0)[kept].to(torch.float32)
+
+
+# --- products ---------------------------------------------------------------------------------------------
 def _signs(bits, columns):
     return (1 - 2 * unpack_bits(bits, 1, columns, False)).to(torch.float64)  # float64 adds integers below 2^53 exactly
 
@@ -48,12 +109,17 @@ def _exact(product):
     return (product + 0.0).to(torch.float32)  # + 0.0: an integer sum has no -0
 
 
-def matmul_binary(a, b, columns, a_scales, b_scales, bias, dtype):
+def matmul_binary(a, b, columns, a_scales, b_scales, bias, dtype, run=0):
     """out = (float(sum of +-1 products) * a_scales) * b_scales^T (+ bias): see gradmill.ops.binary."""
     out = _exact(_signs(a, columns) @ _signs(b, columns).t()) * a_scales * b_scales.view(1, -1)
     if bias is not None:
-        out = out + bias.to(torch.float32)
-    return out.to(dtype)
+        out = out + (bias[:, None] if run else bias).to(torch.float32)
+    return in_runs(out.to(dtype), run) if run else out.to(dtype)
+
+
+def in_runs(out, run):
+    """(m, n) as (n / run, m, run)."""
+    return out.view(len(out), out.shape[1] // run, run).transpose(0, 1).contiguous()
 
 
 def matmul_planes(a, b, columns, scales, offsets, b_scales, dtype):
