@@ -1,5 +1,4 @@
 """kernels/tiles.json, and the search that writes it: nothing here needs a GPU."""
-import json
 import os
 
 import pytest
