@@ -148,13 +148,13 @@ class Format:
         return rows * (-(-columns * self.bits // 8) + blocks * 4) + math.prod(self.zeros_shape(rows, columns))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.lru_cache(maxsize=None, typed=True)
 def cached(code: str, block: int = 0) -> Format:
     """Format(code, block), made once: for the paths that run at every step."""
     return Format(code, block)
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=4096, typed=True)
 def _layout(code: str, block: int, rows: int, columns: int):
     format = cached(code, block)
     return ((rows, format.code_columns(columns)), (rows, format.blocks(columns)), format.zeros_shape(rows, columns), format.code_dtype,

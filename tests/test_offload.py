@@ -338,3 +338,9 @@ def test_states_stay_on_the_cpu_and_weights_get_the_bits_of_a_step_on_the_gpu(na
             copied, states_now = everything(params, optimizer)
             sides.append(([p.cpu() for p in copied], {i: {k: v.cpu() for k, v in s.items()} for i, s in states_now.items()}))
         assert_same_bits(*sides, f"{kind}")
+
+
+def test_nothing_but_empty_tensors_steps_nothing(staged):
+    p = torch.nn.Parameter(torch.zeros(0, 5))
+    p.grad = torch.zeros(0, 5)
+    AdamW([p], offload=True).step()

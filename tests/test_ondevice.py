@@ -121,6 +121,19 @@ def test_chosen_channels_have_the_gradients_of_the_whole(kind):
     torch.testing.assert_close(none(x), plain(x), rtol=0.1, atol=0.1)
 
 
+@pytest.mark.parametrize("kind", ("linear", "3x3"))
+def test_the_default_dtype_is_nothing_to_it(kind):
+    plain, whole, x = made(kind, cap=torch.inf)
+    layer = type(whole)(plain, float(whole.x_scale), [1, 3], cap=torch.inf)
+    want = torch.autograd.grad(layer(x).sum(), (x, layer.weight))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        got = torch.autograd.grad(layer(x).sum(), (x, layer.weight))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_same_bits(got, want)
+
+
 def network():
     """BatchNorm and ReLUs to merge, a depthwise convolution, a residual that reads a convolution's own output, a head."""
     class Residual(nn.Module):

@@ -1,4 +1,5 @@
 """one_bit_fqt: packed and simulated forms agree, gradients are unbiased, the parts that should be exact are."""
+import copy
 import dataclasses
 import warnings
 
@@ -241,3 +242,27 @@ def test_an_input_without_signs_is_told_once():
         for x in (torch.randn(4, 8), torch.randn(0, 8)):
             gradmill.nn.Linear(8, 5, recipe="one_bit_fqt")(x)
         gradmill.nn.Linear(8, 5, recipe="int8")(torch.rand(4, 8))
+
+
+def test_a_first_input_that_cannot_be_looked_at_is_not():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    layer = gradmill.nn.Linear(8, 5, recipe="one_bit_fqt")
+    assert copy.deepcopy(layer).to("meta")(torch.empty(3, 8, device="meta")).shape == (3, 5)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert layer(torch.randn(3, 8)).shape == (3, 5)
+    layer(torch.empty(0, 8))
+    with pytest.warns(UserWarning, match="no negative value"):
+        layer(torch.rand(3, 8))
+
+
+@pytest.mark.parametrize("recipe", [recipes.ONE_BIT_FQT, NONE, TOP], ids=lambda r: r.name)
+def test_the_default_dtype_is_nothing_to_it(recipe):
+    x, w, s, b, dy = layer()
+    wanted = torch.autograd.grad(gradmill.functional.linear(x, w, b, NONE, s), (w, s, b), dy)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = torch.autograd.grad(gradmill.functional.linear(x, w, b, recipe, s), (w, s, b), dy)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert [g.dtype for g in found] == [torch.float32] * 3 and torch.equal(found[2], wanted[2])

@@ -209,6 +209,19 @@ def test_calls_that_torch_wants_to_see_go_through_its_dispatcher(recwarn):
         hadamard(x.to_sparse(), 16)
 
 
+def test_what_the_schema_does_not_allow_is_refused_by_name_and_leaves_nothing_behind():
+    """Plain calls convert nothing: a block of 32.0 would be equal to 32 in every cache."""
+    x = torch.randn(2, 96)
+    for call, word in ((lambda: quantize(x, "int8", 24.0), "block"), (lambda: quantize(x, "int8", "24"), "block"),
+                       (lambda: dequantize(None, x, x, "int8", 24, 96, torch.float32), "codes"), (lambda: quantize(x, "int8", group=24), "group"),
+                       (lambda: quantize(x), "code"), (lambda: quantize(x, "int8", 24, False, None, 0, None, 1), "8")):
+        with pytest.raises((RuntimeError, TypeError), match=word):
+            call()
+    codes, scales, zeros = quantize(x, "int8", 24)
+    assert codes.shape == x.shape and scales.shape == (2, 4)
+    assert_same_bits(dequantize(codes, scales, zeros, code="int8", dtype=torch.float32, block=24, columns=96), dequantize(codes, scales, zeros, "int8", 24, 96, torch.float32))
+
+
 def test_native_is_the_usual_choice_on_cpu_and_use_backend_nests_and_ends():
     assert quantize.backend("cpu") == "native"
     with use_backend("reference"):

@@ -64,8 +64,9 @@ def test_the_trajectory_is_torchs(name, options, monkeypatch):
     assert_follows_torch(ours, theirs, params, other, update=size_of_updates(name), coupled=bool(options.get("weight_decay")))
 
 
-#: Five steps a y + (b A + c A^2) y whose terms are rounded to bf16: 5 * 2^-9 * (3.45 + 4.78 + 2.03). Seen: .01 to .06.
-BF16_NOISE = 0.1
+#: Five steps a y + (b A + c A^2) y whose terms are rounded to bf16: 5 * 2^-9 * (3.45 + 4.78 + 2.03). Seen: .01 to .06, of 3 x 7
+#: once in 300 draws .13: the polynomial's slope, 3.45 near zero, carries a small singular value's error on.
+BF16_NOISE = 0.2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, None], ids=str)

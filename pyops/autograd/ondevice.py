@@ -83,7 +83,7 @@ def _product(codes, scales, weight, channels, bias, window: Window | None, y=Non
         product = matmul_int8(codes if channels is None else codes.index_select(1, channels), weight.codes, scales, weight.scales, bias if y is None else None, torch.float32)
         return product if y is None else y.add_(product)
     n, (oh, ow), out, groups, first_part = len(codes), window.output(codes.shape), weight.shape[0], window.groups, y is None
-    y = torch.empty((n, out, oh, ow), device=codes.device) if first_part else y
+    y = torch.empty((n, out, oh, ow), dtype=torch.float32, device=codes.device) if first_part else y
     for first, last in _pieces(n, oh * ow * max(weight.shape[1:].numel() * groups, 2 * out), groups):  # of few channels the product is what is large
         rows, piece = scales[first:last].repeat_interleave(oh * ow, 0), codes[first:last] if channels is None else codes[first:last].index_select(1, channels)
         part = _products(_patches(piece, window), _grouped(weight.codes, groups), rows.expand(groups, -1, 1), _grouped(weight.scales, groups))
@@ -189,7 +189,7 @@ class OnDevice(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             parts = _parts(weight, frozen, trained)
             if window is not None or len(parts) > 1:
-                dx = torch.empty(ctx.x_shape, device=dy.device)
+                dx = torch.empty(ctx.x_shape, dtype=torch.float32, device=dy.device)
             for part in parts:
                 dx = _input_gradient(dy, part, dx, window)
             dx = dx.to(ctx.x_dtype)

@@ -22,11 +22,11 @@ def prune(ranges: torch.Tensor, magnitudes: torch.Tensor, bits: int, pruning: st
     """
     groups = len(ranges)
     if pruning == "none" or groups == 0:
-        return torch.arange(groups, device=ranges.device), torch.ones(groups, device=ranges.device)
+        return torch.arange(groups, device=ranges.device), torch.ones(groups, dtype=torch.float32, device=ranges.device)
     if pruning == "sample":
         return sample_groups(ranges, bits, offset)
     count = -(-groups // bits)
-    return magnitudes.nan_to_num(torch.inf).topk(count).indices.sort().values, torch.ones(count, device=ranges.device)
+    return magnitudes.nan_to_num(torch.inf).topk(count).indices.sort().values, torch.ones(count, dtype=torch.float32, device=ranges.device)
 
 
 class OneBit(torch.autograd.Function):

@@ -7,6 +7,7 @@ import weakref
 import torch
 
 from gradmill import functional, recipes
+from gradmill.ops import _registry
 from gradmill.weight import QuantizedWeight
 
 _FAKE = ("weight_steps", "weight_zeros")  # Parameters of a recipe that fakes
@@ -113,10 +114,10 @@ class RecipeLayer(KeepsFloat32):
 
     def _look(self, x):
         """Says once if the signs of a one-bit layer's first input are all the same: behind a ReLU, say."""
-        if torch.compiler.is_compiling() or self.recipe.one_bit is None or self in _looked:
+        if torch.compiler.is_compiling() or self.recipe.one_bit is None or self in _looked or not x.numel() or not _registry.readable(x):
             return
         _looked.add(self)
-        if x.numel() and bool((x >= 0).all()):
+        if bool((x >= 0).all()):
             warnings.warn(f"{self} takes the signs of its input, and its first input of shape {tuple(x.shape)} has no negative value: all its outputs are the same, and "
                           "a norm behind it multiplies gradients by up to 1/sqrt(eps). Put a norm or Hardtanh before it, not a ReLU", stacklevel=3)
 

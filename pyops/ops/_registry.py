@@ -21,7 +21,7 @@ BACKENDS = ("native", "triton", "torch", "reference")
 # What may stand between a call and its kernel; a torch without one of these questions always goes through its dispatcher.
 Tensor, Parameter, is_compiling = torch.Tensor, torch.nn.Parameter, torch.compiler.is_compiling
 _strided = torch.strided
-_PLAIN = {int, float, bool, str, type(None), torch.dtype}
+_KINDS = {"Tensor": {Tensor, Parameter}, "int": {int}, "SymInt": {int}, "bool": {bool}, "str": {str}, "ScalarType": {torch.dtype}}  # of a schema's arguments
 _dispatch_modes, _function_modes, _tracing = (getattr(torch._C, name, lambda: True) for name in (
     "_len_torch_dispatch_stack", "_len_torch_function_stack", "_get_tracing_state"))
 _transform = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: True)
@@ -103,26 +103,6 @@ def problem(backend: str, device: str) -> str:
     return "" if device == "cuda" or interpreted else "Triton runs on CPU tensors only with TRITON_INTERPRET=1"
 
 
-def _plain(args, kwargs) -> str | None:
-    """"cpu" or "cuda" where a call with these arguments would go through torch's dispatcher straight to that device's kernel, else None:
-    nothing to differentiate, no subclass, no mode, transform, trace or torch.profiler that would want to see it."""
-    device, grad = None, torch.is_grad_enabled()
-    for x in (*args, *kwargs.values()) if kwargs else args:
-        kind = type(x)
-        if kind is Tensor or kind is Parameter:
-            if grad and x.requires_grad or x.is_neg() or x._is_zerotensor():  # the last two: views without memory of their own values
-                return None
-            if x.is_cpu:
-                device = device or "cpu"
-            elif x.is_cuda:
-                device = "cuda"
-            else:
-                return None
-        elif kind not in _PLAIN:
-            return None
-    return None if _dispatch_modes() or _function_modes() or _transform() or _tracing() or _profiling() else device
-
-
 class Op:
     """One op: call it with the schema's arguments.
 
@@ -149,13 +129,45 @@ class Op:
 
         torch.library.register_fake(f"gradmill::{name}", fake_kernel, lib=library)
         self._overload = getattr(torch.ops.gradmill, name).default
-        self._mutates = self._overload._schema.is_mutable
+        schema = self._overload._schema
+        self._kinds, self._needed = {a.name: self._kind(str(a.real_type)) for a in schema.arguments}, sum(not a.has_default_value() for a in schema.arguments)
+        self._positional = [] if schema.is_mutable else list(self._kinds.values())
         OPS[name] = self
 
+    @staticmethod
+    def _kind(type_: str) -> set[type]:
+        """Exact types of a schema's argument that need no conversion."""
+        if type_.startswith("Optional["):
+            return _KINDS.get(type_[len("Optional["):-1], set()) | {type(None)}
+        return _KINDS.get(type_, set())
+
     def __call__(self, *args, **kwargs):
-        if is_compiling() or self._mutates or (device := _plain(args, kwargs)) is None:
+        if is_compiling() or (device := self._plain(args, kwargs)) is None:
             return self._overload(*args, **kwargs)
         return self._run(device, args, kwargs)  # what the dispatcher would do, 4 us sooner
+
+    def _plain(self, args, kwargs) -> str | None:
+        """"cpu" or "cuda" where this call would go through torch's dispatcher straight to that device's kernel, else None: nothing is
+        written in place, nothing to convert, to refuse or to differentiate, no subclass, no mode, transform, trace or torch.profiler that would want to see it."""
+        device, grad, kinds = None, torch.is_grad_enabled(), self._positional
+        if len(args) > len(kinds) or len(args) + len(kwargs) < self._needed:
+            return None
+        if kwargs:
+            args, kinds = (*args, *kwargs.values()), (*kinds[:len(args)], *[self._kinds.get(name, ()) for name in kwargs])
+        for x, allowed in zip(args, kinds):
+            kind = type(x)
+            if kind not in allowed:
+                return None
+            if kind is Tensor or kind is Parameter:
+                if grad and x.requires_grad or x.is_neg() or x._is_zerotensor():  # the last two: views without memory of their own values
+                    return None
+                if x.is_cpu:
+                    device = device or "cpu"
+                elif x.is_cuda:
+                    device = "cuda"
+                else:
+                    return None
+        return None if _dispatch_modes() or _function_modes() or _transform() or _tracing() or _profiling() else device
 
     def _runner(self, device):
         return lambda *args, **kwargs: self._run(device, args, kwargs)
@@ -218,6 +230,12 @@ class Op:
                 found = self.backends[name] = getattr(importlib.import_module(module), attribute)
             self._chosen[key] = found
         return found
+
+
+def readable(x: torch.Tensor) -> bool:
+    """Whether Python may look at x's values: plain memory, no mode or transform on, no CUDA graph being captured."""
+    return (type(x) in (Tensor, Parameter) and (x.is_cpu or x.is_cuda and not torch.cuda.is_current_stream_capturing())
+            and not (_dispatch_modes() or _function_modes() or _transform() or _tracing()))
 
 
 # --- what native calls need -------------------------------------------------------------------------------

@@ -37,6 +37,8 @@ def check_packed(op: str, name: str, codes, scales, zeros, code: str, block: int
     format = check_format(op, code, block)
     if not (columns >= 0):
         reject(op, "columns", columns, "0 or more")
+    if codes is None:  # torch's dispatcher lets it through
+        reject(op, f"{name}codes", None, "a tensor", TypeError)
     (_, width), blocks, zeros_shape, dtype, _, _ = layout(code, block, codes.shape[0] if codes.dim() else 0, columns)
     require_matrix(op, f"{name}codes", codes, (dtype,), (rows, width), contiguous=True)
     device = codes.device

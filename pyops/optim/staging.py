@@ -224,9 +224,11 @@ def transport_of(device: torch.device) -> Transport:
 def through(transport: Transport, items, step):
     """step(items on the CPU) for all items, chunk by chunk: the next one comes down while one is stepped."""
     waiting, slot = chunks(items), 0
+    chunk = next(waiting, None)
+    if chunk is None:
+        return
     transport.begin()
     try:
-        chunk = next(waiting)
         transport.down(slot, chunk)
         while chunk is not None:
             here, following = slot, next(waiting, None)
