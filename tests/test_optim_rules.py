@@ -773,3 +773,13 @@ def test_low_precision_states_train_as_well_as_fp32(name, options, states):
         losses[kind] = loss.item()
     assert losses["fp32"] < 0.5 * start
     assert losses[states] < losses["fp32"] + 0.1 * (start - losses["fp32"])
+
+
+@pytest.mark.parametrize("has, capability, dtype", [(True, "AVX512", torch.bfloat16), (True, "AVX2", torch.float32), (True, "DEFAULT", torch.float32),
+                                                    (False, "AVX512", torch.float32)])
+def test_newton_schulz_takes_bf16_where_torch_uses_its_instructions(has, capability, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert optim.muon.matmul_dtype(torch.device("cpu")) == dtype
+    assert optim.muon.matmul_dtype(torch.device("cuda")) == torch.bfloat16

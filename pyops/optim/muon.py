@@ -27,9 +27,11 @@ def symmetric_product(x: torch.Tensor) -> torch.Tensor:
 
 
 def matmul_dtype(device: torch.device) -> torch.dtype:
-    """bf16 on a GPU and on a CPU with bf16 instructions; elsewhere torch's bf16 matmul is some 100 times slower than fp32's."""
-    has = (getattr(torch.cpu, f"_is_{name}_supported", lambda: False)() for name in ("avx512_bf16", "amx_tile"))
-    return torch.bfloat16 if device.type != "cpu" or any(has) else torch.float32
+    """bf16 on a GPU and on a CPU with bf16 instructions that torch is not held from (ATEN_CPU_CAPABILITY); elsewhere torch's bf16
+    matmul is some 100 times slower than fp32's."""
+    has = any(getattr(torch.cpu, f"_is_{name}_supported", lambda: False)() for name in ("avx512_bf16", "amx_tile"))
+    held = torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX", "AVX2")
+    return torch.bfloat16 if device.type != "cpu" or has and not held else torch.float32
 
 
 def newton_schulz(x: torch.Tensor, steps: int = 5, coefficients=COEFFICIENTS, eps: float = 1e-7, dtype: torch.dtype | None = None) -> torch.Tensor:
