@@ -50,8 +50,8 @@ def compress(base: torch.nn.Module, finetuned: torch.nn.Module, filter: Callable
         others: whose parameters (embeddings, norms, layers left out) the result copies: "finetuned", or "base", which it then shares.
 
     Returns:
-        A new model with :class:`gradmill.nn.BitDeltaLinear` layers, whose weight is base's own Parameter, and only whose scales
-        (``alphas``) require a gradient.
+        A new model with :class:`gradmill.nn.BitDeltaLinear` layers, whose weight is base's own Parameter. Of what is its own only the scales
+        (``alphas``) require a gradient; what it shares with base keeps base's ``requires_grad``: freeze base before you make an optimizer of all parameters.
 
     Raises:
         ValueError: where the models' linear layers differ in name or shape, or none is left to compress.
@@ -66,6 +66,7 @@ def compress(base: torch.nn.Module, finetuned: torch.nn.Module, filter: Callable
     if not names:
         raise ValueError("finetuned has no nn.Linear inside it to compress; it must have one that filter, if given, accepts")
     source = finetuned if others == "finetuned" else base
+    held = {p: p.requires_grad for model in (base, finetuned) for p in model.parameters()}
     shared = [t for n in names for t in (old[n].weight, new[n].weight)] + ([] if others == "finetuned" else [*base.parameters(), *base.buffers()])
     result = _shell(source, shared)
     result.requires_grad_(False) if others == "finetuned" else None
@@ -74,6 +75,8 @@ def compress(base: torch.nn.Module, finetuned: torch.nn.Module, filter: Callable
     for name, p in result.named_parameters():
         if others == "finetuned" and not any(p is old[n].weight for n in names):
             p.requires_grad_(name.endswith(".alphas") or name == "alphas")
+    for p, flag in held.items():
+        p.requires_grad_(flag)
     return result
 
 

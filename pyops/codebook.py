@@ -330,6 +330,8 @@ class Indices(torch.optim.Optimizer):
         for group in self.param_groups:
             for indices in group["params"]:
                 layers, state = self._layers[id(indices)], self.state[indices]
+                if any(layer.kept is None for layer in layers):
+                    raise RuntimeError("gradmill.codebook.Indices was stopped, so that its layers keep no gradients: make another")
                 pairs = [pair for layer in layers for pair in layer.kept]
                 if not state:
                     state["step"], state["fractions"] = 0, torch.zeros((layers[0].out_features, layers[0].in_features), dtype=torch.int8, device=indices.device)

@@ -261,3 +261,11 @@ def test_examples_of_the_docs_page():
     for block in re.findall(r"```python\n(.*?)```", text, re.S):
         exec(block, names)
     assert names["y"].shape == (2, 9, 40)
+
+
+def test_integers_and_wrong_widths_are_refused_by_name():
+    model = bct.quantize(torch.nn.Sequential(torch.nn.Linear(16, 4)), block=16)[0]
+    with pytest.raises(TypeError, match="x is torch.int64"):
+        model(torch.ones(2, 16, dtype=torch.int64))
+    with pytest.raises(ValueError, match="last dimension must be 16"):
+        model(torch.ones(2, 15))

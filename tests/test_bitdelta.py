@@ -189,3 +189,16 @@ def test_examples_of_the_docs_page(tmp_path):
     signs = [torch.where(t < 0, -1.0, 1.0) * t.abs().mean(1, keepdim=True) for t in (x, w)]
     torch.testing.assert_close(names["y"], signs[0] @ signs[1].t())
     assert (names["y4"] - x @ signs[1].t()).norm() < 0.2 * (x @ signs[1].t()).norm()
+
+
+@pytest.mark.parametrize("others", ["finetuned", "base"])
+def test_compress_changes_no_flag_of_its_arguments(others):
+    base = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 4))
+    tuned = copy.deepcopy(base)
+    tuned[2].weight.requires_grad_(False)
+    base[0].bias.requires_grad_(False)
+    before = [[p.requires_grad for p in m.parameters()] for m in (base, tuned)]
+    bitdelta.compress(base, tuned, others=others)
+    assert [[p.requires_grad for p in m.parameters()] for m in (base, tuned)] == before
+    with pytest.raises(TypeError, match="tenants is a list"), bitdelta.serving([0, 1]):
+        pass

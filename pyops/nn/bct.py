@@ -113,6 +113,8 @@ class BctLinear(_Bct):
         self.bias = None if bias is None else ShiftVector(bias)
 
     def integers(self, q, e):
+        if q.shape[-1] != self.matrix.columns:
+            raise ValueError(f"BctLinear: x has shape {tuple(q.shape)}; its last dimension must be {self.matrix.columns}")
         q, e = shifted.narrow(q, e, ACTIVATIONS_BITS)
         codes, exponents = self.matrix.integers()
         x = q.reshape(q.shape[:-1].numel(), q.shape[-1]).to(torch.int8)

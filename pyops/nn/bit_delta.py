@@ -19,7 +19,10 @@ _tenants: contextvars.ContextVar[torch.Tensor | None] = contextvars.ContextVar("
 @contextlib.contextmanager
 def serving(tenants: torch.Tensor):
     """``with gradmill.bitdelta.serving(tenants):`` every :class:`BitDeltaLinear` called inside takes row i of its batch (the first dimension
-    of its input) for tenant ``tenants[i]``; -1 is the base model. tenants: int64 (batch,), on the CPU."""
+    of its input) for tenant ``tenants[i]``; -1 is the base model. tenants: int64 (batch,), on the CPU. Outside of it every row is tenant 0's. TypeError for
+    anything but a tensor."""
+    if not isinstance(tenants, torch.Tensor):
+        raise TypeError(f"serving: tenants is a {type(tenants).__name__}; it must be an int64 tensor, one tenant for each row of the batch")
     token = _tenants.set(tenants)
     try:
         yield
@@ -55,7 +58,8 @@ class BitDeltaLinear(torch.nn.Module):
         delta = tuned.weight.detach().to(torch.float32) - base.weight.detach().to(device=tuned.weight.device, dtype=torch.float32)
         bits, means = pack_signs(delta, mean=True)
         biases = None if tuned.bias is None else tuned.bias.detach()[None].clone()
-        return cls(base.weight, bits[None], means.mean(dtype=torch.float64).to(torch.float32)[None], biases, base.bias)
+        bias = None if base.bias is None else torch.nn.Parameter(base.bias.detach(), False)
+        return cls(base.weight, bits[None], means.mean(dtype=torch.float64).to(torch.float32)[None], biases, bias)
 
     def tenant_bytes(self) -> int:
         """Exact bytes that one more tenant takes."""

@@ -57,6 +57,8 @@ def divide(a, b):
 
 def from_float(x, bits):
     """The nearest (q, e), one exponent a row. ValueError for a nan or an inf, which no integer stands for."""
+    if not x.is_floating_point():
+        raise TypeError(f"gradmill.bct: x is {x.dtype} of shape {tuple(x.shape)}; it must be floating point")
     x = x.to(torch.float32)
     if not x.isfinite().all():
         raise ValueError("gradmill.bct: an input has a nan or an inf, which shift-quantised integers cannot hold")
