@@ -60,4 +60,5 @@ class Linear(RecipeLayer, torch.nn.Linear):
     def kept_bytes(self) -> tuple[int, int]:
         """Bytes of 1,024 tokens' input kept for backward: by torch.nn.Linear, by this layer."""
         size = self.weight.dtype.itemsize
-        return 1024 * self.in_features * size, self.recipe.saved_bytes(1024, self.in_features, size) if self.weight.requires_grad else 0
+        outside = 1024 * -(-self.in_features // 8) if self.recipe.one_bit is not None else 0  # which elements dX is zero at
+        return 1024 * self.in_features * size, self.recipe.saved_bytes(1024, self.in_features, size) + outside if self.weight.requires_grad else 0
