@@ -64,9 +64,9 @@ def test_the_trajectory_is_torchs(name, options, monkeypatch):
     assert_follows_torch(ours, theirs, params, other, update=size_of_updates(name), coupled=bool(options.get("weight_decay")))
 
 
-#: Five steps a y + (b A + c A^2) y whose terms are rounded to bf16: 5 * 2^-9 * (3.45 + 4.78 + 2.03). Seen: .01 to .06, of 3 x 7
-#: once in 300 draws .13: the polynomial's slope, 3.45 near zero, carries a small singular value's error on.
-BF16_NOISE = 0.2
+#: Five steps a y + (b A + c A^2) y whose terms are rounded to bf16: 5 * 2^-9 * (3.45 + 4.78 + 2.03). Seen: .01 to .06; a small
+#: matrix with a singular value near zero, where the polynomial's slope is 3.45, .13 once in 300, so means of draws are compared.
+BF16_NOISE = 0.1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, None], ids=str)
@@ -510,7 +510,9 @@ def test_newton_schulz_moves_singular_values_near_one(shape):
         values = torch.linalg.svdvals(got)
         assert values.max() < 1.3 and (values.min() > 0.5 or min(shape) > 1)
     torch.testing.assert_close(optim.newton_schulz(x * 1e6, dtype=torch.float32), got, rtol=0, atol=1e-4)
-    assert (optim.newton_schulz(x, dtype=torch.bfloat16) - got).norm() <= BF16_NOISE * got.norm()
+    draws = [torch.randn(shape) for _ in range(20 if x.numel() < 100 else 1)]
+    noise = [(optim.newton_schulz(d, dtype=torch.bfloat16) - y).norm() / y.norm() for d in draws for y in [optim.newton_schulz(d, dtype=torch.float32)]]
+    assert sum(noise) <= BF16_NOISE * len(noise)
     assert not optim.newton_schulz(torch.zeros(shape)).any()
 
 

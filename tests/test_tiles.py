@@ -6,7 +6,7 @@ import torch
 
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("this process cannot compile", allow_module_level=True)
+    pytest.skip("TRITON_INTERPRET is set: this process interprets kernels, it cannot compile them", allow_module_level=True)
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -150,7 +150,7 @@ def test_time_that_runs_out_keeps_the_best_so_far(measured):
 
 def test_a_machine_without_a_gpu_is_told_so(capsys):
     if torch.cuda.is_available():
-        pytest.skip("there is one")
+        pytest.skip("a GPU is there: the message for none cannot be seen")
     with pytest.raises(SystemExit):
         bench.main([])
     assert "--dry-run" in capsys.readouterr().err

@@ -135,6 +135,20 @@ void pack(const PackBitsArgs& p) {
   }
 }
 
+#if GM_LEVEL >= 1
+// Transposes 16 x 16 bytes: each stage is a perfect shuffle of the 256, four are the transpose.
+inline void turn_bytes(__m128i x[16]) {
+  __m128i y[16];
+#pragma GCC unroll 4
+  for (int stage = 0; stage < 4; ++stage) {
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) y[2 * i] = _mm_unpacklo_epi8(x[i], x[i + 8]), y[2 * i + 1] = _mm_unpackhi_epi8(x[i], x[i + 8]);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) x[i] = y[i];
+  }
+}
+#endif
+
 // --- bits turned round ------------------------------------------------------------------------------------
 // An item is 16 bytes of columns of up to 512 rows: a line of out for each of 128 columns, made in L1.
 void transpose_bits(const TransposeBitsArgs& p) {
@@ -150,7 +164,7 @@ void transpose_bits(const TransposeBitsArgs& p) {
       const uint8_t* const in = p.bits + (row + r) * bytes + byte;
 #if GM_LEVEL >= 1
       for (int half = 0; half < 2; ++half) {
-        __m128i x[16], y[16];
+        __m128i x[16];
         for (int i = 0; i < 16; ++i) {
           if (16 * half + i >= live) x[i] = _mm_setzero_si128();
           else if (count == wide) x[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + (16 * half + i) * bytes));
@@ -160,13 +174,7 @@ void transpose_bits(const TransposeBitsArgs& p) {
             x[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(line));
           }
         }
-#pragma GCC unroll 4
-        for (int stage = 0; stage < 4; ++stage) {  // each a perfect shuffle of the 256 bytes; four are the transpose
-#pragma GCC unroll 8
-          for (int i = 0; i < 8; ++i) y[2 * i] = _mm_unpacklo_epi8(x[i], x[i + 8]), y[2 * i + 1] = _mm_unpackhi_epi8(x[i], x[i + 8]);
-#pragma GCC unroll 16
-          for (int i = 0; i < 16; ++i) x[i] = y[i];
-        }
+        turn_bytes(x);
         for (int i = 0; i < 16; ++i) _mm_store_si128(reinterpret_cast<__m128i*>(square[i] + 16 * half), x[i]);
       }
 #else
@@ -552,7 +560,7 @@ void pack_nibbles(const BinaryMatmulArgs& p, int64_t first, int64_t live, int64_
   for (int group = 0; group < kPanel; group += 16)
     for (int64_t part = 0; part < count; part += 16) {
       const int64_t n = min_of(16, count - part);
-      __m128i r[16], t[16];
+      __m128i r[16];
       if (group + 16 <= live && from + part + 16 < bytes) {
 #pragma GCC unroll 16
         for (int i = 0; i < 16; ++i) r[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p.b + (first + group + i) * bytes + from + part));
@@ -566,13 +574,7 @@ void pack_nibbles(const BinaryMatmulArgs& p, int64_t first, int64_t live, int64_
           r[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(line));
         }
       }
-#pragma GCC unroll 4
-      for (int stage = 0; stage < 4; ++stage) {  // each a perfect shuffle of the 256 bytes; four are the transpose
-#pragma GCC unroll 8
-        for (int i = 0; i < 8; ++i) t[2 * i] = _mm_unpacklo_epi8(r[i], r[i + 8]), t[2 * i + 1] = _mm_unpackhi_epi8(r[i], r[i + 8]);
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i) r[i] = t[i];
-      }
+      turn_bytes(r);
       for (int64_t i = 0; i < n; ++i) {
         uint8_t* at = out + (part + i) * 2 * kPanel + group;
         _mm_store_si128(reinterpret_cast<__m128i*>(at), _mm_and_si128(r[i], low));
