@@ -22,7 +22,7 @@ from gradmill.optim._base import CheckpointError
 
 __all__ = ["compress", "distill", "merge", "save", "load", "serving", "tenant_bytes"]
 
-FORMAT = "bitdelta 1"
+FORMAT = "bitdelta 2"
 
 
 def _layers(model) -> dict[str, BitDeltaLinear]:
@@ -86,7 +86,8 @@ def distill(model: torch.nn.Module, finetuned: torch.nn.Module, data: Iterable, 
 
     Args:
         model: from :func:`compress`. finetuned: what it stands for, not changed.
-        data: batches, repeated when they end: tensors, or tuples of positional arguments.
+        data: batches, read again when they end (a list or a DataLoader; a generator must have ``steps`` of them): tensors, or tuples of the model's
+            positional arguments, without targets.
         steps, lr: the paper's 200 and 1e-4.
 
     Returns:
@@ -110,7 +111,8 @@ def distill(model: torch.nn.Module, finetuned: torch.nn.Module, data: Iterable, 
                 batches = iter(data)
                 batch = next(batches, None)
                 if batch is None:
-                    raise ValueError("data has no batches")
+                    raise ValueError("data has no batches" if not losses else
+                                     f"data ended after {len(losses)} of {steps} steps and cannot be read again; give a list or a DataLoader, or steps={len(losses)}")
             batch = batch if isinstance(batch, (tuple, list)) else (batch,)
             with torch.no_grad():
                 want = _logits(finetuned(*batch))
@@ -160,6 +162,12 @@ def tenant_bytes(model: torch.nn.Module) -> int:
     return sum(layer.tenant_bytes() for layer in _layers(model).values())
 
 
+def _sample(weight: torch.Tensor) -> torch.Tensor:
+    """Up to 16 values of a base's weight, by which load tells bases of the same shapes apart."""
+    flat = weight.detach().flatten()
+    return flat[::max(1, flat.numel() // 16)][:16].cpu().to(torch.float32)
+
+
 def save(model: torch.nn.Module, path: str | os.PathLike):
     """Writes a compressed model without its base: bits, scales and biases of every BitDelta layer, and its other parameters and buffers as they are.
     A safetensors file, ``gradmill_format`` in its metadata; written under a temporary name, then renamed."""
@@ -167,20 +175,24 @@ def save(model: torch.nn.Module, path: str | os.PathLike):
     if not layers:
         raise ValueError("model has no BitDeltaLinear; it must come from gradmill.bitdelta.compress")
     base = {f"{name}.{part}" for name in layers for part in ("weight", "bias")}
-    write_layers(path, FORMAT, {k: v for k, v in model.state_dict().items() if k not in base}, {n: tuple(layer.weight.shape) for n, layer in layers.items()})
+    write_layers(path, FORMAT, {k: v for k, v in model.state_dict().items() if k not in base},
+                 {n: {"shape": tuple(layer.weight.shape), "base": _sample(layer.weight).tolist()} for n, layer in layers.items()})
 
 
 def load(base: torch.nn.Module, path: str | os.PathLike) -> torch.nn.Module:
     """The model that :func:`save` wrote, on top of ``base``, whose linear weights it shares.
 
     Raises:
-        gradmill.CheckpointError: if the file is not one of these, or does not fit ``base``.
+        gradmill.CheckpointError: if the file is not one of these, or does not fit ``base``: other layers or shapes, or weights other than those
+            it was compressed against (values of each are compared to bf16's rounding, so that base may stand in another dtype).
     """
     tensors, names = read_layers(path, FORMAT)
     modules = dict(base.named_modules())
-    for name, shape in names.items():
-        if type(modules.get(name)) is not torch.nn.Linear or list(modules[name].weight.shape) != shape:
-            raise CheckpointError(f"{path} needs an nn.Linear {name} with a weight of shape {tuple(shape)}, which base does not have")
+    for name, layer in names.items():
+        if type(modules.get(name)) is not torch.nn.Linear or list(modules[name].weight.shape) != layer["shape"]:
+            raise CheckpointError(f"{path} needs an nn.Linear {name} with a weight of shape {tuple(layer['shape'])}, which base does not have")
+        if not torch.allclose(_sample(modules[name].weight), torch.tensor(layer["base"], dtype=torch.float32), rtol=2.0 ** -7, atol=2.0 ** -24, equal_nan=True):
+            raise CheckpointError(f"{path} was compressed against another base: the weight of {name} has other values")
     result = _shell(base, [modules[n].weight for n in names])
     for name in names:
         linear = modules[name]

@@ -17,7 +17,7 @@ __all__ = ["LayerBytes", "Report", "convert"]
 
 #: torch's layer -> what makes gradmill's of it.
 MADE_FROM = {torch.nn.Linear: Linear.from_linear, torch.nn.Conv2d: Conv2d.from_conv2d}
-#: What the report names, replaced or not.
+#: What the report names, replaced or not; beside them what transformers calls Conv1D, GPT-2's linear layer.
 SIMILAR = (torch.nn.Linear, torch.nn.modules.conv._ConvNd)
 
 #: A recipe measured below this share of fp32's speed is reported: less is within a measurement's spread.
@@ -119,6 +119,8 @@ def convert(model: torch.nn.Module, recipe: str | recipes.Recipe = "int8",
             name = f"{parent_name}.{child_name}" if parent_name else child_name
             if isinstance(child, torch.nn.MultiheadAttention) and child.in_proj_weight is not None:
                 report.skipped.append((f"{name}.in_proj_weight", "a bare Parameter of nn.MultiheadAttention, which calls no nn.Linear for it"))
+            if type(child).__name__ == "Conv1D" and type(child).__module__ == "transformers.pytorch_utils":
+                report.skipped.append((name, "a Conv1D of transformers, whose weight is a linear layer's transposed: put an nn.Linear in its place first"))
             if not isinstance(child, SIMILAR):
                 continue
             why = _why_not(name, child_name, child, filter, embeddings, recipe, ends.get(id(child), ""))

@@ -14,7 +14,7 @@ import torch
 
 from gradmill import optim
 from gradmill.autograd.ondevice import PIECE
-from gradmill.convert import leave_fast_path
+from gradmill.convert import SIMILAR, leave_fast_path
 from gradmill.formats import FORMATS
 from gradmill.nn.ondevice import Int8Conv2d, Int8Layer, Int8Linear
 from gradmill.ops.quant import quantize
@@ -165,6 +165,7 @@ class Plan:
     bytes: Bytes             #: of a step of the prepared model
     torch_bytes: Bytes       #: of a step that trains all of the model as it was, in its own floats
     other_saved_bytes: int   #: kept by what is no INT8 layer, the loss and the batch included
+    floats: dict[str, str] = field(default_factory=dict)  #: linear layers and convolutions that stay as they are, name -> why
 
     def to_dict(self) -> dict:
         """Plain data, for ``torch.save`` or JSON beside the model's state_dict; :meth:`from_dict` makes it a plan again."""
@@ -177,7 +178,7 @@ class Plan:
             return Bytes(*(b[name] for name in ("weights", "saved", "gradients", "peak")))
         try:
             layers = [LayerPlan(**{**layer, "channels": tuple(layer["channels"])}) for layer in saved["layers"]]
-            return cls(layers, tuple(saved["batch"]), saved["memory_bytes"], counted(saved["bytes"]), counted(saved["torch_bytes"]), saved["other_saved_bytes"])
+            return cls(layers, tuple(saved["batch"]), saved["memory_bytes"], counted(saved["bytes"]), counted(saved["torch_bytes"]), saved["other_saved_bytes"], dict(saved["floats"]))
         except (KeyError, TypeError) as error:
             raise ValueError(f"saved is no plan's to_dict(): {error!r}") from None
 
@@ -192,6 +193,8 @@ class Plan:
             what = [f"{len(layer.channels)} of {layer.of} input channels"] * bool(layer.channels) + ["bias"] * layer.bias
             merged = "".join(f" + {n}" for n in (layer.norm, layer.activation) if n)
             table.add_row(layer.name + merged, ", ".join(what) or "-", f"{layer.saved_bytes:,}", f"{layer.gradient_bytes:,}", f"{100 * layer.contribution:.1f} %")
+        for name, why in self.floats.items():
+            table.add_row(name, f"stays in floats: {why}")
         total = Table()
         for name in ("bytes of a step", "this plan", "torch, everything"):
             total.add_column(name, justify="left" if name.startswith("bytes") else "right")
@@ -294,12 +297,16 @@ def _merge(model, layer: _Layer):
         _set(model, layer.norm, torch.nn.Identity())
 
 
-def _find(model, x, data) -> list[_Layer]:
-    """The layers that can become INT8, in the order of their calls, with the BatchNorm and the ReLU that each can take over. Folds the norms in ``model``."""
+def _find(model, x, data) -> tuple[list[_Layer], dict[str, str]]:
+    """The layers that can become INT8, in the order of their calls, with the BatchNorm and the ReLU that each can take over; and why other linear
+    layers and convolutions cannot. Folds the norms in ``model``."""
     calls, want = _watch(model, [x])
-    layers = []
+    layers, floats = [], {n: "not called for the example input" for n, m in model.named_modules() if isinstance(m, SIMILAR) and n not in calls}
     for name, (module, given, output, count, _) in calls.items():
-        if count != 1 or given is None or _why_not(module):
+        why = f"called {count} times in a forward" if count != 1 else "its input is no tensor" if given is None else _why_not(module)
+        if why:
+            if isinstance(module, SIMILAR):
+                floats[name] = why
             continue
         layer = _Layer(name, given.shape)
         for kinds, attribute in (((NORMS[type(module)],), "norm"), (tuple(CAPS), "activation")):
@@ -332,7 +339,7 @@ def _find(model, x, data) -> list[_Layer]:
     calls, _ = _watch(model, [x, *(batch[0] for batch in data)])
     for layer in layers:
         layer.largest = calls[layer.name][4]
-    return layers
+    return layers, floats
 
 
 def _contributions(model, layers, data, loss):
@@ -435,16 +442,17 @@ def plan(model: torch.nn.Module, example_input: torch.Tensor, memory_bytes: int 
         raise TypeError(f"memory_bytes is {memory_bytes!r}; it must be a number of bytes or None")
     if share is not None and (memory_bytes is not None or not 0 <= share <= 1):
         raise ValueError(f"share is {share!r} and memory_bytes {memory_bytes!r}; share must be 0 to 1, without memory_bytes, or None")
-    data = list(data or ())
+    if data is not None and not (data := list(data)):
+        raise ValueError("data has no batches; it must have one at least, or be None")
     plain = copy.deepcopy(model).eval()
     for m in plain.modules():
         if type(m) in CAPS:
             m.inplace = False
-    layers = _find(plain, example_input, data)
+    layers, floats = _find(plain, example_input, data or [])
     if not layers:
-        raise ValueError("model has no nn.Linear or nn.Conv2d that is called once; there is nothing to train in INT8")
+        raise ValueError("model has no nn.Linear or nn.Conv2d that is called once; there is nothing to train in INT8" + "".join(f"; {n}: {why}" for n, why in list(floats.items())[:5]))
     modules = [plain.get_submodule(layer.name) for layer in layers]
-    of_bias, energies = _contributions(plain, layers, data, loss)
+    of_bias, energies = _contributions(plain, layers, data or [], loss)
     choices = [_choices(m, energy) for m, energy in zip(modules, energies)]
     count = len(layers)
 
@@ -477,7 +485,7 @@ def plan(model: torch.nn.Module, example_input: torch.Tensor, memory_bytes: int 
         rows.append(LayerPlan(layer.name, channels[i], modules[i].weight.shape[1], biases[i], float(new.x_scale), layer.norm, layer.activation,
                               new.saved_bytes(layer.shape, earlier), sum(p.numel() * p.dtype.itemsize for p in new.parameters() if p.requires_grad), value / total if total else 0.0))
     everything = copy.deepcopy(model).requires_grad_(True)
-    return Plan(rows, tuple(example_input.shape), memory_bytes, bytes, measure(everything, example_input), bytes.saved - sum(r.saved_bytes for r in rows))
+    return Plan(rows, tuple(example_input.shape), memory_bytes, bytes, measure(everything, example_input), bytes.saved - sum(r.saved_bytes for r in rows), floats)
 
 
 def _search(memory_bytes: int, count: int, options, of_bias, modules, measured):

@@ -4,6 +4,7 @@ from __future__ import annotations
 import copy
 import io
 import math
+import warnings
 from dataclasses import dataclass, field
 from typing import Callable, Iterable, NamedTuple
 
@@ -23,7 +24,7 @@ class BlockLoss(NamedTuple):
     """Mean squared error of a block's output to the full-precision chain's, over the data."""
 
     before: float  #: rounded to nearest, behind the trained blocks
-    after: float
+    after: float   #: equal where training made it worse, and the block is kept rounded
 
 
 @dataclass
@@ -56,7 +57,7 @@ def block_ap(model: torch.nn.Module, data: Iterable, bits: int = 2, group: int =
     """Trains a model's blocks one after the other to be quantised, in place: Block-AP (Chen et al., "EfficientQAT", 3.2).
 
     Each block's linear layers and convolutions see their weights quantised; its weights, step sizes, zero points, norms and biases all train, to bring
-    its output to that of the full-precision block behind full-precision ones. Its own input comes from the quantised blocks before it. AdamW without
+    its output to that of the full-precision block behind full-precision ones; a block that ends farther from it than it began is kept as it began. Its own input comes from the quantised blocks before it. AdamW without
     weight decay, the learning rates falling to a twentieth along a cosine. Everything runs in eval mode (no dropout). Needed beside the
     model: twice the hidden states of all the data, and gradients and moments of one block. The trained blocks replace the old ones when all
     are done, so that until then ``model`` is what it was, whatever fails; with ``packed`` what waits takes the bits of its weights only.
@@ -117,12 +118,18 @@ def block_ap(model: torch.nn.Module, data: Iterable, bits: int = 2, group: int =
                     exact = [_call(block, h, a) for h, a in zip(exact, arguments)]
                 holder = torch.nn.ModuleList([copy.deepcopy(block)])
                 wanted = lambda path, layer: filter is None or filter(name + path[1:], layer)
-                report.layers += [name + path[1:] for path in convert(holder, recipe, wanted).replaced]
+                with warnings.catch_warnings():  # of speed, for each block
+                    warnings.filterwarnings("ignore", "recipe .* trains slower")
+                    report.layers += [name + path[1:] for path in convert(holder, recipe, wanted).replaced]
                 new = holder[0]
                 before = _block_loss(name, new, seen, exact, arguments)
+                rounded = copy.deepcopy(new.state_dict())
                 _train(AdamW, new, seen, exact, arguments, epochs, lr, steps_lr,
                        lambda loss: bar.update(task, advance=1, description=f"block {name}, loss {loss:.3g}"))
-                report.blocks[name] = BlockLoss(before, _block_loss(name, new, seen, exact, arguments))
+                after = _block_loss(name, new, seen, exact, arguments)
+                if after > before:
+                    new.load_state_dict(rounded)
+                report.blocks[name] = BlockLoss(before, min(before, after))
                 with torch.no_grad():
                     seen = [_call(new, h, a) for h, a in zip(seen, arguments)]
                 flags = {n: p.requires_grad for n, p in block.named_parameters()}

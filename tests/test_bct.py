@@ -121,7 +121,20 @@ def test_a_linear_layer_is_an_exact_integer_product():
             assert ((value(v, v_e) - want).abs() <= want.abs().amax(-1, keepdim=True) * 2.0 ** -27).all(), variant
             assert got.dtype == torch.float32 and ((got - want).abs() <= want.abs().amax(-1, keepdim=True) * 2.0 ** -14).all()
     assert far(ours(x), linear(x)) < 0.02 and ours(torch.randn(70)).shape == (33,) and ours(torch.randn(0, 70)).shape == (0, 33)
-    assert ours(x.bfloat16()).dtype == torch.bfloat16 and not ours(x.requires_grad_()).requires_grad
+    assert ours(x.bfloat16()).dtype == torch.bfloat16 and not ours(x).requires_grad
+    with torch.no_grad():
+        assert not ours(x.requires_grad_()).requires_grad
+    with pytest.raises(RuntimeError, match="BctLinear comes from gradmill.bct.quantize: it only infers"):  # layers before it would not train
+        (ours(x) + x.sum()).sum().backward()
+    attention = gradmill.bct.quantize(torch.nn.MultiheadAttention(8, 2, batch_first=True))[0]
+    with pytest.raises(RuntimeError, match="BctAttention"):
+        attention(*[torch.randn(1, 3, 8, requires_grad=True)] * 3)[0].sum().backward()
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 16), (3, 0, 16), (0, 16)])
+def test_an_empty_batch(shape):
+    layer = torch.nn.TransformerEncoderLayer(16, 2, 24, 0.0, batch_first=True).eval()
+    assert gradmill.bct.quantize(layer)[0](torch.randn(shape)).shape == shape
 
 
 def test_embeddings_and_ties():

@@ -1,6 +1,7 @@
 """BiPer: the gradients' formulas, both stages, and the packed form, which is the simulated one exactly."""
 import copy
 import math
+import warnings
 
 import pytest
 import torch
@@ -53,6 +54,15 @@ def test_training_divides_by_each_samples_deviation(make):
     layer.eval()(want / (want.var(axes, correction=0, keepdim=True) + 1e-5).sqrt()).backward(d)
     torch.testing.assert_close(got.grad, want.grad)
     layer.zero_grad()
+
+
+def test_an_input_behind_a_relu_is_told_once():
+    layer = BiPerLinear(8, 5)
+    with pytest.warns(UserWarning, match="no negative value.*not a ReLU"):
+        layer(torch.rand(4, 8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer(torch.rand(4, 8)), BiPerLinear(8, 5)(torch.randn(4, 8))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -82,6 +82,8 @@ def test_distill_trains_the_scales_alone_and_lowers_the_loss():
     assert all(p.grad is None for p in base.parameters())
     with pytest.raises(ValueError, match="no batches"):
         bitdelta.distill(model, tuned, [], progress=False)
+    with pytest.raises(ValueError, match="ended after 1 of 5 steps .* steps=1"):
+        bitdelta.distill(model, tuned, iter(data), steps=5, progress=False)
 
 
 def test_a_batch_of_tenants_is_each_tenant_alone():
@@ -138,6 +140,9 @@ def test_files(tmp_path):
     bitdelta.save(model, path)
     with pytest.raises(gradmill.CheckpointError, match="needs an nn.Linear 0 with a weight of shape"):
         bitdelta.load(pair(71)[0], path)
+    with pytest.raises(gradmill.CheckpointError, match="another base: the weight of 0 has other values"):
+        bitdelta.load(tuned, path)
+    assert torch.equal(bitdelta.load(copy.deepcopy(base).bfloat16(), path)[0].bits, model[0].bits)
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(gradmill.CheckpointError, match="not a readable"):
         bitdelta.load(base, path)

@@ -58,6 +58,15 @@ def test_two_bits_beat_rounding_to_nearest(trained):
     assert packed.blocks[0].q.steps.requires_grad
 
 
+def test_a_block_that_training_makes_worse_is_kept_rounded(trained):
+    torch.manual_seed(3)
+    data, model, rounded = text(6), copy.deepcopy(trained), copy.deepcopy(trained)
+    report = block_ap(model, data, 4, 64, epochs=1, lr=10.0, progress=False)
+    block_ap(rounded, data, 4, 64, epochs=0, progress=False)
+    assert all(after == before for before, after in report.blocks.values())
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), rounded.state_dict().values(), strict=True))
+
+
 def test_chains_are_kept_in_step_and_no_training_is_rounding_to_nearest(trained):
     data = text(3)
     model, nearest = copy.deepcopy(trained), copy.deepcopy(trained).eval()

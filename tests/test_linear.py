@@ -741,6 +741,12 @@ def test_convert_leaves_layers_alone_whose_weight_or_forward_is_not_their_own():
     assert not report.replaced and tied["out"].weight is embedding.weight
 
 
+def test_convert_names_transformers_transposed_linear_layer():
+    Conv1D = type("Conv1D", (nn.Module,), {"__module__": "transformers.pytorch_utils"})
+    report = convert(nn.Sequential(nn.Linear(8, 8), Conv1D()), "int8")
+    assert report.replaced == ["0"] and report.skipped[0][0] == "1" and "transposed" in report.skipped[0][1]
+
+
 # --- speeds -----------------------------------------------------------------------------------------------
 def test_convert_warns_where_a_recipe_was_measured_slower(monkeypatch):
     from gradmill import _C, speeds

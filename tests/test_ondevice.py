@@ -274,6 +274,21 @@ def test_contributions_are_squared_gradients_of_the_float_model():
     assert quarter.layers[1].channels == tuple(sorted(largest.tolist()))
 
 
+def test_a_plan_says_which_layers_stay_in_floats():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.shared, self.idle, self.last = nn.Linear(6, 6), nn.Conv2d(1, 1, 1), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.last(self.shared(self.shared(x)))
+    plan = ondevice.plan(Twice(), torch.randn(10, 6))
+    assert plan.floats == {"shared": "called 2 times in a forward", "idle": "not called for the example input"} and [r.name for r in plan.layers] == ["last"]
+    assert "called 2 times" in str(plan) and ondevice.Plan.from_dict(plan.to_dict()) == plan
+    with pytest.raises(ValueError, match="data has no batches"):
+        ondevice.plan(Twice(), torch.randn(10, 6), data=[])
+
+
 def test_backward_stops_at_the_first_layer_that_trains(monkeypatch):
     model, (x, y) = network(), task()
     plan = ondevice.plan(model, x, between(model, x, 0.0) + 200, data=[(x, y)])

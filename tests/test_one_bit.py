@@ -251,7 +251,7 @@ def test_a_first_input_that_cannot_be_looked_at_is_not():
     assert copy.deepcopy(layer).to("meta")(torch.empty(3, 8, device="meta")).shape == (3, 5)
     with FakeTensorMode(allow_non_fake_inputs=True):
         assert layer(torch.randn(3, 8)).shape == (3, 5)
-    layer(torch.empty(0, 8))
+    layer(torch.empty(0, 8)), layer(torch.rand(1, 8))  # nothing, and too little to tell
     with pytest.warns(UserWarning, match="no negative value"):
         layer(torch.rand(3, 8))
 

@@ -48,3 +48,14 @@ def test_convolutions_other_groups_and_nan():
     assert conv._parameters.get("steps") is None
     with pytest.raises(ValueError, match="fakes 5 bits"):
         gradmill.qat.pack(Linear(8, 8, recipe=dataclasses.replace(recipe, fake=(5, 8))))
+
+
+@pytest.mark.parametrize("bits, group", [(2, 64), (3, 24), (4, 0)])
+def test_a_packed_models_state_loads_into_a_fresh_one(bits, group, tmp_path):
+    make = lambda: torch.nn.Sequential(torch.nn.Linear(48, 20), torch.nn.ReLU(), torch.nn.Linear(20, 5))
+    model, other, x = make(), make(), torch.randn(3, 48)
+    gradmill.convert(model, gradmill.recipes.Recipe("qat", fake=(bits, group)), lambda name, layer: name == "0")
+    gradmill.qat.pack(model)
+    torch.save(model.state_dict(), tmp_path / "x.pt")
+    gradmill.convert(other, gradmill.recipes.weight_only(bits, group), lambda name, layer: name == "0")
+    assert other.load_state_dict(torch.load(tmp_path / "x.pt")) and torch.equal(other(x), model(x)) and other[0].steps.requires_grad

@@ -11,7 +11,17 @@ from gradmill.ops import _registry
 from gradmill.weight import QuantizedWeight
 
 _FAKE = ("weight_steps", "weight_zeros")  # Parameters of a recipe that fakes
-_looked = weakref.WeakSet()                # one-bit layers whose first input was looked at
+_looked = weakref.WeakSet()                # layers whose first input was looked at by look_at_signs
+
+
+def look_at_signs(layer: torch.nn.Module, x: torch.Tensor):
+    """Says once if the signs of a layer's first input, of which it takes nothing else, are all the same: behind a ReLU, say."""
+    if torch.compiler.is_compiling() or layer in _looked or x.numel() < 16 or not _registry.readable(x):
+        return
+    _looked.add(layer)
+    if bool((x >= 0).all()):
+        warnings.warn(f"{layer} takes the signs of its input, and its first input of shape {tuple(x.shape)} has no negative value: all its outputs are the same, and "
+                      "a norm behind it multiplies gradients by up to 1/sqrt(eps). Put a norm or Hardtanh before it, not a ReLU", stacklevel=4)
 
 
 class KeepsFloat32:
@@ -94,6 +104,8 @@ class RecipeLayer(KeepsFloat32):
             self.reset_steps_()
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
+        if self.recipe.frozen and prefix + "steps" in state_dict and self._parameters.get("steps") is None:
+            self.train_steps_()  # as qat.pack leaves a layer
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         names = [prefix + name for name in self._made]
         if names and prefix + "weight" in state_dict and not any(name in state_dict for name in names):
@@ -113,13 +125,8 @@ class RecipeLayer(KeepsFloat32):
         return self
 
     def _look(self, x):
-        """Says once if the signs of a one-bit layer's first input are all the same: behind a ReLU, say."""
-        if torch.compiler.is_compiling() or self.recipe.one_bit is None or self in _looked or not x.numel() or not _registry.readable(x):
-            return
-        _looked.add(self)
-        if bool((x >= 0).all()):
-            warnings.warn(f"{self} takes the signs of its input, and its first input of shape {tuple(x.shape)} has no negative value: all its outputs are the same, and "
-                          "a norm behind it multiplies gradients by up to 1/sqrt(eps). Put a norm or Hardtanh before it, not a ReLU", stacklevel=3)
+        if self.recipe.one_bit is not None:
+            look_at_signs(self, x)
 
     def dequantize_(self) -> torch.nn.Module:
         """This layer as torch's plain one, sharing what it can."""

@@ -5,10 +5,12 @@ floats; ``integers`` takes and gives (q, e), q * 2^e with an exponent for each r
 """
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
 
+from gradmill.nn.biper import Infers
 from gradmill.ops.grouped import matmul_grouped
 from gradmill.ops.matmul import matmul_int8
 from gradmill.ops.quant import dequantize
@@ -92,12 +94,26 @@ def products(a, b):
     return sums.to(torch.int64)
 
 
+def _infers(forward):
+    """A ``forward`` without gradients, whose output refuses a backward that would go on to an input, as without a word it would end there."""
+    @functools.wraps(forward)
+    def run(self, *inputs, **options):
+        with torch.no_grad():
+            y = forward(self, *inputs, **options)
+        asked = [x for x in (*inputs, *options.values()) if isinstance(x, torch.Tensor) and x.requires_grad]
+        if asked and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            refuse = lambda y: Infers.apply(asked[0], y, f"{type(self).__name__} comes from gradmill.bct.quantize: it")
+            return (refuse(y[0]), *y[1:]) if isinstance(y, tuple) else refuse(y)
+        return y
+    return run
+
+
 class _Bct(torch.nn.Module):
     """Floats in, floats out, in the input's dtype, around ``integers``. No gradient: forward only."""
 
     entry = STREAM_BITS  # bits that an input is read with
 
-    @torch.no_grad()
+    @_infers
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return shifted.to_float(*shifted.narrow(*self.integers(*shifted.from_float(x, self.entry)), STREAM_BITS), x.dtype)
 
@@ -212,11 +228,13 @@ class BctAttention(torch.nn.Module):
         out = shifted.shift(out, e - shared).reshape(batch, time, width)
         return self.out.integers(out, shared.view(batch, 1, 1).expand(batch, time, 1))
 
-    @torch.no_grad()
+    @_infers
     def forward(self, query, key, value, key_padding_mask=None, need_weights=False, attn_mask=None, average_attn_weights=True, is_causal=False):
         """As torch.nn.MultiheadAttention's; returns (output, None). ValueError for need_weights, for masks that add anything but 0 and -inf."""
         if need_weights:
             raise ValueError("BctAttention: need_weights is True; it must be False: probabilities are not kept")
+        if not query.numel():
+            return torch.empty_like(query), None
         unbatched = query.dim() == 2
         inputs = [x[None] if unbatched else x if self.batch_first else x.transpose(0, 1) for x in (query, key, value)]
         masked = masks(attn_mask, key_padding_mask, is_causal, inputs[0], inputs[1], self.num_heads)
@@ -269,8 +287,10 @@ class BctEncoderLayer(torch.nn.Module):
             q, e = shifted.narrow(q, e, STREAM_BITS)
         return q, e
 
-    @torch.no_grad()
+    @_infers
     def forward(self, src, src_mask=None, src_key_padding_mask=None, is_causal=False):
+        if not src.numel():
+            return torch.empty_like(src)
         unbatched, first = src.dim() == 2, self.self_attn.batch_first
         x = src[None] if unbatched else src if first else src.transpose(0, 1)
         masked = masks(src_mask, src_key_padding_mask, is_causal, x, x, self.self_attn.num_heads)

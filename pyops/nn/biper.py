@@ -8,6 +8,7 @@ import torch
 from gradmill.autograd.window import Window
 from gradmill.formats import Format
 from gradmill.functional import _output_dtype
+from gradmill.nn._layer import look_at_signs
 from gradmill.ops.binary import matmul_binary, pack_signs
 
 _EPSILON = 1e-5  # beside a sample's variance
@@ -38,7 +39,7 @@ class Infers(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d):
-        raise RuntimeError(f"{ctx.layer} only infers and has no gradient; train the layer before gradmill.biper.pack")
+        raise RuntimeError(f"{ctx.layer} only infers and has no gradient; train before, or run it on x.detach()")
 
 
 class _Products:
@@ -138,6 +139,7 @@ class _BiPer(_Products):
 
     def _forward(self, x):
         x = x.to(torch.float32)
+        look_at_signs(self, x)
         if self.training:  # a row of a linear layer, an image of a convolution
             axes = [-3, -2, -1][-self.weight.dim() + 1:]
             x = x / (x.var(axes, correction=0, keepdim=True) + _EPSILON).sqrt()
