@@ -268,9 +268,10 @@ class FusedOptimizer(Optimizer):
         if not isinstance(seed, int):
             raise TypeError(f"seed is {seed!r}; it must be an int or None")
         seed = (seed & 0xFFFFFFFFFFFFFFFF) - (1 << 64 if seed & (1 << 63) else 0)  # as an int64 holds it
-        super().__init__(params, {**defaults, "states": states, "min_quantized_numel": min_quantized_numel,
-                                  "master_weight_bits": master_weight_bits, "maximize": maximize, "seed": seed, "projection": projection,
-                                  "capturable": capturable, "offload": offload})
+        defaults = {**defaults, "states": states, "min_quantized_numel": min_quantized_numel, "master_weight_bits": master_weight_bits,
+                    "maximize": maximize, "seed": seed, "projection": projection, "capturable": capturable, "offload": offload}
+        self._check_options(dict(defaults))  # before params are looked at, as torch does
+        super().__init__(params, defaults)
 
     # --- what a subclass says -----------------------------------------------------------------------------
     def rule(self, group: dict) -> str:

@@ -25,6 +25,16 @@ def check_betas(group: dict):
             raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
 
 
+def check_as_torch(lr, betas, foreach=None, capturable=False, **_):
+    """What torch.optim.Adam refuses of these arguments together, although gradmill, for which ``foreach`` is nothing, could take it."""
+    tensors = {"lr": lr, "betas[0]": betas[0], "betas[1]": betas[1]}
+    for name, x in tensors.items():
+        if isinstance(x, torch.Tensor) and foreach and not capturable:
+            raise ValueError(f"{name} as a Tensor is not supported for capturable=False and foreach=True")
+    if len({isinstance(beta, torch.Tensor) for beta in betas}) > 1:
+        raise ValueError("betas must be either both floats or both Tensors")
+
+
 def check_eps(group: dict):
     if not 0.0 <= group["eps"]:
         raise ValueError(f"Invalid epsilon value: {group['eps']}")
@@ -48,6 +58,7 @@ class AdamW(FusedOptimizer):
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, amsgrad=False, **options):
+        check_as_torch(lr, betas, **options)
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad), **options)
 
     def check_group(self, group):
@@ -71,6 +82,7 @@ class Adam(AdamW):
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0, amsgrad=False, *, decoupled_weight_decay=False, **options):
+        check_as_torch(lr, betas, **options)
         FusedOptimizer.__init__(self, params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad,
                                                    decoupled_weight_decay=decoupled_weight_decay), **options)
 

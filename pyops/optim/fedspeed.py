@@ -42,7 +42,7 @@ class FedSpeed(FusedOptimizer):
         for name in ("rho", "alpha", "prox"):
             if not 0.0 <= group[name] <= (1.0 if name == "alpha" else float("inf")):
                 raise ValueError(f"{name} is {group[name]}; it must be at least 0{', at most 1' * (name == 'alpha')}")
-        if any(isinstance(p, QuantizedWeight) for p in group["params"]):
+        if any(isinstance(p, QuantizedWeight) for p in group.get("params", ())):
             raise TypeError("FedSpeed does not step a QuantizedWeight")
 
     def rule(self, group):
