@@ -208,7 +208,7 @@ def cuda() -> tuple[str, dict]:
     version = re.search(r"release \S+ V(\S+)|V(\d\S+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout)[0]
     rows, folder = {}, HERE.parent / "build" / "instructions"   # kept: a file is minutes of work, and most do not change
     folder.mkdir(parents=True, exist_ok=True)
-    newest = max(f.stat().st_mtime for f in (HERE.parent / "csrc").rglob("*.*h"))
+    newest = max(f.stat().st_mtime for part in ("common", "cuda") for f in (HERE.parent / "csrc" / part).glob("*.*h"))
     for source in sources:
         cubin = folder / f"{source.stem}.cubin"
         if not cubin.exists() or cubin.stat().st_mtime < max(newest, source.stat().st_mtime):

@@ -285,7 +285,7 @@ def test_the_trajectory_is_the_formulas(cls, formula, options, problem):
     """Gradients come from the float64 trajectory, so that a chaotic problem does not amplify rounding. fp32 rounds a weight by
     2^-24 of itself and an update, which is at most some lr, by 2^-18 of it (as assert_follows_torch; the cancellation in
     AdaBelief's g - m is of the same kind)."""
-    x = torch.randn(48, dtype=torch.float64) * 0.5
+    x = (torch.randn(48) * 0.5).double()  # both start at the same numbers
     p = torch.nn.Parameter(x.float().view(6, 8))
     optimizer, state = cls([p], **options), {"x0": x}
     first, scale = problem(x), 1.0

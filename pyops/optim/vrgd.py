@@ -17,8 +17,8 @@ class VRGD:
             optimizer.accumulate()
         optimizer.step()
 
-    Under DDP it needs the gradients before their all-reduce: shards are those of one process. Gradients and their squares
-    are summed in fp32, two buffers of the parameters' size.
+    Under DDP it needs the gradients before their all-reduce: shards are those of one process. Means and squared
+    deviations are kept in fp32, two buffers of the parameters' size.
 
     Args:
         optimizer: any torch optimizer; SGD, Adam, LARS and LAMB in the paper. Its attributes are reachable through this one.
@@ -32,7 +32,7 @@ class VRGD:
         if not 0.0 <= floor <= 1.0 or not eps > 0 or not (ema is None or 0.0 <= ema < 1.0):
             raise ValueError(f"floor, eps and ema are {floor!r}, {eps!r} and {ema!r}; they must be in [0, 1], positive, and None or in [0, 1)")
         self.optimizer, self.floor, self.eps, self.ema = optimizer, floor, eps, ema
-        self._sums: dict = {}     # parameter -> (sum of g, sum of g^2)
+        self._sums: dict = {}     # parameter -> (mean of g, sum of (g - mean)^2)
         self._ratios: dict = {}   # parameter -> moving average of r, kept between steps
         self._shards = self._steps = 0
 
@@ -45,15 +45,17 @@ class VRGD:
     @torch.no_grad()
     def accumulate(self):
         """Takes the gradients as those of one shard and clears them."""
-        for p in self._params():
-            if p.grad is not None:
-                g = p.grad.to(torch.float32)
-                if p not in self._sums:
-                    self._sums[p] = (torch.zeros_like(g), torch.zeros_like(g))
-                self._sums[p][0].add_(g)
-                self._sums[p][1].addcmul_(g, g)
-                p.grad = None
         self._shards += 1
+        for p in self._params():
+            if p.grad is None and p not in self._sums:
+                continue
+            if p not in self._sums:  # its gradient was zero in the shards before, which leaves both so
+                self._sums[p] = tuple(torch.zeros_like(p.grad, dtype=torch.float32) for _ in range(2))
+            mean, squares = self._sums[p]
+            delta = -mean if p.grad is None else p.grad.to(torch.float32) - mean
+            mean.add_(delta, alpha=1 / self._shards)  # Welford's update: the mean of squares less the mean's square would cancel
+            squares.addcmul_(delta, delta, value=1 - 1 / self._shards)
+            p.grad = None
 
     @torch.no_grad()
     def step(self):
@@ -62,10 +64,8 @@ class VRGD:
             raise RuntimeError(f"accumulate() was called {self._shards} times since the last step or zero_grad (do not clear between shards); "
                                "VRGD needs the gradients of at least 2 shards")
         self._steps += 1
-        for p, (total, squares) in self._sums.items():
-            mean, square = total / self._shards, squares / self._shards
-            variance = (square - mean * mean).clamp_(min=0)  # rounding may leave a little less than 0
-            ratio = mean * mean / (variance + self.eps)
+        for p, (mean, squares) in self._sums.items():
+            ratio = mean * mean / (squares / self._shards + self.eps)
             ratio = (ratio / ratio.mean().clamp(min=torch.finfo(torch.float32).tiny)).clamp_(self.floor, 1.0)
             if self.ema is not None:
                 average = self._ratios.setdefault(p, torch.zeros_like(ratio))
