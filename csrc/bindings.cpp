@@ -5,6 +5,7 @@
 
 #include <array>
 #include <cstdlib>
+#include <new>
 #include <string>
 #include <vector>
 
@@ -202,6 +203,65 @@ void matmul_packed(int device, uint64_t stream, const MatrixTuple& x, const Matr
   const Matrix left = matrix(x);
   PackedMatmulArgs args{left, matrix(w), transpose, pointer<const float>(bias), pointer(out), out_code};
   GM_RUN(cpu().matmul->packed(args), cuda::matmul_packed(args, launch))
+}
+
+// --- whole layers -----------------------------------------------------------------------------------------
+// Calls of kernels that Python would make one by one, on CPU: operands that nobody sees live in memory of their own.
+struct Int8Operand {
+  Matrix m;
+  Int8Operand(int code, int64_t rows, int64_t cols) : m{malloc(bytes(rows, cols)), nullptr, nullptr, code, rows, cols, cols} {
+    if (!m.codes) throw std::bad_alloc();
+    m.scales = reinterpret_cast<float*>(static_cast<char*>(m.codes) + scales_at(rows, cols));
+  }
+  ~Int8Operand() { free(m.codes); }
+  Int8Operand(const Int8Operand&) = delete;
+  static size_t scales_at(int64_t rows, int64_t cols) { return (static_cast<size_t>(rows) * static_cast<size_t>(cols) + 63) / 64 * 64; }
+  static size_t bytes(int64_t rows, int64_t cols) { return scales_at(rows, cols) + static_cast<size_t>(rows) * sizeof(float); }
+};
+
+// (address, code, stride, turned): floats, a row every `stride`; `turned`: it is the transpose that lies there
+using FloatsTuple = std::tuple<uint64_t, int, int64_t, bool>;
+void quantize_floats(const FloatsTuple& x, const Matrix& out, bool transpose, const Key* key) {
+  auto [address, code, stride, turned] = x;
+  cpu().quant->quantize({pointer(address), code, stride, out, transpose != turned, key, false});
+}
+void quantize_floats_both(const FloatsTuple& x, const Matrix& rows, const Matrix& columns, const Key* key, const Key* columns_key) {
+  auto [address, code, stride, turned] = x;
+  if (turned) cpu().quant->quantize_both({pointer(address), code, stride, columns, rows, columns_key, key});
+  else cpu().quant->quantize_both({pointer(address), code, stride, rows, columns, key, columns_key});
+}
+void multiply(const Matrix& a, const Matrix& b, uint64_t bias, uint64_t out, int out_code) {
+  cpu().matmul->int8({a.rows, b.rows, a.cols, static_cast<const int8_t*>(a.codes), static_cast<const int8_t*>(b.codes), a.scales, b.scales,
+                      pointer<const float>(bias), pointer(out), out_code});
+}
+
+// kept_codes 0: nothing is kept
+void linear_int8(int64_t tokens, int64_t out, int64_t in, int code, const FloatsTuple& x, const FloatsTuple& w, uint64_t bias, uint64_t y, int y_code,
+                 uint64_t kept_codes, uint64_t kept_scales) {
+  py::gil_scoped_release release;
+  const Int8Operand left(code, tokens, in), right(code, out, in);
+  if (kept_codes) quantize_floats_both(x, left.m, {pointer(kept_codes), pointer<float>(kept_scales), nullptr, code, in, tokens, tokens}, nullptr, nullptr);
+  else quantize_floats(x, left.m, false, nullptr);
+  quantize_floats(w, right.m, false, nullptr);
+  multiply(left.m, right.m, bias, y, y_code);
+}
+
+// dx or dw 0: it is not wanted, nor what only it needs
+void linear_int8_backward(int64_t tokens, int64_t out, int64_t in, int code, const FloatsTuple& dy, const FloatsTuple& w, uint64_t kept_codes,
+                          uint64_t kept_scales, const KeyTuple& key, const KeyTuple& turned_key, uint64_t dx, int dx_code, uint64_t dw, int dw_code) {
+  const Key row_key = make_key(key), column_key = make_key(turned_key);
+  const Key *by_row = key ? &row_key : nullptr, *by_column = key ? &column_key : nullptr;
+  py::gil_scoped_release release;
+  const Int8Operand rows(code, dx ? tokens : 0, out), columns(code, dw ? out : 0, tokens);
+  if (dx && dw) quantize_floats_both(dy, rows.m, columns.m, by_row, by_column);
+  else if (dx) quantize_floats(dy, rows.m, false, by_row);
+  else quantize_floats(dy, columns.m, true, by_column);
+  if (dx) {
+    const Int8Operand right(code, in, out);
+    quantize_floats(w, right.m, true, nullptr);
+    multiply(rows.m, right.m, 0, dx, dx_code);
+  }
+  if (dw) multiply(columns.m, {pointer(kept_codes), pointer<float>(kept_scales), nullptr, code, in, tokens, tokens}, 0, dw, dw_code);
 }
 
 // (codes, scales, code, block), block 0 for a whole row: which rows and columns there are is the expert's business
@@ -412,6 +472,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("fake_quantize_backward", &fake_quantize_backward);
   m.def("matmul_int8", &matmul_int8);
   m.def("matmul_packed", &matmul_packed);
+  m.def("linear_int8", &linear_int8);
+  m.def("linear_int8_backward", &linear_int8_backward);
   m.def("matmul_grouped", &matmul_grouped);
   m.def("quantize_grouped", &quantize_grouped);
   m.def("pack_bits", &pack_bits);

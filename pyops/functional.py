@@ -5,7 +5,7 @@ import torch
 
 from gradmill import formats, recipes
 from gradmill.autograd.fake_quantize import FakeQuantize
-from gradmill.autograd.linear import QuantizedGroupedLinear, QuantizedLinear
+from gradmill.autograd.linear import ExactLinear, QuantizedGroupedLinear, QuantizedLinear
 from gradmill.autograd.one_bit import OneBit
 from gradmill.autograd.window import Window
 from gradmill.ops import grouped, quant
@@ -71,8 +71,12 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     if recipe.one_bit is not None:
         y = OneBit.apply(x.reshape(x.shape[:-1].numel(), x.shape[-1]), weight, steps, bias, *recipe.one_bit, _output_dtype(x))
         return y.view(*x.shape[:-1], weight.shape[0])
-    y = QuantizedLinear.apply(x.reshape(x.shape[:-1].numel(), x.shape[-1]), weight, bias, recipe, _output_dtype(x), steps, None, amax_history)
-    return y.view(*x.shape[:-1], weight.shape[0])
+    matrix = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    if recipe.exact is not None and x.is_cpu and not isinstance(weight, QuantizedWeight):
+        y = ExactLinear.apply(matrix, weight, bias, recipe, _output_dtype(x))
+    else:
+        y = QuantizedLinear.apply(matrix, weight, bias, recipe, _output_dtype(x), steps, None, amax_history)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
 def _prepare(function, weight, bias, recipe, steps, zeros):

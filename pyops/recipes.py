@@ -57,6 +57,9 @@ class Recipe:
     fake: tuple[int, int] | None = None
     history: int = 0
     one_bit: tuple[int, str] | None = None
+    #: "int8" or "int7" where both operands of all three products are that code under a scale for each row and nothing else is asked for: a
+    #: linear layer is then one call forward and one backward. Not a field: found once, here.
+    exact = None
 
     def __post_init__(self):
         for field in ("y", "dx", "dw"):
@@ -87,6 +90,9 @@ class Recipe:
                 raise ValueError(f"one_bit is {self.one_bit!r}; it must be (1 to 4 bits, 'sample', 'top' or 'none')")
             if (self.y, self.dx, self.dw, self.weight, self.fake) != (None,) * 5:
                 raise ValueError(f"one_bit is {self.one_bit!r}; y, dx, dw, weight and fake must be None where it is given")
+        for format in (_ROW8, _NAMED["int7"]):
+            if all(isinstance(m, Matmul) and m.left == m.right == format and not m.hadamard for m in (self.y, self.dx, self.dw)) and not self.history:
+                object.__setattr__(self, "exact", format.code)
 
     def saved_bytes(self, tokens: int, columns: int, itemsize: int) -> int:
         """Bytes of X that forward keeps for dW: exact, for (tokens, columns) of that item size."""

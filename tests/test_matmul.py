@@ -2,10 +2,10 @@
 import pytest
 import torch
 from gradmill.formats import Format
-from gradmill.ops import dequantize, matmul_int8, matmul_packed, quantize
+from gradmill.ops import dequantize, linear_int8, linear_int8_backward, matmul_int8, matmul_packed, quantize
 from hypothesis import given, strategies as st
 
-from .conftest import (BLOCKED, FLOATS, LEVELS, SPECIAL, assert_same_bits, fit, layouts, misaligned, reference, running, threads, wild)
+from .conftest import (BLOCKED, FLOATS, LEVELS, SPECIAL, assert_same_bits, fit, key, layouts, misaligned, reference, running, threads, wild)
 
 INT8 = (*LEVELS, "torch")
 SHAPES = [(1, 1, 1), (1, 7, 13), (2, 1, 64), (3, 5, 127), (4, 33, 32), (5, 17, 256), (17, 64, 65), (63, 31, 129), (64, 48, 257), (65, 49, 300),
@@ -246,3 +246,76 @@ def test_packed_threads_do_not_matter(code):
                     with running(variant), threads(count):
                         results.append(matmul_packed(x, *packed, code, 64, 512, transpose, None, torch.float32))
                 assert_same_bits(results[1], results[0], f"{variant} m {m} {transpose}")
+
+
+# --- whole INT8 layers ------------------------------------------------------------------------------------
+def check_layer(x, weight, bias, dy, code="int8", dtypes=(torch.float32,) * 3, k=None, variants=("reference", *LEVELS), what=""):
+    """linear_int8 and its backward are the calls of quantize and matmul_int8 that they stand for, in every backend."""
+    y_dtype, dx_dtype, dw_dtype = dtypes
+    q = lambda *args: reference(quantize, *args)[:2]
+    (a, s), (b, t), kept = q(x, code), q(weight, code), q(x, code, 0, True)
+    y = reference(matmul_int8, a, b, s, t, bias, y_dtype)
+    (d, u), (wt, v), (dt, w) = q(dy, code, 0, False, k, 5), q(weight, code, 0, True), q(dy, code, 0, True, k, 6)
+    dx, dw = reference(matmul_int8, d, wt, u, v, None, dx_dtype), reference(matmul_int8, dt, kept[0], w, kept[1], None, dw_dtype)
+    none = torch.empty(0, 0)
+    for variant in variants:
+        with running(variant):
+            name = f"{variant} {code} {tuple(x.shape)} -> {len(weight)} {what}"
+            assert_same_bits(linear_int8(x, weight, bias, code, True, y_dtype), (y, *kept), name)
+            assert_same_bits(linear_int8(x, weight, bias, code, False, y_dtype), (y, kept[0][:0], kept[1][:0]), name)
+            for wanted in ((dx_dtype, dw_dtype), (dx_dtype, None), (None, dw_dtype), (None, None)):
+                got = linear_int8_backward(dy, weight if wanted[0] else None, *(kept if wanted[1] else (None, None)), code, k, 5, 6, *wanted)
+                assert_same_bits(got, (dx if wanted[0] else none, dw if wanted[1] else none), f"{name} {wanted}")
+
+
+@pytest.mark.parametrize("shape", SHAPES + EMPTY, ids=str)
+def test_a_layer_in_one_call_has_the_bits_of_its_calls(shape):
+    """(tokens, out, in)"""
+    tokens, outputs, inputs = shape
+    if tokens * outputs * inputs < 100000:
+        for dtype in FLOATS:
+            x, weight, dy = wild(tokens, inputs, dtype), wild(outputs, inputs), wild(tokens, outputs, dtype)
+            for code, k in (("int8", None), ("int7", None), ("int8", key(-3, 7))):
+                check_layer(x, weight, torch.randn(outputs).to(dtype), dy, code, (dtype, dtype, torch.float32), k)
+    check_layer(wild(tokens, inputs), wild(outputs, inputs).half(), None, wild(tokens, outputs))
+
+
+def test_a_layer_in_one_call_reads_any_layout():
+    x, weight, dy = wild(9, 21), wild(7, 21), wild(9, 7)
+    for views in zip(*(layouts(t) for t in (x, weight, dy))):
+        (name, x_), (_, weight_), (_, dy_) = views
+        for args in ((x_, weight, dy), (x, weight_, dy), (x, weight, dy_), (x_, weight_, dy_)):
+            check_layer(args[0], args[1], None, args[2], k=None if name != "transposed" else key(1, 2), what=name)
+    check_layer(x, weight, torch.randn(14)[::2], dy[:1].expand(9, 7), what="a strided bias, an expanded dy")
+
+
+def test_a_layer_in_one_call_shows_nan_and_inf_and_keeps_zeros():
+    for bad in SPECIAL:
+        x, weight, dy = wild(5, 33), wild(6, 33), wild(5, 6)
+        x[2, 3], weight[4, 5], dy[0, 1], x[3] = bad, bad, bad, 0.0
+        check_layer(x, weight, None, dy, what=str(bad))
+
+
+@given(m=st.integers(0, 80), n=st.integers(0, 80), k=st.integers(0, 100), code=st.sampled_from(["int8", "int7"]), seed=st.integers(0, 2 ** 30))
+def test_a_layer_in_one_call_any_shape(m, n, k, code, seed):
+    torch.manual_seed(seed)
+    check_layer(torch.randn(m, k), torch.randn(n, k), torch.randn(n), torch.randn(m, n), code, variants=LEVELS[-1:])
+
+
+def test_a_layer_in_one_call_refuses_bad_arguments_by_name():
+    x, w, dy, f = torch.randn(5, 12), torch.randn(7, 12), torch.randn(5, 7), torch.float32
+    _, codes, scales = linear_int8(x, w, None, "int8", True, f)
+    for args, error, words in (((x, w, None, "e4m3", True, f), ValueError, "code is 'e4m3'; it must be int8 or int7"),
+                               ((x.double(), w, None, "int8", True, f), TypeError, "x is float64"),
+                               ((x, w[:, :3], None, "int8", True, f), ValueError, "weight is .* it must be of shape .any, 12"),
+                               ((x, w, w, "int8", True, f), ValueError, "bias is .* it must be of shape .7,"),
+                               ((x, w, None, "int8", True, torch.int8), TypeError, "dtype is torch.int8")):
+        with pytest.raises(error, match=words):
+            linear_int8(*args)
+    good = {"dy": dy, "weight": w, "codes": codes, "scales": scales, "code": "int8", "key": None, "stream": 0, "turned_stream": 0, "dx_dtype": f, "dw_dtype": f}
+    for change, error, words in (({"code": "uint8"}, ValueError, "code is"), ({"dy": dy.long()}, TypeError, "dy is int64"), ({"weight": None}, TypeError, "weight is None"),
+                                 ({"weight": w[:3]}, ValueError, "weight is"), ({"codes": None}, TypeError, "codes is None"), ({"codes": codes[:5]}, ValueError, "codes is"),
+                                 ({"codes": codes.t()}, ValueError, "codes is"), ({"scales": scales.double()}, TypeError, "scales is"), ({"key": torch.zeros(2)}, ValueError, "key is"),
+                                 ({"scales": None}, TypeError, "scales is None"), ({"dx_dtype": torch.int8}, TypeError, "dx_dtype is"), ({"dw_dtype": torch.float64}, TypeError, "dw_dtype is")):
+        with pytest.raises(error, match=words):
+            linear_int8_backward(**{**good, **change})

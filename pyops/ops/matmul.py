@@ -20,7 +20,7 @@ def _check_out(op, bias, dtype, columns, device):
 
 
 def _fp32_bias(bias):
-    return None if bias is None else bias.to(torch.float32).contiguous()
+    return bias if bias is None or bias.dtype == torch.float32 and bias.is_contiguous() else bias.to(torch.float32).contiguous()
 
 
 def _pointer(t):
