@@ -159,14 +159,14 @@ Window window(const std::array<int64_t, 11>& t) {
   return {t[0], t[1], t[2], {t[3], t[4]}, {t[5], t[6]}, {t[7], t[8]}, {t[9], t[10]}};
 }
 
-void quantize_patches(uint64_t image, const std::array<int64_t, 11>& geometry, const MatrixTuple& out, bool transpose) {
-  PatchArgs a{pointer<const float>(image), window(geometry), matrix(out), transpose};
+void quantize_patches(uint64_t image, const std::array<int64_t, 11>& geometry, const std::array<int64_t, 2>& padding, const MatrixTuple& out, bool transpose) {
+  PatchArgs a{pointer<const float>(image), window(geometry), {padding[0], padding[1]}, matrix(out), transpose};
   py::gil_scoped_release release;
   cpu().conv->quantize_patches(a);
 }
 
-void fold_patches(uint64_t d, const std::array<int64_t, 11>& geometry, int64_t images, uint64_t image) {
-  FoldArgs a{pointer<const float>(d), window(geometry), images, pointer<float>(image)};
+void fold_patches(uint64_t d, const std::array<int64_t, 11>& geometry, const std::array<int64_t, 2>& padding, int64_t images, uint64_t image) {
+  FoldArgs a{pointer<const float>(d), window(geometry), {padding[0], padding[1]}, images, pointer<float>(image)};
   py::gil_scoped_release release;
   cpu().conv->fold_patches(a);
 }

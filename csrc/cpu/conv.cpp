@@ -54,14 +54,100 @@ int64_t first_of(const Window& v, int64_t token) {  // where a patch begins
   return n * v.channels * v.height * v.width + oy * v.stride[0] * v.width + ox * v.stride[1];
 }
 
-// W positions from `token` on, those past `end` like the last; whether they are neighbours in memory.
-bool strip(const Window& v, int64_t token, int64_t end, int64_t (&first)[W]) {
-  bool run = true;
+// W positions from `token` on, those past `end` like the last, and the runs of memory that they make: lane l of one lies at base + l. More than
+// kRuns of them are read lane by lane.
+constexpr int kRuns = GM_LEVEL >= 2 ? 4 : GM_LEVEL == 1 ? 2 : 1;
+struct Strip {
+  int64_t first[W], base[kRuns];
+  uint32_t lanes[kRuns];  // a bit each
+  int runs;
+};
+void find_strip(const Window& v, int64_t token, int64_t end, Strip& s) {
+  int64_t ox = token % v.out[1], oy = token / v.out[1] % v.out[0];
   for (int l = 0; l < W; ++l) {
-    first[l] = first_of(v, token + l < end ? token + l : end - 1);
-    run = run && first[l] == first[0] + l;
+    if (l > 0 && token + l < end) {  // first_of without its divisions
+      s.first[l] = s.first[l - 1] + v.stride[1];
+      if (++ox == v.out[1]) {
+        ox = 0;
+        if (++oy == v.out[0]) oy = 0;
+        s.first[l] = first_of(v, token + l);
+      }
+    } else {
+      s.first[l] = l > 0 ? s.first[l - 1] : first_of(v, token);
+    }
   }
-  return run;
+  s.runs = 0;
+  for (int l = 0; l < W; ++l) {
+    if (l == 0 || s.first[l] != s.first[l - 1] + 1) {
+      if (++s.runs > kRuns) return;
+      s.base[s.runs - 1] = s.first[l] - l, s.lanes[s.runs - 1] = 0;
+    }
+    s.lanes[s.runs - 1] |= 1u << l;
+  }
+}
+
+// Masked lanes touch no memory.
+template <int RUNS>
+GM_HD vf load_strip(const float* from, const Strip& s) {
+  if constexpr (RUNS == 1) return load(from + s.base[0]);
+#if GM_LEVEL >= 2
+  else if constexpr (RUNS > 0) {
+    vf x = _mm512_maskz_loadu_ps(static_cast<__mmask16>(s.lanes[0]), from + s.base[0]);
+#pragma GCC unroll 4
+    for (int r = 1; r < RUNS; ++r) x = _mm512_mask_loadu_ps(x, static_cast<__mmask16>(s.lanes[r]), from + s.base[r]);
+    return x;
+  }
+#elif GM_LEVEL == 1
+  else if constexpr (RUNS == 2) {
+    const vu bit = vu{1, 2, 4, 8, 16, 32, 64, 128};
+    const __m256i a = (__m256i)((bit & s.lanes[0]) != 0), b = (__m256i)((bit & s.lanes[1]) != 0);
+    return _mm256_or_ps(_mm256_maskload_ps(from + s.base[0], a), _mm256_maskload_ps(from + s.base[1], b));
+  }
+#endif
+  else {
+    alignas(64) float lanes[W];
+    for (int l = 0; l < W; ++l) lanes[l] = from[s.first[l]];
+    return load(lanes);
+  }
+}
+template <int RUNS>
+GM_HD void store_strip(float* to, const Strip& s, vf x) {
+  if constexpr (RUNS == 1) store(to + s.base[0], x);
+#if GM_LEVEL >= 2
+  else if constexpr (RUNS > 0) {
+#pragma GCC unroll 4
+    for (int r = 0; r < RUNS; ++r) _mm512_mask_storeu_ps(to + s.base[r], static_cast<__mmask16>(s.lanes[r]), x);
+  }
+#elif GM_LEVEL == 1
+  else if (RUNS == 2 && s.lanes[0] == 15) {
+    _mm_storeu_ps(to + s.base[0], _mm256_castps256_ps128(x));
+    _mm_storeu_ps(to + s.base[1] + 4, _mm256_extractf128_ps(x, 1));
+  }
+#endif
+  else {
+    alignas(64) float lanes[W];
+    store(lanes, x);
+    for (int l = 0; l < W; ++l) to[s.first[l]] = lanes[l];
+  }
+}
+
+template <int N>
+struct Number {
+  static constexpr int value = N;
+};
+template <class F>
+GM_HD void with_runs(int runs, const F& f) {
+  switch (runs) {
+    case 1: return f(Number<1>());
+#if GM_LEVEL >= 1
+    case 2: return f(Number<2>());
+#endif
+#if GM_LEVEL >= 2
+    case 3: return f(Number<3>());
+    case 4: return f(Number<4>());
+#endif
+    default: return f(Number<0>());
+  }
 }
 
 // A row of patches to its format.
@@ -70,15 +156,169 @@ inline void encode_row(const Matrix& m, int64_t row, float* x) {
   else encode_tile(m, row, 0, m.cols, x, nullptr);
 }
 
+// The image with its zeros around it, or null where there are none. v is over the padded one.
+float* padded(const Window& v, const int64_t (&padding)[2], int64_t images, const float* x) {
+  if (padding[0] == 0 && padding[1] == 0) return nullptr;
+  const int64_t height = v.height - 2 * padding[0], width = v.width - 2 * padding[1];
+  float* const out = static_cast<float*>(malloc(static_cast<size_t>(images * v.channels * v.height * v.width) * 4));
+#pragma omp parallel for schedule(static) if (images * v.channels * v.height * v.width > kSerial)
+  for (int64_t plane = 0; plane < images * v.channels; ++plane) {
+    float* to = out + plane * v.height * v.width;
+    const float* from = x + plane * height * width;
+    for (int64_t y = 0; y < v.height; ++y, to += v.width) {
+      const bool inside = y >= padding[0] && y < v.height - padding[0];
+      for (int64_t i = 0; i < (inside ? padding[1] : v.width); ++i) to[i] = 0.0f;
+      if (!inside) continue;
+      for (int64_t i = 0; i < width; ++i) to[padding[1] + i] = from[i];
+      for (int64_t i = padding[1] + width; i < v.width; ++i) to[i] = 0.0f;
+      from += width;
+    }
+  }
+  return out;
+}
+
+// --- to int8 ----------------------------------------------------------------------------------------------
+// What encode does to W floats, in the low byte of each lane: 1.5 * 2^23 more than a rounded float has its integer there.
+GM_HD vu low_bytes(vf x, vf scale, float top) { return float_bits(clampf(x / scale, broadcast(-top), broadcast(top)) + 12582912.0f) & 255u; }
+
+// W scales, as block_of has them: 0 where all is 0, nan where something is not finite.
+GM_HD vf scales_of(vu largest, float top) { return bits_float(largest >= 0x7f800000u ? (vu{} + 0x7fc00000u) : float_bits(bits_float(largest) / broadcast(top))); }
+GM_HD vu larger(vu a, vu b) { return a > b ? a : b; }
+
+struct Int8Patches {
+  const Window& v;
+  const Matrix& m;
+  const float* x;
+  const int64_t* offset;
+  float top;
+
+  // Rows [token, token + W): four columns make a lane of codes, and lanes, not floats, are turned round. A patch's magnitude is the largest of its
+  // pixels', each of which all channels were looked at for once.
+  template <int RUNS>
+  void rows(const Strip& s, int64_t token, const uint32_t* most) const {
+    const int64_t live = m.rows - token < W ? m.rows - token : W, taps = v.kernel[0] * v.kernel[1], step = 4 * W;
+    vu largest = {};
+    alignas(64) uint32_t measured[W];
+    const int64_t plane = v.height * v.width, positions = v.out[0] * v.out[1];
+    for (int l = 0; l < W; ++l) {
+      const int64_t n = (token + l < m.rows ? token + l : m.rows - 1) / positions;
+      const uint32_t* at = most + s.first[l] - n * (v.channels - 1) * plane;
+      measured[l] = 0;
+      for (int64_t t = 0; t < taps; ++t) measured[l] = at[offset[t]] > measured[l] ? at[offset[t]] : measured[l];
+    }
+    memcpy(&largest, measured, sizeof largest);
+    const vf scale = scales_of(largest, top);
+    const vu keep = (vu)(scale > zero());
+    const vf divisor = bits_float((float_bits(scale) & keep) | (float_bits(broadcast(1.0f)) & ~keep));
+    alignas(64) float scales[W];
+    store(scales, scale);
+    memcpy(m.scales + token, scales, static_cast<size_t>(live) * 4);
+    char *const out = tile_address(m, token, 0), *const end = out + live * m.cols;
+    // The last columns first: what their stores write too much falls on rows that come later, and on first columns, which are written after.
+    for (int64_t k = (m.cols - 1) / step * step; k >= 0; k -= step) {
+      vf square[W];
+      for (int i = 0; i < W; ++i) {
+        vu codes = {};
+        for (int j = 0; j < 4; ++j) {
+          const int64_t column = k + 4 * i + j;
+          if (column < m.cols) codes |= low_bytes(load_strip<RUNS>(x + offset[column], s), divisor, top) << (8 * j);
+        }
+        square[i] = bits_float(codes & keep);
+      }
+      transpose(square);
+      for (int64_t r = 0; r < live; ++r) {
+        char* const to = out + r * m.cols + k;
+        if (end - to >= step) store(to, square[r]);
+        else memcpy(to, &square[r], static_cast<size_t>(m.cols - k < step ? m.cols - k : step));
+      }
+    }
+  }
+
+  // A row of the transpose: element k of every patch, whose strips are given.
+  void column(const Strip* strips, int64_t k) const {
+    const float* const from = x + offset[k];
+    vu most = {};
+    for (int64_t token = 0; token < m.cols; token += W) {
+      const Strip& s = strips[token / W];  // what lies past the end is the last once more
+      with_runs(s.runs, [&](auto runs) { most = larger(most, float_bits(load_strip<decltype(runs)::value>(from, s)) & 0x7fffffffu); });
+    }
+    const Block b = block_of(m.code, largest(most), 0, 0);
+    m.scales[k] = b.scale;
+    uint8_t* const out = reinterpret_cast<uint8_t*>(tile_address(m, k, 0));
+    if (!(b.scale > 0.0f)) {
+      memset(out, 0, static_cast<size_t>(m.cols));
+      return;
+    }
+    for (int64_t token = 0; token < m.cols; token += W) {
+      const Strip& s = strips[token / W];
+      with_runs(s.runs, [&](auto runs) {
+        const vu codes = low_bytes(load_strip<decltype(runs)::value>(from, s), broadcast(b.scale), top);
+        if (token + W <= m.cols) {
+          store_narrowed(out + token, codes);
+        } else {
+          uint8_t last[W];
+          store_narrowed(last, codes);
+          memcpy(out + token, last, static_cast<size_t>(m.cols - token));
+        }
+      });
+    }
+  }
+};
+
+void int8_patches(const Window& v, const Matrix& m, const float* x, const int64_t* offset, bool transpose) {
+  const Int8Patches p{v, m, x, offset, code_top(m.code)};
+  if (transpose) {
+    const int64_t count = (m.cols + W - 1) / W;
+    Strip* const strips = static_cast<Strip*>(malloc(static_cast<size_t>(count) * sizeof(Strip)));
+#pragma omp parallel if (m.rows * m.cols > kSerial)
+    {
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < count; ++i) find_strip(v, i * W, m.cols, strips[i]);
+#pragma omp for schedule(static)
+      for (int64_t k = 0; k < m.rows; ++k) p.column(strips, k);
+    }
+    free(strips);
+    return;
+  }
+  const int64_t plane = v.height * v.width, images = m.rows / (v.out[0] * v.out[1]);
+  uint32_t* const most = static_cast<uint32_t*>(malloc(static_cast<size_t>(images * plane) * 4));
+#pragma omp parallel if (m.rows * m.cols > kSerial)
+  {
+#pragma omp for schedule(static)
+    for (int64_t n = 0; n < images; ++n) {
+      uint32_t* __restrict to = most + n * plane;
+      const float* __restrict from = x + n * v.channels * plane;
+      for (int64_t i = 0; i < plane; ++i) to[i] = magnitude_bits(from[i]);
+      for (int64_t c = 1; c < v.channels; ++c) {
+        from += plane;
+        for (int64_t i = 0; i < plane; ++i) {
+          const uint32_t magnitude = magnitude_bits(from[i]);
+          to[i] = magnitude > to[i] ? magnitude : to[i];
+        }
+      }
+    }
+#pragma omp for schedule(static)
+    for (int64_t token = 0; token < m.rows; token += W) {
+      Strip s;
+      find_strip(v, token, m.rows, s);
+      with_runs(s.runs, [&](auto runs) { p.rows<decltype(runs)::value>(s, token, most); });
+    }
+  }
+  free(most);
+}
+
 void quantize_patches(const PatchArgs& a) {
   const Window& v = a.window;
   const Matrix& m = a.out;
   if (m.rows == 0 || m.cols == 0) return;
-  const float* x = a.image;
+  float* const own = padded(v, a.padding, (a.transpose ? m.cols : m.rows) / (v.out[0] * v.out[1]), a.image);
+  const float* x = own ? own : a.image;
   int64_t* offset = offsets(v);
+  const bool int8 = (m.code == kInt8 || m.code == kInt7) && m.block == m.cols;
+  if (int8) int8_patches(v, m, x, offset, a.transpose);
   const int64_t pitch = m.cols + 16;  // not a power of two, or all rows share a few cache sets
-#pragma omp parallel if (m.rows * m.cols > kSerial)
-  {
+#pragma omp parallel if (!int8 && m.rows * m.cols > kSerial)
+  if (!int8) {
     float* buffer = static_cast<float*>(malloc(static_cast<size_t>(pitch) * 4 * (a.transpose ? 1 : W)));
     if (a.transpose) {
 #pragma omp for schedule(static)
@@ -94,71 +334,71 @@ void quantize_patches(const PatchArgs& a) {
     } else {
 #pragma omp for schedule(static)
       for (int64_t token = 0; token < m.rows; token += W) {
-        int64_t first[W];
-        const bool run = strip(v, token, m.rows, first);
+        Strip s;
+        find_strip(v, token, m.rows, s);
         const int64_t rows = m.rows - token < W ? m.rows - token : W, whole = m.cols / W * W;
-        for (int64_t k = 0; k < whole; k += W) {
-          vf square[W];
-          for (int i = 0; i < W; ++i) {
-            const float* from = x + offset[k + i];
-            if (run) {
-              square[i] = load(from + first[0]);
-            } else {
-              alignas(64) float lanes[W];
-              for (int l = 0; l < W; ++l) lanes[l] = from[first[l]];
-              square[i] = load(lanes);
-            }
+        with_runs(s.runs, [&](auto runs) {
+          for (int64_t k = 0; k < whole; k += W) {
+            vf square[W];
+            for (int i = 0; i < W; ++i) square[i] = load_strip<decltype(runs)::value>(x + offset[k + i], s);
+            transpose(square);
+            for (int i = 0; i < W; ++i) store(buffer + i * pitch + k, square[i]);
           }
-          transpose(square);
-          for (int i = 0; i < W; ++i) store(buffer + i * pitch + k, square[i]);
-        }
+        });
         for (int64_t k = whole; k < m.cols; ++k)
-          for (int64_t l = 0; l < rows; ++l) buffer[l * pitch + k] = x[first[l] + offset[k]];
+          for (int64_t l = 0; l < rows; ++l) buffer[l * pitch + k] = x[s.first[l] + offset[k]];
         for (int64_t l = 0; l < rows; ++l) encode_row(m, token + l, buffer + l * pitch);
       }
     }
     free(buffer);
   }
-  free(offset);
+  free(offset), free(own);
 }
 
 // Every pixel's sum runs over the window's positions in order, as the reference's does: positions of the output backwards, elements
-// of a patch forwards. An item is some channels of an image, whose pixels stay in cache.
+// of a patch forwards. An item is some channels of an image, whose pixels, padding included, stay in cache until they are written without it.
 void fold_patches(const FoldArgs& a) {
   const Window& v = a.window;
   const int64_t positions = v.out[0] * v.out[1], taps = v.kernel[0] * v.kernel[1], columns = v.columns(), plane = v.height * v.width;
-  memset(a.image, 0, static_cast<size_t>(a.images * v.channels * plane) * 4);
-  if (a.images == 0 || columns == 0) return;
+  const int64_t height = v.height - 2 * a.padding[0], width = v.width - 2 * a.padding[1];
+  if (a.images == 0 || v.channels == 0) return;
   int64_t* offset = offsets(v);
   const int64_t together = 16, blocks = (v.channels + together - 1) / together;
-#pragma omp parallel for schedule(static) if (a.images * positions * columns > kSerial)
-  for (int64_t item = 0; item < a.images * blocks; ++item) {
-    const int64_t n = item / blocks, c = item % blocks * together, begin = n * positions;
-    const int64_t from = c * taps, to = (c + together < v.channels ? c + together : v.channels) * taps, whole = from + (to - from) / W * W;
-    for (int64_t done = (positions + W - 1) / W * W - W; done >= 0; done -= W) {
-      int64_t first[W];
-      const bool run = strip(v, begin + done, begin + positions, first);
-      const int64_t rows = positions - done < W ? positions - done : W;
-      const float* d = a.d + (begin + done) * columns;
-      int64_t k = from;
-      for (; k < whole && rows == W; k += W) {
-        vf square[W];
-        for (int i = 0; i < W; ++i) square[i] = load(d + i * columns + k);
-        transpose(square);
-        for (int i = 0; i < W; ++i) {
-          float* pixel = a.image + offset[k + i];
-          if (run) {
-            store(pixel + first[0], add(load(pixel + first[0]), square[i]));
-          } else {
-            alignas(64) float lanes[W];
-            store(lanes, square[i]);
-            for (int l = 0; l < W; ++l) pixel[first[l]] += lanes[l];
-          }
-        }
+#pragma omp parallel if (a.images * positions * columns > kSerial)
+  {
+    float* const sums = static_cast<float*>(malloc(static_cast<size_t>(together * plane) * 4));
+#pragma omp for schedule(static)
+    for (int64_t item = 0; item < a.images * blocks; ++item) {
+      const int64_t n = item / blocks, c = item % blocks * together, begin = n * positions, live = v.channels - c < together ? v.channels - c : together;
+      const int64_t from = c * taps, to = from + live * taps, whole = from + (to - from) / W * W;
+      float* const image = sums - c * plane - n * v.channels * plane;  // where offset and first_of count from
+      memset(sums, 0, static_cast<size_t>(live * plane) * 4);
+      for (int64_t done = (positions + W - 1) / W * W - W; done >= 0; done -= W) {
+        Strip s;
+        find_strip(v, begin + done, begin + positions, s);
+        const int64_t rows = positions - done < W ? positions - done : W;
+        const float* d = a.d + (begin + done) * columns;
+        int64_t k = from;
+        if (rows == W)
+          with_runs(s.runs, [&](auto runs) {
+            for (; k < whole; k += W) {
+              vf square[W];
+              for (int i = 0; i < W; ++i) square[i] = load(d + i * columns + k);
+              transpose(square);
+              for (int i = 0; i < W; ++i) {
+                float* pixel = image + offset[k + i];
+                store_strip<decltype(runs)::value>(pixel, s, add(load_strip<decltype(runs)::value>(pixel, s), square[i]));
+              }
+            }
+          });
+        for (; k < to; ++k)
+          for (int64_t l = 0; l < rows; ++l) image[s.first[l] + offset[k]] += d[l * columns + k];
       }
-      for (; k < to; ++k)
-        for (int64_t l = 0; l < rows; ++l) a.image[first[l] + offset[k]] += d[l * columns + k];
+      for (int64_t row = 0; row < live * height; ++row)
+        memcpy(a.image + ((n * v.channels + c) * height + row) * width, sums + (row / height * v.height + row % height + a.padding[0]) * v.width + a.padding[1],
+               static_cast<size_t>(width) * 4);
     }
+    free(sums);
   }
   free(offset);
 }

@@ -311,18 +311,19 @@ struct Window {
   int64_t columns() const { return channels * kernel[0] * kernel[1]; }
 };
 // out = the image's patches (images * out[0] * out[1], columns), or with `transpose` theirs; out.code may be a plain float or
-// a sign.
+// a sign. The window is over the padded image, `image` is without its `padding` of zeros.
 struct PatchArgs {
   const float* image;
   Window window;
+  int64_t padding[2];
   Matrix out;
   bool transpose;
 };
-// image = the sum of what d (images * out[0] * out[1], columns) holds for each pixel.
+// image = the sum of what d (images * out[0] * out[1], columns) holds for each pixel; window, padding and image as above.
 struct FoldArgs {
   const float* d;
   Window window;
-  int64_t images;
+  int64_t padding[2], images;
   float* image;
 };
 

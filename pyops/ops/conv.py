@@ -56,11 +56,10 @@ def _native_patches(x, kernel, stride, padding, dilation, code, block=0, transpo
         scales.fill_(code == "sign"), zeros.zero_()
         return out
     geometry = _window(*x.shape[1:], kernel, stride, padding, dilation)
-    image = torch.nn.functional.pad(x, (padding[1], padding[1], padding[0], padding[0])) if any(padding) else x
-    image = image.to(torch.float32).contiguous()
+    image = x.to(torch.float32).contiguous()
     matrix = x.shape[0] * geometry[9] * geometry[10], x.shape[1] * kernel[0] * kernel[1]
     rows, columns = matrix[::-1] if transpose else matrix
-    native_module().quantize_patches(image.data_ptr(), geometry, matrix_tuple(codes, scales, zeros, cached(code, block), rows, columns), transpose)
+    native_module().quantize_patches(image.data_ptr(), geometry, tuple(padding), matrix_tuple(codes, scales, zeros, cached(code, block), rows, columns), transpose)
     return out
 
 
@@ -104,12 +103,12 @@ def _native_fold(d, n, channels, height, width, kernel, stride, padding, dilatio
     if d.is_cuda:
         return reference.fold_patches(d, n, channels, height, width, kernel, stride, padding, dilation, dtype)
     d, geometry = d.to(torch.float32).contiguous(), _window(channels, height, width, kernel, stride, padding, dilation)
-    image = d.new_empty((n, *geometry[:3]))
+    image = d.new_empty((n, channels, height, width))
     if not d.numel():
         image.zero_()
     elif image.numel():
-        native_module().fold_patches(d.data_ptr(), geometry, n, image.data_ptr())
-    return image[:, :, padding[0]:padding[0] + height, padding[1]:padding[1] + width].to(dtype).contiguous()
+        native_module().fold_patches(d.data_ptr(), geometry, tuple(padding), n, image.data_ptr())
+    return image.to(dtype)
 
 
 fold_patches = Op(
