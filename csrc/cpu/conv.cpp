@@ -564,7 +564,7 @@ void fold_kept(const FoldKeptArgs& p) {
             for (; k < live; ++k) to[k] += d[k];
           }
       }
-      for (int64_t i = 0; i < pixels; ++i) {
+      for (int64_t i = 0; i < (p.outside ? pixels : 0); ++i) {
         const uint8_t* bits = p.outside + (n * pixels + i) * bytes_of(v.channels) + c / 8;
         float* __restrict at = sums + i * live;
         int64_t k = 0;

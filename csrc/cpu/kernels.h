@@ -345,7 +345,7 @@ struct PatchBitsArgs {
   uint8_t* out;
 };
 // The patches d (count rows, kernel x channels), rows `kept` (ascending; null: all) of the matrix of patches, added to image (with `last` channels
-// last), times 0 where `outside` has a bit.
+// last), times 0 where `outside`, if not null, has a bit.
 struct FoldKeptArgs {
   const float* d;
   const int64_t* kept;

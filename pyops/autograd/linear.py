@@ -26,9 +26,10 @@ def _values(weight):
     return weight.dequantize() if isinstance(weight, QuantizedWeight) else weight
 
 
-def _matrices(weight, groups: int):
-    """The weight's values as a matrix (out / groups, in / groups * window) for each group."""
+def _matrices(weight, groups: int, by_pixel: bool = False):
+    """The weight's values as a matrix (out / groups, in / groups * window) for each group, with ``by_pixel`` (out / groups, window * in / groups)."""
     weight = _values(weight)
+    weight = weight.permute(0, 2, 3, 1) if by_pixel else weight
     return [w.reshape(w.shape[0], w.shape[1:].numel()) for w in weight.chunk(groups)]
 
 
@@ -205,7 +206,8 @@ class QuantizedLinear(torch.autograd.Function):
         if window is None:
             dys = [dy]
         elif recipe.dx is not None and ctx.needs_input_grad[0] or recipe.dw is not None and needs_dw:
-            dys = [window.rows(dy, group) for group in range(window.groups)]
+            here = recipe.exact is not None and dy.is_cpu and not dy.is_contiguous(memory_format=torch.channels_last)
+            dys = [(window.points if here else window.rows)(dy, group) for group in range(window.groups)]
         by_rows = over_tokens = largest = largest_w = None  # dY as dX and as dW want it
         if magnitudes is not None:
             now, largest = _delayed(ctx.history[2], dy)
@@ -280,11 +282,13 @@ _BY_ROWS, _OVER_TOKENS = stream(0, "gradient"), stream(1, "gradient")
 def _dx(ctx, dys, saved_w, rounding, by_rows=None, largest=None, largest_w=None):
     """dX = dY W in the recipe's formats. by_rows: dY as the operand, if there already."""
     recipe, window = ctx.recipe, ctx.window
+    # The weight's columns may be in any order where each has a scale of its own: (window, channels) adds up runs of channels.
+    by_pixel = window is not None and recipe.dx != "forward" and dys[0].device.type == "cpu" and _by_row(recipe.dx.right)
     if recipe.dx == "forward":
         format, columns = recipe.y.right, ctx.shape[1:].numel()
         weights = [Stored(*saved_w[i:i + 3], format, columns) for i in range(0, len(saved_w), 3)]
     else:
-        weights = [_store(w, recipe.dx.right, transpose=True, largest=largest_w) for w in _matrices(saved_w[0], len(dys))]
+        weights = [_store(w, recipe.dx.right, transpose=True, largest=largest_w) for w in _matrices(saved_w[0], len(dys), by_pixel)]
     if window is not None:
         dx = torch.empty(ctx.x_shape, dtype=ctx.x_dtype, device=dys[0].device, memory_format=torch.channels_last if ctx.last else torch.contiguous_format)
     for group, (dy, w) in enumerate(zip(dys, weights)):
@@ -297,10 +301,13 @@ def _dx(ctx, dys, saved_w, rounding, by_rows=None, largest=None, largest_w=None)
 
         if window is None:
             return product(0, len(dy), ctx.x_dtype)
-        first = 0
-        for piece in window.patches(dx, group).split(0, whole=False):
+        first, pieces = 0, window.patches(dx, group).split(0, whole=False)
+        for piece in pieces:
             last = first + piece.shape[0]
-            piece.image.copy_(piece.fold(product(first, last, torch.float32), ctx.x_dtype))
+            part = piece.fold(product(first, last, torch.float32), ctx.x_dtype, by_pixel)
+            if len(dys) == len(pieces) == 1:
+                return part
+            piece.image.copy_(part)
             first = last
     return dx
 

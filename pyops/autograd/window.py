@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from gradmill.formats import Format
-from gradmill.ops.conv import fold_patches, quantize_patches
+from gradmill.ops.conv import fold_kept, fold_patches, quantize_patches
 from gradmill.recipes import Matmul, Recipe
 from gradmill.reference.conv import output_size, patches
 
@@ -31,6 +31,11 @@ class Window(NamedTuple):
         if y.is_contiguous(memory_format=torch.channels_last):
             return y.permute(0, 2, 3, 1).reshape(y.numel() // size if size else 0, size)
         return y.transpose(0, 1).reshape(size, y[:, 0].numel() if size else 0).t()  # copies runs of oh ow
+
+    def points(self, y, group: int) -> "Patches":
+        """What ``rows`` gives, as patches of a window of one pixel: quantised from where they lie."""
+        size = y.shape[1] // self.groups
+        return Patches(y.narrow(1, group * size, size).flatten(2)[:, :, None], _POINT)
 
     def patches(self, x, group: int) -> "Patches":
         """Those of a group's channels of x (n, in, h, w)."""
@@ -72,11 +77,14 @@ class Window(NamedTuple):
         return min(quantised, image), quantised < image
 
 
+_POINT = Window((1, 1), (1, 1), (0, 0), (1, 1), 1)
+
+
 class Patches:
     """The patches of an image (n, c, h, w) as a matrix (n oh ow, c kh kw) that is not made before a format asks for it."""
 
     def __init__(self, image, window: Window):
-        self.image, self.window, self.dtype = image, window, image.dtype
+        self.image, self.window, self.dtype, self.device = image, window, image.dtype, image.device
         n, channels = image.shape[:2]
         oh, ow = window.output(image.shape)
         self.shape = n * oh * ow, channels * window.kernel[0] * window.kernel[1]
@@ -94,8 +102,11 @@ class Patches:
         step = length if whole else max(1, length * CHUNK // max(numel, 1))
         return [self] if step >= length else [Patches(part, self.window) for part in self.image.split(step, dim)]
 
-    def fold(self, d, dtype):
-        """The gradient of the image, given that of this matrix."""
+    def fold(self, d, dtype, by_pixel: bool):
+        """The gradient of the image, given that of this matrix, or with ``by_pixel`` of one whose columns are (window, channels)."""
+        if by_pixel:
+            last = self.image.is_contiguous(memory_format=torch.channels_last)
+            return fold_kept(d, None, None, *self.image.shape, *self.window[:4], dtype, last and not self.image.is_contiguous())
         return fold_patches(d, *self.image.shape, *self.window[:4], dtype)
 
 

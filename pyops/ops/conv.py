@@ -224,7 +224,8 @@ def _check_fold_kept(d, kept, outside, n, channels, height, width, kernel, strid
     if kept is not None and not (kept.dtype == torch.int64 and kept.dim() == 1 and kept.device == d.device):
         reject(op, "kept", kept, f"int64 of one dimension on {d.device}")
     require_matrix(op, "d", d, (torch.float32,), (n * oh * ow if kept is None else len(kept), channels * kernel[0] * kernel[1]), contiguous=True)
-    require_matrix(op, "outside", outside, (torch.uint8,), (n * height * width, row_bytes(channels)), d.device, contiguous=True)
+    if outside is not None:
+        require_matrix(op, "outside", outside, (torch.uint8,), (n * height * width, row_bytes(channels)), d.device, contiguous=True)
     if dtype not in FLOATS:
         reject(op, "dtype", dtype, "float32, bfloat16 or float16", TypeError)
 
@@ -249,19 +250,19 @@ def _native_fold_kept(d, kept, outside, n, channels, height, width, kernel, stri
     elif out.numel():
         size = reference.output_size(height, width, kernel, stride, padding, dilation)
         kept = None if kept is None else kept.contiguous()
-        native_module().fold_kept(d.data_ptr(), 0 if kept is None else kept.data_ptr(), len(d), outside.data_ptr(), n,
+        native_module().fold_kept(d.data_ptr(), 0 if kept is None else kept.data_ptr(), len(d), 0 if outside is None else outside.data_ptr(), n,
                                   (channels, height, width, *kernel, *stride, *dilation, *size), tuple(padding), out.data_ptr(), CODES[float_code(dtype)], last)
     return out
 
 
 fold_kept = Op(
-    "fold_kept", "(Tensor d, Tensor? kept, Tensor outside, int n, int channels, int height, int width, int[] kernel, int[] stride, int[] padding, int[] dilation, "
+    "fold_kept", "(Tensor d, Tensor? kept, Tensor? outside, int n, int channels, int height, int width, int[] kernel, int[] stride, int[] padding, int[] dilation, "
     "ScalarType dtype, bool last) -> Tensor",
     _check_fold_kept, _fake_fold_kept, values=_kept_values,
     backends={"native": _native_fold_kept, "triton": reference.fold_kept, "reference": reference.fold_kept}, order=_CPU_CUDA)
 fold_kept.__doc__ = """fold_kept(d, kept, outside, n, channels, height, width, kernel, stride, padding, dilation, dtype, last) -> (n, channels, height, width) of ``dtype``
 
 The gradient of an image, given that of some of its patches: :func:`fold_patches` of d (rows, kh kw channels) fp32, columns as :func:`patch_bits` has them, rows being
-the patches ``kept`` (rows,) int64, ascending (None: all), the others zeros; times 0 where ``outside``, as :func:`pack_image` makes it, has a bit, so that a nan shows
-there too. With ``last`` in channels-last memory. Sums in fp32 in the order of the window's elements: the same bits in every backend, whatever the thread count. Raises
+the patches ``kept`` (rows,) int64, ascending (None: all), the others zeros; times 0 where ``outside``, as :func:`pack_image` makes it, has a bit (None: nowhere), so that a nan
+shows there too. With ``last`` in channels-last memory. Sums in fp32 in the order of the window's elements: the same bits in every backend, whatever the thread count. Raises
 TypeError for dtypes, ValueError for shapes, geometry and kept."""

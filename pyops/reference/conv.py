@@ -68,7 +68,7 @@ def fold_kept(d, kept, outside, n, channels, height, width, kernel, stride, padd
     if kept is not None:
         d = d.new_zeros((n * oh * ow, d.shape[1])).index_copy_(0, kept, d)
     image = fold_patches(d, n, channels, height, width, kernel, stride, padding, dilation, torch.float32)
-    inside = 1 - quant.unpack_bits(outside, 1, channels, False).view(n, height, width, channels).permute(0, 3, 1, 2)
+    inside = 1 if outside is None else 1 - quant.unpack_bits(outside, 1, channels, False).view(n, height, width, channels).permute(0, 3, 1, 2)
     return (image * inside).to(dtype).contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
