@@ -185,6 +185,7 @@ def test_the_size_of_pieces_changes_no_bit(name, monkeypatch):
     torch.manual_seed(1)
     whole = run(layer, x, dy)
     monkeypatch.setattr(windows, "CHUNK", 200)
+    monkeypatch.setattr(windows, "IN_CACHE", 200)
     torch.manual_seed(1)
     pieces = run(layer, x, dy)
     if RECIPES[name].dw == "forward":  # adds floats up piece by piece

@@ -9,7 +9,7 @@ import torch
 from gradmill.autograd.window import Window
 from gradmill.ops._registry import forced_backend, use_backend
 from gradmill.ops.binary import pack_signs
-from gradmill.ops.conv import fold_patches
+from gradmill.ops.conv import fold_kept, fold_patches
 from gradmill.ops.matmul import matmul_int8
 from gradmill.ops.quant import dequantize, quantize
 from gradmill.reference.conv import patches
@@ -38,7 +38,8 @@ def quantize_input(x, scale):
     flat = x.reshape(len(x), x.shape[1:].numel())
     scales = scale.expand(len(x), 1)
     if flat.numel():
-        scales = scales + 0 * torch.linalg.vector_norm(flat, torch.inf, 1, keepdim=True).to(torch.float32)
+        low, high = flat.aminmax(dim=1, keepdim=True)
+        scales = scales + (0 * low + 0 * high).to(torch.float32)
     return quantize(flat, "int8", 0, False, None, 0, scale.expand(len(x), 1))[0].view(x.shape), scales
 
 
@@ -107,13 +108,16 @@ def _input_gradient(dy, part: Part, dx, window: Window | None):
         return dx
     groups, columns = window.groups, weight.codes.shape[1]
     shape = dx.shape[0], dx.shape[1] if part.channels is None else len(part.channels), *dx.shape[2:]
-    right, ones = _grouped(weight.codes, groups).mT, dy.new_ones((groups, columns, 1))
+    by_pixel = groups == 1 and dy.device.type == "cpu"  # columns (window, channels): fold_kept adds up runs of channels
+    codes = weight.codes.view(len(weight.codes), shape[1], -1).transpose(1, 2).reshape(weight.codes.shape) if by_pixel else weight.codes
+    right, ones = _grouped(codes, groups).mT.contiguous(), dy.new_ones((groups, columns, 1))
     for first, last in _pieces(len(dy), dy.shape[2] * dy.shape[3] * 4 * max(groups * columns, 2 * dy.shape[1]), 1):  # dY is copied twice
         d = _turned(dy[first:last] * weight.scales.view(-1, 1, 1), groups).mT  # (groups, tokens, out / groups)
         tokens = d.shape[1]
         codes, scales, _ = quantize(d.reshape(groups * tokens, d.shape[2]), "int8", 0)
         d = _products(_grouped(codes, groups), right, _grouped(scales, groups), ones).transpose(0, 1).reshape(tokens, groups * columns)
-        dx[first:last, own] = fold_patches(d, last - first, *shape[1:], *window[:4], torch.float32)
+        size = last - first, *shape[1:], *window[:4], torch.float32
+        dx[first:last, own] = fold_kept(d, None, None, *size, False) if by_pixel else fold_patches(d, *size)
     return dx
 
 

@@ -99,7 +99,8 @@ class Patches:
     def split(self, dim: int, whole: bool) -> list["Patches"]:
         """Pieces whose matrices are of a size to keep at hand, along the images (0) or the channels (1)."""
         length, numel = self.image.shape[dim], self.shape[0] * self.shape[1]
-        step = length if whole else max(1, length * CHUNK // max(numel, 1))
+        limit = CHUNK if self.image.is_cuda or torch.compiler.is_compiling() else IN_CACHE
+        step = length if whole else max(1, length * limit // max(numel, 1))
         return [self] if step >= length else [Patches(part, self.window) for part in self.image.split(step, dim)]
 
     def fold(self, d, dtype, by_pixel: bool):
@@ -110,5 +111,7 @@ class Patches:
         return fold_patches(d, *self.image.shape, *self.window[:4], dtype)
 
 
-#: Elements of a patch matrix worked off at a time.
+#: Elements of a patch matrix worked off at a time: where a call costs little beside them, or each is a node of a graph.
 CHUNK = 1 << 23
+#: On CPU: dX's fp32 patches are read again before they leave the cache. 128 channels of 16x16, batch 32: 38 ms forward and backward, 43 with CHUNK.
+IN_CACHE = 5 << 18
