@@ -1,21 +1,33 @@
 // A convolution's patches: quantised straight from the image, row-wise or transposed, and their gradients added back to it.
 //
-// The image is padded (by torch, a ninth of a 3x3 window's patches at most); no fp32 patch matrix is ever written. A patch
-// element costs a read from L1 or L2, where the image's rows are for as long as they are needed, half a dozen shuffles that turn
-// W positions x W elements round, and what encoding it costs; written is what the format stores. Transposed (a row for each
-// element of the window, as dW wants them) rows are runs of the image's own and nothing is turned.
+// The image is padded here (a ninth of a 3x3 window's patches at most); no fp32 patch matrix is ever written. A patch element costs a read from L1 or L2, where
+// the image's rows are for as long as they are needed, and what encoding it costs; written is what the format stores. Other formats are turned round as floats,
+// W positions x W elements, and encoded row by row; transposed (a row for each element of the window, as dW wants them) rows are runs of the image's own.
+//
+// INT8 of whole rows keeps positions in lanes: a row's magnitude is the largest of its pixels' (each pixel's channels are looked at once, not once for
+// every tap), W scales divide W positions, four columns make a lane of codes and lanes are turned, a quarter of the shuffles. The floor is the division, 10
+// cycles for 16 lanes: 0.17 ns an element. W positions of a narrow image are several runs of memory, each a masked load (before: a load for each lane).
+// dX comes in (window, channels) columns, whose rows of channels fold_kept adds to pixels without turning; in (channels, window) order every store is
+// read again one float further on by the next tap's load, which no store buffer forwards. us, one thread's CPU time, least of 36, a Zen 4 in use by others:
+//                           64 -> 64, 4x4, batch 64    32 -> 32, 8x8, batch 64    64 -> 64, 14x14, batch 32    (before; AVX-512)
+//   by rows, elements          590 k     330 (512)       1180 k     470 (900)        3613 k     1220 (2370)     0.34-0.56 ns an element
+//   transposed                           410 (1143)                 560 (1216)                  1560 (2439)     0.43-0.7
+//   fold                                 110 (519)                  212 (1104)
+//   products Y, dX, dW         231, 323, 249             314, 607, 253              1429, 2254, 1413
+// dX is bound by its epilogue and by 4 bytes written and read again for each patch element: pieces of 5 MB stay in cache (window.py).
 //
 // Counted: batch 32, 128 -> 128 channels, 16x16, 3x3 has patches of 8192 x 1152, 37.7 MB in fp32, 9.4 MB in int8, of a 4.2 MB
-// image; each product is 2.4 Gop. Forward and backward against torch's conv2d in the same process, one thread's CPU time, least of
-// 7, interleaved, a Zen 4 in use by others (torch and gradmill both held to AVX2 in the second row of a pair):
-//                       torch   int8            int7            bf16
-//   128 -> 128  VNNI    66 ms   53 ms (1.26x)   58 ms (1.15x)   66 ms (1.00x)
-//               AVX2    74 ms   81 ms (0.90x)   67 ms (1.10x)  114 ms (0.64x)
-//   256 -> 256  VNNI   269 ms  159 ms (1.69x)  181 ms (1.49x)  203 ms (1.32x)
-//               AVX2   293 ms  282 ms (1.04x)  211 ms (1.39x)  366 ms (0.80x)
-// Forward alone: int8 1.52x and 2.13x with VNNI, 0.98x and 1.20x with AVX2. Of int8's time at 128 channels with VNNI the products are
-// 6/10, quantising patches twice 2/10, folding 1/10. Before these kernels (torch unfolds, quantize reads, torch adds up) int8 was at
-// 0.86x there.
+// image; each product is 2.4 Gop: 10 ms each at VNNI's 240 G products a second of one core, were they all: 25 % of that is lost to epilogues of few
+// sums, half of what remains to quantising, folding and packing. Forward and backward, ms, against torch's conv2d in the same process, one thread's CPU time, least
+// of 6, interleaved, a Zen 4 in use by others; before these INT8 kernels in brackets. torch is not held to AVX2.
+//                        VNNI: torch  int8            int7    AVX2: torch  int8             int7
+//   32 -> 32, 8x8, b 64        3.0     4.9 (6.8)       5.9           2.5    5.3  (9.1)       4.2
+//   64 -> 64, 4x4, b 64        3.0     4.4 (4.4)       4.5           2.4    3.7  (6.0)       3.6
+//   64 -> 64, 14x14           14.3    12.2 (18.5)     12.4          14.1   18.3 (23.9)      17.0
+//   128 -> 128, 16x16         69      50   (52)       54            67     80   (82)        66
+//   256 -> 256, 16x16        290     133   (155)     141           279    250   (243)      184
+// Few channels stay slower than fp32: every patch row has a scale of its own, so a pixel is divided and rounded nine times by rows and nine times by
+// columns for 2 x 32 products each time.
 //
 // one_bit_fqt has kernels of its own, whose columns are (window, channels): an image is packed once, a bit for each element, pixel by pixel, and a patch is its
 // pixels' bytes copied. Counted for 256 -> 256 channels, 8x8, batch 128, forward and backward: 14.5 G products of signs (1.2 G of them, dX's and dW's quarters, with 4
