@@ -306,6 +306,23 @@ def test_a_few_patches_gradients_fold_as_all_with_zeros(geometry):
                         got = assert_native_is_reference(ops.fold_kept, d, kept, outside, n, c, h, w, *geometry, dtype, last)
                 assert_same_bits(got, want.to(dtype))
                 assert got.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+        bare = assert_native_is_reference(ops.fold_kept, full, None, None, n, c, h, w, *geometry, torch.float32, False)
+        assert_same_bits(bare * inside, want)
+
+
+@pytest.mark.parametrize("width", [*range(1, 19), 31, 33])
+def test_int8_patches_of_every_width(width):
+    """Positions that lie in one, several and many runs of memory, columns that fill lanes and do not."""
+    for channels, height, kernel, stride, padding, dilation in ((3, 5, (3, 3), (1, 1), (1, 1), (1, 1)), (17, 2, (1, 1), (1, 1), (0, 0), (1, 1)), (7, 4, (3, 1), (2, 1), (2, 0), (1, 1)),
+                                                                (2, 9, (2, 3), (1, 2), (0, 2), (2, 1)), (40, 3, (3, 3), (1, 1), (1, 1), (1, 1))):
+        x = wild(2 * channels * height, width).view(2, channels, height, width)
+        for special in (False, True):
+            if special:
+                x.view(-1)[torch.randint(0, x.numel(), (6,))] = torch.tensor([torch.nan, -torch.inf, -0.0, 1e-45, 3e38, -3e38])
+                x[:, :, height // 2] = 0.0
+            for code in ("int8", "int7"):
+                for transpose in (False, True):
+                    assert_native_is_reference(ops.quantize_patches, x, kernel, stride, padding, dilation, code, 0, transpose)
 
 
 def test_patches_are_torchs_unfold():

@@ -97,6 +97,7 @@ def samples():
     yield "patch_bits", (torch.randint(0, 256, (60, 2), dtype=torch.uint8), 2, 16, 6, 5, *geometry)
     yield "fold_kept", (torch.randn(2, 18), torch.tensor([1, 7]), pixels, 2, 3, 6, 5, *geometry, torch.bfloat16, True)
     yield "fold_kept", (torch.randn(2 * 3 * 3, 18), None, pixels, 2, 3, 6, 5, *geometry, torch.float32, False)
+    yield "fold_kept", (torch.randn(2 * 3 * 3, 18), None, None, 2, 3, 6, 5, *geometry, torch.float32, True)
     yield "transpose_bits", (pixels, 3)
     yield "transpose_bits", (torch.randint(0, 256, (9, 2), dtype=torch.uint8), 11)
     dy, kept = torch.randn(2, 5, 3), torch.tensor([1, 4])
