@@ -522,6 +522,22 @@ def test_bases_of_any_packing(bits, group_size):
     assert w.isfinite().all()
 
 
+@pytest.mark.parametrize("m, n, rank, left", [(300, 1500, 40, False), (130, 1100, 300, True), (500, 90, 70, False), (57, 1025, 257, False), (600, 2100, 70, True)])
+def test_products_whose_operands_are_packed_once_for_all_tiles(level, m, n, rank, left):
+    """Several tiles down, across or both, k above and below one step; the same bits at every thread count."""
+    grad, basis = torch.randn(m, n), ("uint4", 32)
+    rank = min(rank, m if left else n)
+    packed = quantize(basis_rows(rank, m if left else n), *basis)
+    check_project(grad, packed, *basis, left)
+    update, results = torch.randn(rank, n) if left else torch.randn(m, rank), []
+    weight = stored(torch.randn(m, n), "uint8", 256)
+    for count in (1, 2, 3):
+        with threads(count):
+            results.append((project(grad, *packed, *basis, left), *back(weight, "uint8", 256, n, update, packed, basis, left, 0.9, 0.3, torch.tensor([1, 2]))))
+    assert_same_bits(results[1], results[0])
+    assert_same_bits(results[2], results[0])
+
+
 @pytest.mark.parametrize("level", LEVELS)
 def test_steps_are_the_same_at_every_thread_count(level):
     """End to end, but for the basis, whose matmuls are torch's: refreshed once, in one thread."""

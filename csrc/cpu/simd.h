@@ -336,6 +336,46 @@ GM_HD vf converted(vu x) {  // of less than 2^31
   return vf{static_cast<float>(x[0]), static_cast<float>(x[1]), static_cast<float>(x[2]), static_cast<float>(x[3])};
 #endif
 }
+// Of numbers.
+GM_HD vf least(vf a, vf b) {
+#if GM_LEVEL >= 2
+  return _mm512_min_ps(a, b);
+#elif GM_LEVEL == 1
+  return _mm256_min_ps(a, b);
+#else
+  return a < b ? a : b;
+#endif
+}
+GM_HD vf most(vf a, vf b) {
+#if GM_LEVEL >= 2
+  return _mm512_max_ps(a, b);
+#elif GM_LEVEL == 1
+  return _mm256_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+GM_HD vf floored(vf x) {  // of magnitudes less than 2^22
+#if GM_LEVEL >= 2
+  return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+#elif GM_LEVEL == 1
+  return _mm256_floor_ps(x);
+#else
+  const vf nearest = (x + 12582912.0f) - 12582912.0f;
+  return nearest > x ? nearest - 1.0f : nearest;
+#endif
+}
+GM_HD vu truncated(vf x) {  // of magnitudes less than 2^31, negative ones in two's complement
+#if GM_LEVEL >= 2
+  return (vu)_mm512_cvttps_epi32(x);
+#elif GM_LEVEL == 1
+  return (vu)_mm256_cvttps_epi32(x);
+#else
+  vu u{};
+  for (int i = 0; i < W; ++i) u[i] = static_cast<uint32_t>(static_cast<int32_t>(x[i]));
+  return u;
+#endif
+}
 GM_HD void store_narrowed(uint8_t* p, vu x) {
 #if GM_LEVEL >= 2
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8((vi)x));
@@ -422,7 +462,7 @@ GM_HD vu nibbles(const uint8_t* p) {
 
 // Bytes of four vectors' lanes. They lie as the instructions that pack leave them, mixed within 128 bits, until they are stored in order.
 typedef uint8_t vb __attribute__((vector_size(4 * W)));
-// The lanes, all of [BASE, BASE + 2^15), less BASE; 255 for what is more.
+// The lanes, all of [-2^31, BASE + 2^15), less BASE; 0 for what is less, 255 for what is more.
 template <int BASE>
 GM_HD vb packed(vu a, vu b, vu c, vu d) {
 #if GM_LEVEL >= 1
@@ -437,16 +477,27 @@ GM_HD vb packed(vu a, vu b, vu c, vu d) {
 #else
   const vu all[4] = {a - BASE, b - BASE, c - BASE, d - BASE};
   vb x{};
-  for (int i = 0; i < 4 * W; ++i) x[i] = static_cast<uint8_t>(all[i / W][i % W] > 255u ? 255u : all[i / W][i % W]);
+  for (int i = 0; i < 4 * W; ++i) {
+    const int32_t lane = static_cast<int32_t>(all[i / W][i % W]);
+    x[i] = static_cast<uint8_t>(lane < 0 ? 0 : lane > 255 ? 255 : lane);
+  }
   return x;
 #endif
 }
-// Their top bits are the lanes' signs, the others anything.
-GM_HD vb packed_signs(vf a, vf b, vf c, vf d) {
+// The lanes, signed, all of [-128, 128).
+GM_HD vb packed_signed(vu a, vu b, vu c, vu d) {
 #if GM_LEVEL >= 2
   return (vb)_mm512_packs_epi16(_mm512_packs_epi32((vi)a, (vi)b), _mm512_packs_epi32((vi)c, (vi)d));
 #elif GM_LEVEL == 1
   return (vb)_mm256_packs_epi16(_mm256_packs_epi32((vi)a, (vi)b), _mm256_packs_epi32((vi)c, (vi)d));
+#else
+  return packed<0>(a & 255u, b & 255u, c & 255u, d & 255u);
+#endif
+}
+// Their top bits are the lanes' signs, the others anything.
+GM_HD vb packed_signs(vf a, vf b, vf c, vf d) {
+#if GM_LEVEL >= 1
+  return packed_signed((vu)a, (vu)b, (vu)c, (vu)d);
 #else
   return packed<0>((vu)a >> 24, (vu)b >> 24, (vu)c >> 24, (vu)d >> 24);
 #endif

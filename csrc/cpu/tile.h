@@ -21,7 +21,7 @@ inline char* tile_address(const Matrix& m, int64_t row, int64_t col) {
 // Each group sits in a 64-bit lane of which only the low half counts: vpmuludq reads just that half, so a round is two
 // multiplies, two shifts and four xors, and the low words of the products are used where they are. 1.73 -> 0.56 ns a
 // word with AVX2 and 0.93 -> 0.35 with AVX-512 against the loop the compiler makes of 32-bit lanes (one core, Zen 4);
-// one chain alone was bound by latency: 1.43 and 0.94.
+// one chain alone was bound by latency: 1.43 and 0.94; four instead of two with AVX2 took 0.56 to 0.52 (busy).
 #if GM_LEVEL >= 1
 #if GM_LEVEL >= 2
 typedef __m512i wide;
@@ -43,7 +43,7 @@ inline void store_groups(wide a, wide b, uint32_t* out) {
   store(out + 8, __builtin_shufflevector(a, b, 2, 6, 3, 7));
 }
 #endif
-constexpr int kChains = GM_LEVEL >= 2 ? 4 : 2;  // independent chains that hide the latency of a round, some 7 cycles
+constexpr int kChains = 4;  // independent chains that hide the latency of a round, some 7 cycles
 constexpr int kWide = sizeof(wide) / 8;
 constexpr int kGroups = kChains * kWide;
 
@@ -153,6 +153,26 @@ inline vu encode_small_float(vf x, vu words, float scale) {
   return magnitude | ((vu)x >> (CODE == kE2M1 ? 28 : 24) & F::sign);
 }
 
+// encode<CODE> of 4 W values of an 8-bit integer code: the same operations on what is finite, with the processor's floor, and the last clamp made by
+// the packing.
+template <int CODE, bool STOCHASTIC>
+inline vb encode_integers(const float* x, const uint32_t* words, Block b) {
+  const vf top = broadcast(code_top(CODE)), zero_point = broadcast(static_cast<float>(b.zero));
+  vu q[4];
+#pragma GCC unroll 4
+  for (int v = 0; v < 4; ++v) {
+    vf y = least(most(load(x + v * W) / b.scale, -top), top);
+    if (STOCHASTIC) {
+      const vf down = floored(y), up = converted((vu)load(words + v * W) >> 8) * 5.9604644775390625e-08f;  // 2^-24
+      y = y - down > up ? down + 1.0f : down;
+    } else {
+      y = round_even(y);
+    }
+    q[v] = truncated(kZeroPoint<CODE> ? y + zero_point : y);
+  }
+  return kZeroPoint<CODE> ? packed<0>(q[0], q[1], q[2], q[3]) : packed_signed(q[0], q[1], q[2], q[3]);
+}
+
 template <int CODE, bool STOCHASTIC>
 inline void encode_block(const float* __restrict x, const uint32_t* __restrict words, Block b, int64_t n, char* codes) {
   constexpr int bits = kBits<CODE>;
@@ -183,24 +203,37 @@ inline void encode_block(const float* __restrict x, const uint32_t* __restrict w
       }
     }
   } else {
-    for (int64_t i = 0; i < n; ++i) c[i] = static_cast<uint8_t>(encode<CODE, STOCHASTIC>(x[i], b, STOCHASTIC ? words[i] : 0));
+    int64_t i = 0;
+    if constexpr (CODE == kInt8 || CODE == kUInt8)  // gcc's own vectors of this take twice as long
+      for (; i + 4 * W <= n; i += 4 * W) store_in_order(c + i, encode_integers<CODE, STOCHASTIC>(x + i, words + i, b));
+    for (; i < n; ++i) c[i] = static_cast<uint8_t>(encode<CODE, STOCHASTIC>(x[i], b, STOCHASTIC ? words[i] : 0));
   }
 }
 
+// As signed integers the bits of floats order those without a sign, as unsigned ones those with one, the largest magnitude on top: two maxima
+// give ordered_bits' extremes, and the larger of these is the largest magnitude.
 inline Block measure_block(int code, const float* x, int64_t n) {
-  uint32_t absmax = 0;
-  int32_t lo = 0, hi = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    uint32_t a = magnitude_bits(x[i]);
-    absmax = a > absmax ? a : absmax;
+  typedef int32_t vs __attribute__((vector_size(4 * W)));
+  vs top{};
+  vu bottom{};
+  int64_t i = 0;
+  for (; i + W <= n; i += W) {
+    const vu u = (vu)load(x + i);
+    top = (vs)u > top ? (vs)u : top;
+    bottom = u > bottom ? u : bottom;
   }
-  if (has_zero_point(code))
-    for (int64_t i = 0; i < n; ++i) {
-      int32_t o = ordered_bits(x[i]);
-      lo = o < lo ? o : lo;
-      hi = o > hi ? o : hi;
-    }
-  return block_of(code, absmax, lo, hi);
+  int32_t hi = 0;
+  uint32_t low = 0;
+  const auto take = [&](uint32_t u) {
+    hi = static_cast<int32_t>(u) > hi ? static_cast<int32_t>(u) : hi;
+    low = u > low ? u : low;
+  };
+  for (int lane = 0; lane < W; ++lane) take(static_cast<uint32_t>(top[lane])), take(bottom[lane]);
+  for (; i < n; ++i) take(float_bits(x[i]));
+  const uint32_t magnitude = low & 0x7fffffffu;
+  const bool negative = magnitude != low;
+  const uint32_t absmax = negative && magnitude > static_cast<uint32_t>(hi) ? magnitude : static_cast<uint32_t>(hi);
+  return block_of(code, absmax, negative ? static_cast<int32_t>(low ^ 0x7fffffffu) : 0, hi);
 }
 
 // The two largest magnitudes of a block, the first of equals first; rest: the block without them.
