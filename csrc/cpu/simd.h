@@ -336,6 +336,31 @@ GM_HD vf converted(vu x) {  // of less than 2^31
   return vf{static_cast<float>(x[0]), static_cast<float>(x[1]), static_cast<float>(x[2]), static_cast<float>(x[3])};
 #endif
 }
+// Lanes of at most 2^22 in magnitude as integers, halves to even.
+GM_HD vu rounded(vf x) {
+#if GM_LEVEL >= 2
+  return (vu)_mm512_cvtps_epi32(x);
+#elif GM_LEVEL == 1
+  return (vu)_mm256_cvtps_epi32(x);
+#else
+  return (vu)(x + 12582912.0f) - 0x4b400000u;
+#endif
+}
+GM_HD vf rounded_down(vf x) {
+#if GM_LEVEL >= 2
+  return _mm512_floor_ps(x);
+#elif GM_LEVEL == 1
+  return _mm256_floor_ps(x);
+#else
+  const vf nearest = (x + 12582912.0f) - 12582912.0f;
+  return nearest > x ? nearest - 1.0f : nearest;
+#endif
+}
+// float_to_bf16: the low halves of the lanes are the bits.
+GM_HD vu bf16_bits(vf x) {
+  const vu u = (vu)x, high = u >> 16;
+  return x != x ? high | 0x40u : (u + 0x7fffu + (high & 1u)) >> 16;
+}
 GM_HD void store_narrowed(uint8_t* p, vu x) {
 #if GM_LEVEL >= 2
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8((vi)x));
@@ -441,12 +466,20 @@ GM_HD vb packed(vu a, vu b, vu c, vu d) {
   return x;
 #endif
 }
-// Their top bits are the lanes' signs, the others anything.
-GM_HD vb packed_signs(vf a, vf b, vf c, vf d) {
+// The lanes, all of [-128, 127].
+GM_HD vb packed_signed(vu a, vu b, vu c, vu d) {
 #if GM_LEVEL >= 2
   return (vb)_mm512_packs_epi16(_mm512_packs_epi32((vi)a, (vi)b), _mm512_packs_epi32((vi)c, (vi)d));
 #elif GM_LEVEL == 1
   return (vb)_mm256_packs_epi16(_mm256_packs_epi32((vi)a, (vi)b), _mm256_packs_epi32((vi)c, (vi)d));
+#else
+  return packed<0>(a & 255u, b & 255u, c & 255u, d & 255u);
+#endif
+}
+// Their top bits are the lanes' signs, the others anything.
+GM_HD vb packed_signs(vf a, vf b, vf c, vf d) {
+#if GM_LEVEL >= 1
+  return packed_signed((vu)a, (vu)b, (vu)c, (vu)d);
 #else
   return packed<0>((vu)a >> 24, (vu)b >> 24, (vu)c >> 24, (vu)d >> 24);
 #endif

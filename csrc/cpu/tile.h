@@ -153,54 +153,115 @@ inline vu encode_small_float(vf x, vu words, float scale) {
   return magnitude | ((vu)x >> (CODE == kE2M1 ? 28 : 24) & F::sign);
 }
 
+// encode<CODE> of W values, by integers and small floats; signed 8-bit codes as 32-bit integers. Left to gcc, narrowing to bytes took more
+// than the rounding.
+template <int CODE>
+constexpr bool kInLanes = !OffsetFloat<CODE>::is;
 template <int CODE, bool STOCHASTIC>
-inline void encode_block(const float* __restrict x, const uint32_t* __restrict words, Block b, int64_t n, char* codes) {
-  constexpr int bits = kBits<CODE>;
-  uint8_t* __restrict c = reinterpret_cast<uint8_t*>(codes);
-  if constexpr (bits < 8) {
-    constexpr int part = 256;  // codes made at a time: that loop becomes vector code, packing them does not
-    uint8_t q[part];
-    int64_t done = 0;
-    if constexpr (CODE == kE2M1)
-      for (; done + W <= n; done += W, c += W / 2) {
-        vu random{};
-        if (STOCHASTIC) memcpy(&random, words + done, sizeof random);
-        store_narrowed_nibbles(c, encode_small_float<kE2M1, STOCHASTIC>(load(x + done), random, b.scale));
-      }
-    for (int64_t i = done; i < n; i += part) {
-      const int live = static_cast<int>(n - i < part ? n - i : part);
-      for (int k = 0; k < live; ++k)
-        q[k] = static_cast<uint8_t>(encode<CODE, STOCHASTIC>(x[i + k], b, STOCHASTIC ? words[i + k] : 0)) & ((1u << bits) - 1u);
-      for (int k = live; k % 8 != 0; ++k) q[k] = 0;
-      if constexpr (bits == 4) {
-        for (int k = 0; k < (live + 1) / 2; ++k) *c++ = static_cast<uint8_t>(q[2 * k] | q[2 * k + 1] << 4);
-      } else {
-        for (int k = 0; k < live; k += 8, c += bits) {
-          uint32_t stream = 0;
-          for (int j = 0; j < 8; ++j) stream |= static_cast<uint32_t>(q[k + j]) << j * bits;
-          memcpy(c, &stream, static_cast<size_t>((live - k < 8 ? live - k : 8) * bits + 7) / 8);
-        }
-      }
+inline vu encode_lanes(vf x, vu words, Block b) {
+  if constexpr (SmallFloat<CODE>::is) return encode_small_float<CODE, STOCHASTIC>(x, words, b.scale);
+  const vf top = zero() + code_top(CODE), y = clampf(x / b.scale, -top, top);
+  vu q;
+  if constexpr (STOCHASTIC) {  // round_stochastic
+    const vf down = rounded_down(y);
+    q = rounded(down) - (vu)(y - down > converted(words >> 8) * 5.9604644775390625e-08f);
+  } else {
+    q = rounded(y);
+  }
+  if constexpr (kZeroPoint<CODE>) {
+    typedef int32_t ints __attribute__((vector_size(4 * W)));
+    const ints code = (ints)q + b.zero, most = ints{} + static_cast<int>(code_top(CODE));
+    return (vu)(code < 0 ? ints{} : code > most ? most : code);
+  }
+  return kBits<CODE> < 8 ? q & ((1u << kBits<CODE>) - 1u) : q;
+}
+
+// Of n <= W values, with zeros behind them.
+template <int CODE, bool STOCHASTIC>
+inline vu encode_few(const float* x, const uint32_t* words, Block b, int64_t n) {
+  vf values{};
+  vu random{};
+  memcpy(&values, x, static_cast<size_t>(n) * 4);
+  if (STOCHASTIC) memcpy(&random, words, static_cast<size_t>(n) * 4);
+  return encode_lanes<CODE, STOCHASTIC>(values, random, b) & (vu)(lane_numbers() < static_cast<uint32_t>(n)) & 255u;
+}
+
+// Of four vectors.
+template <int CODE, bool STOCHASTIC>
+inline vb encode_four(const float* x, const uint32_t* words, Block b) {
+  vu q[4], random{};
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    if (STOCHASTIC) random = (vu)load(words + i * W);
+    q[i] = encode_lanes<CODE, STOCHASTIC>(load(x + i * W), random, b);
+  }
+  return kSigned<CODE> && kBits<CODE> == 8 ? packed_signed(q[0], q[1], q[2], q[3]) : packed<0>(q[0], q[1], q[2], q[3]);
+}
+
+// n codes, a byte each.
+template <int CODE, bool STOCHASTIC>
+inline void encode_bytes(const float* __restrict x, const uint32_t* __restrict words, Block b, int64_t n, uint8_t* __restrict c) {
+  if constexpr (kInLanes<CODE>) {
+    int64_t i = 0;
+    for (; i + 4 * W <= n; i += 4 * W) store_in_order(c + i, encode_four<CODE, STOCHASTIC>(x + i, words + i, b));
+    for (; i + W <= n; i += W) store_narrowed(c + i, encode_few<CODE, STOCHASTIC>(x + i, words + i, b, W));
+    if (i < n) {
+      uint8_t rest[W];
+      store_narrowed(rest, encode_few<CODE, STOCHASTIC>(x + i, words + i, b, n - i));
+      memcpy(c + i, rest, static_cast<size_t>(n - i));
     }
   } else {
     for (int64_t i = 0; i < n; ++i) c[i] = static_cast<uint8_t>(encode<CODE, STOCHASTIC>(x[i], b, STOCHASTIC ? words[i] : 0));
   }
 }
 
+template <int CODE, bool STOCHASTIC>
+inline void encode_block(const float* __restrict x, const uint32_t* __restrict words, Block b, int64_t n, char* codes) {
+  constexpr int bits = kBits<CODE>;
+  uint8_t* __restrict c = reinterpret_cast<uint8_t*>(codes);
+  if constexpr (bits == 8) return encode_bytes<CODE, STOCHASTIC>(x, words, b, n, c);
+  int64_t done = 0;
+  if constexpr (bits == 4 && kInLanes<CODE>) {
+    for (; done + 8 * W <= n; done += 8 * W, c += 4 * W)
+      store_in_order(c, encode_four<CODE, STOCHASTIC>(x + done, words + done, b), encode_four<CODE, STOCHASTIC>(x + done + 4 * W, words + done + 4 * W, b));
+    for (; done + W <= n; done += W, c += W / 2) store_narrowed_nibbles(c, encode_few<CODE, STOCHASTIC>(x + done, words + done, b, W));
+  }
+  constexpr int part = 256;
+  uint8_t q[part + 8];
+  for (int64_t i = done; i < n; i += part) {
+    const int64_t live = n - i < part ? n - i : part;
+    encode_bytes<CODE, STOCHASTIC>(x + i, words + i, b, live, q);
+    memset(q + live, 0, 8);
+    for (int64_t k = 0; k < live; k += 8, c += bits) {  // eight bytes to their low bits, side by side
+      uint64_t stream;
+      memcpy(&stream, q + k, 8);
+      stream = (stream | stream >> (8 - bits)) & (0x0001000100010001u * ((1u << 2 * bits) - 1u));
+      stream = (stream | stream >> (16 - 2 * bits)) & (0x0000000100000001u * ((uint64_t{1} << 4 * bits) - 1u));
+      stream = stream | stream >> (32 - 4 * bits);
+      memcpy(c, &stream, static_cast<size_t>((live - k < 8 ? live - k : 8) * bits + 7) / 8);
+    }
+  }
+}
+
 inline Block measure_block(int code, const float* x, int64_t n) {
+  if (has_zero_point(code)) {  // floats' bits, as integers: positive ones in order; negative ones, unsigned, above them, the lowest first
+    int32_t high = 0;
+    uint32_t low = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const uint32_t bits = float_bits(x[i]);
+      high = static_cast<int32_t>(bits) > high ? static_cast<int32_t>(bits) : high;
+      low = bits > low ? bits : low;
+    }
+    const bool negative = low >> 31;
+    const uint32_t largest = negative && (low & 0x7fffffffu) > static_cast<uint32_t>(high) ? low & 0x7fffffffu : static_cast<uint32_t>(high);
+    return block_of(code, largest, negative ? ordered_bits(bits_float(low)) : 0, high);
+  }
   uint32_t absmax = 0;
-  int32_t lo = 0, hi = 0;
   for (int64_t i = 0; i < n; ++i) {
     uint32_t a = magnitude_bits(x[i]);
     absmax = a > absmax ? a : absmax;
   }
-  if (has_zero_point(code))
-    for (int64_t i = 0; i < n; ++i) {
-      int32_t o = ordered_bits(x[i]);
-      lo = o < lo ? o : lo;
-      hi = o > hi ? o : hi;
-    }
-  return block_of(code, absmax, lo, hi);
+  return block_of(code, absmax, 0, 0);
 }
 
 // The two largest magnitudes of a block, the first of equals first; rest: the block without them.
@@ -289,7 +350,11 @@ inline void decode_floats(int code, const void* in, int64_t n, float* __restrict
 inline void encode_floats(int code, const float* __restrict in, const uint32_t* __restrict words, int64_t n, void* out) {
   uint16_t* __restrict h = static_cast<uint16_t*>(out);
   if (code == kBF16 && words) for (int64_t i = 0; i < n; ++i) h[i] = float_to_bf16_stochastic(in[i], words[i]);
-  else if (code == kBF16) for (int64_t i = 0; i < n; ++i) h[i] = float_to_bf16(in[i]);
+  else if (code == kBF16) {
+    int64_t i = 0;
+    for (; i + W <= n; i += W) store_narrowed(h + i, bf16_bits(load(in + i)));
+    for (; i < n; ++i) h[i] = float_to_bf16(in[i]);
+  }
   else if (code == kF16) for (int64_t i = 0; i < n; ++i) h[i] = float_to_f16(in[i]);
   else memcpy(out, in, static_cast<size_t>(n) * 4);
 }
