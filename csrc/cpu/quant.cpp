@@ -58,14 +58,14 @@ void quantize(const QuantizeArgs& a) {
   const Matrix& m = a.out;
   if (m.rows == 0 || m.cols == 0) return;
   if (!a.transpose) {
+    const int64_t run = m.block < kWords ? kWords / m.block * m.block : m.block, per_row = (m.cols + run - 1) / run;  // short blocks together
 #pragma omp parallel if (m.rows * m.cols > kSerial)
     {
-      float* buffer = static_cast<float*>(malloc(static_cast<size_t>(m.block) * 4));
-      const int64_t per_row = m.blocks_per_row();
+      float* buffer = static_cast<float*>(malloc(static_cast<size_t>(run) * 4));
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < m.rows * per_row; ++i) {
-        int64_t row = i / per_row, col = i % per_row * m.block;
-        int64_t n = m.cols - col < m.block ? m.cols - col : m.block;
+        const int64_t row = i / per_row, col = i % per_row * run;
+        const int64_t n = m.cols - col < run ? m.cols - col : run;
         const float* x = buffer;
         if (a.x_code == kF32) x = static_cast<const float*>(a.x) + row * a.stride + col;  // no copy
         else load_row(a, row, col, n, buffer);
