@@ -26,6 +26,9 @@ void load_row(const QuantizeArgs& a, int64_t row, int64_t col, int64_t n, float*
   decode_floats(a.x_code, base, n, out);
 }
 
+// Codes that quantize_both makes.
+bool is_turned(int code) { return code == kInt8 || code == kInt7 || code == kE4M3 || code == kE5M2; }
+
 constexpr int64_t kTurn = 16;  // columns of x turned into rows together: one cache line of fp32
 
 // out[r * pitch + c] = x[row + c, col + r] for c < n and r < w <= kTurn; out has kTurn rows.
@@ -54,9 +57,15 @@ void turn(const void* x, int code, int64_t stride, int64_t row, int64_t col, int
   }
 }
 
+void quantize_both(const QuantizeBothArgs& a);
+
 void quantize(const QuantizeArgs& a) {
   const Matrix& m = a.out;
   if (m.rows == 0 || m.cols == 0) return;
+  if (a.transpose && is_turned(m.code) && !a.key && !a.given) {  // x twice, in order, is faster than once in lines pages apart
+    const Matrix none{nullptr, nullptr, nullptr, m.code, m.cols, m.rows, m.block < m.cols && m.rows > kWords ? kWords : m.rows};
+    return quantize_both({a.x, a.x_code, a.stride, none, m, nullptr, nullptr});
+  }
   if (!a.transpose) {
     const int64_t run = m.block < kWords ? kWords / m.block * m.block : m.block, per_row = (m.cols + run - 1) / run;  // short blocks together
 #pragma omp parallel if (m.rows * m.cols > kSerial)
@@ -103,29 +112,30 @@ struct Square {
 template <int CODE>
 void encode_turned(const QuantizeBothArgs& a, int64_t row, int64_t col, int64_t n, int64_t w, const float* __restrict scales) {
   alignas(64) static const float nothing[kSide] = {};
-  alignas(64) float decoded[4][kSide];
+  alignas(64) float decoded[4][kSide] = {}, own[kSide] = {};
+  memcpy(own, scales, static_cast<size_t>(w) * 4);
   alignas(64) lane codes[kSide / 4][kSide];
   const int64_t bytes = code_bits(a.x_code) / 8;
   // Rows of x and of the result lie pages apart, where the hardware does not guess them.
   for (int64_t c = 0; c < w; ++c) __builtin_prefetch(tile_address(a.turned, col + c, row), 1);
   for (int64_t i = 0; i < kSide; i += 4) {
     const float* x[4];
+#pragma GCC unroll 4
     for (int64_t k = 0; k < 4; ++k) {
       const char* from = static_cast<const char*>(a.x) + ((row + i + k) * a.stride + col) * bytes;
       if (i + k < n)
         for (int64_t next = kSide * bytes; next < 2 * kSide * bytes; next += 64) __builtin_prefetch(from + next);
       x[k] = decoded[k];
       if (i + k >= n) x[k] = nothing;
-      else if (a.x_code == kF32) x[k] = reinterpret_cast<const float*>(from);
+      else if (a.x_code == kF32 && w == kSide) x[k] = reinterpret_cast<const float*>(from);
       else decode_floats(a.x_code, from, w, decoded[k]);
     }
-    const float *__restrict x0 = x[0], *__restrict x1 = x[1], *__restrict x2 = x[2], *__restrict x3 = x[3];
-    uint32_t* __restrict out = reinterpret_cast<uint32_t*>(codes[i / 4]);
-    for (int64_t c = 0; c < w; ++c) {
-      const Block b{scales[c], 0, 0.0f};
-      const uint32_t q = static_cast<uint32_t>(encode<CODE, false>(x0[c], b, 0) & 255) | static_cast<uint32_t>(encode<CODE, false>(x1[c], b, 0) & 255) << 8 |
-                         static_cast<uint32_t>(encode<CODE, false>(x2[c], b, 0) & 255) << 16 | static_cast<uint32_t>(encode<CODE, false>(x3[c], b, 0)) << 24;
-      out[c] = scales[c] > 0.0f ? q : 0;
+    for (int64_t c = 0; c < w; c += W) {
+      const vf s = load(own + c);
+      vu q[4];
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) q[k] = encode_lanes<CODE, false>(load(x[k] + c), vu{}, s, 0);
+      store(codes[i / 4] + c, (vf)(((q[0] & 255u) | (q[1] & 255u) << 8 | (q[2] & 255u) << 16 | q[3] << 24) & (vu)(s > 0.0f)));
     }
   }
   for (int64_t c = 0; c < w; c += W)
@@ -146,7 +156,7 @@ void encode_by_rows(const QuantizeBothArgs& a, int64_t row, int64_t col, int64_t
   const float* x = buffer;
   if (a.x_code == kF32) x = reinterpret_cast<const float*>(from);
   else decode_floats(a.x_code, from, n, buffer);
-  encode_tile(a.out, row, col, n, x, nullptr);
+  if (a.out.codes) encode_tile(a.out, row, col, n, x, nullptr);
   for (int64_t c = 0; c < n; ++c) {
     const uint32_t magnitude = magnitude_bits(x[c]);
     largest[c] = magnitude > largest[c] ? magnitude : largest[c];
@@ -161,16 +171,17 @@ void measure_turned(const QuantizeBothArgs& a, const Square& s, int64_t from, in
   }
 }
 
-void encode_strip(const QuantizeBothArgs& a, const Square& s, int64_t row, const float* scales) {
-  const int64_t n = s.rows - row < kSide ? s.rows - row : kSide;
-  for (int64_t c = 0; c < s.cols; c += kSide) {
-    const int64_t w = s.cols - c < kSide ? s.cols - c : kSide;
-    if (a.turned.code == kInt8) encode_turned<kInt8>(a, s.row + row, s.col + c, n, w, scales + c);
-    else if (a.turned.code == kInt7) encode_turned<kInt7>(a, s.row + row, s.col + c, n, w, scales + c);
-    else if (a.turned.code == kE4M3) encode_turned<kE4M3>(a, s.row + row, s.col + c, n, w, scales + c);
-    else encode_turned<kE5M2>(a, s.row + row, s.col + c, n, w, scales + c);
-  }
+// Part number `at` of the turned codes of a square: kSide x kSide elements, from left to right.
+void encode_part(const QuantizeBothArgs& a, const Square& s, int64_t at, const float* scales) {
+  const int64_t across = (s.cols + kSide - 1) / kSide, row = at / across * kSide, c = at % across * kSide;
+  const int64_t n = s.rows - row < kSide ? s.rows - row : kSide, w = s.cols - c < kSide ? s.cols - c : kSide;
+  if (a.turned.code == kInt8) encode_turned<kInt8>(a, s.row + row, s.col + c, n, w, scales + c);
+  else if (a.turned.code == kInt7) encode_turned<kInt7>(a, s.row + row, s.col + c, n, w, scales + c);
+  else if (a.turned.code == kE4M3) encode_turned<kE4M3>(a, s.row + row, s.col + c, n, w, scales + c);
+  else encode_turned<kE5M2>(a, s.row + row, s.col + c, n, w, scales + c);
 }
+
+int64_t parts_of(const Square& s) { return (s.rows + kSide - 1) / kSide * ((s.cols + kSide - 1) / kSide); }
 
 void quantize_both(const QuantizeBothArgs& a) {
   const Matrix& m = a.out;
@@ -196,7 +207,7 @@ void quantize_both(const QuantizeBothArgs& a) {
 #pragma omp single
       measure_turned(a, all, 0, m.cols, largest, scales);
 #pragma omp for schedule(static)
-      for (int64_t r = 0; r < (m.rows + kSide - 1) / kSide; ++r) encode_strip(a, all, r * kSide, scales);
+      for (int64_t i = 0; i < parts_of(all); ++i) encode_part(a, all, i, scales);
     } else {
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < squares; ++i) {
@@ -205,7 +216,7 @@ void quantize_both(const QuantizeBothArgs& a) {
         memset(own, 0, static_cast<size_t>(width) * 4);
         for (int64_t r = 0; r < s.rows; ++r) encode_by_rows(a, s.row + r, s.col, s.cols, buffer, own);
         measure_turned(a, s, 0, s.cols, own, own_scales);
-        for (int64_t r = 0; r < s.rows; r += kSide) encode_strip(a, s, r, own_scales);
+        for (int64_t k = 0; k < parts_of(s); ++k) encode_part(a, s, k, own_scales);
       }
     }
     free(buffer), free(own_scales), free(own);

@@ -155,8 +155,8 @@ inline void decode_block(const char* codes, Block b, int64_t n, float* __restric
 }
 
 // encode<CODE> of W values. FP4's blocks are short: 16 elements took 70 ns as a loop for the compiler to vectorise.
-template <int CODE, bool STOCHASTIC>
-inline vu encode_small_float(vf x, vu words, float scale) {
+template <int CODE, bool STOCHASTIC, class Scale>
+inline vu encode_small_float(vf x, vu words, Scale scale) {
   typedef SmallFloat<CODE> F;
   const vf normal = zero() + bits_float(F::first_normal << F::shift), top = zero() + code_top(CODE);
   vf y = (vf)((vu)(x / scale) & 0x7fffffffu);
@@ -171,10 +171,10 @@ inline vu encode_small_float(vf x, vu words, float scale) {
 // than the rounding.
 template <int CODE>
 constexpr bool kInLanes = !OffsetFloat<CODE>::is;
-template <int CODE, bool STOCHASTIC>
-inline vu encode_lanes(vf x, vu words, Block b) {
-  if constexpr (SmallFloat<CODE>::is) return encode_small_float<CODE, STOCHASTIC>(x, words, b.scale);
-  const vf top = zero() + code_top(CODE), y = clampf(x / b.scale, -top, top);
+template <int CODE, bool STOCHASTIC, class Scale>
+inline vu encode_lanes(vf x, vu words, Scale scale, int zero_point) {
+  if constexpr (SmallFloat<CODE>::is) return encode_small_float<CODE, STOCHASTIC>(x, words, scale);
+  const vf top = zero() + code_top(CODE), y = clampf(x / scale, -top, top);
   vu q;
   if constexpr (STOCHASTIC) {  // round_stochastic
     const vf down = rounded_down(y);
@@ -184,7 +184,7 @@ inline vu encode_lanes(vf x, vu words, Block b) {
   }
   if constexpr (kZeroPoint<CODE>) {
     typedef int32_t ints __attribute__((vector_size(4 * W)));
-    const ints code = (ints)q + b.zero, most = ints{} + static_cast<int>(code_top(CODE));
+    const ints code = (ints)q + zero_point, most = ints{} + static_cast<int>(code_top(CODE));
     return (vu)(code < 0 ? ints{} : code > most ? most : code);
   }
   return kBits<CODE> < 8 ? q & ((1u << kBits<CODE>) - 1u) : q;
@@ -192,7 +192,7 @@ inline vu encode_lanes(vf x, vu words, Block b) {
 
 template <int CODE, bool STOCHASTIC>
 inline vu encode_one(const float* x, const uint32_t* words, Block b) {
-  return encode_lanes<CODE, STOCHASTIC>(load(x), STOCHASTIC ? (vu)load(words) : vu{}, b) & 255u;
+  return encode_lanes<CODE, STOCHASTIC>(load(x), STOCHASTIC ? (vu)load(words) : vu{}, b.scale, b.zero) & 255u;
 }
 
 // Of four vectors.
@@ -200,7 +200,7 @@ template <int CODE, bool STOCHASTIC>
 inline vb encode_four(const float* x, const uint32_t* words, Block b) {
   vu q[4];
 #pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) q[i] = encode_lanes<CODE, STOCHASTIC>(load(x + i * W), STOCHASTIC ? (vu)load(words + i * W) : vu{}, b);
+  for (int i = 0; i < 4; ++i) q[i] = encode_lanes<CODE, STOCHASTIC>(load(x + i * W), STOCHASTIC ? (vu)load(words + i * W) : vu{}, b.scale, b.zero);
   return kSigned<CODE> && kBits<CODE> == 8 ? packed_signed(q[0], q[1], q[2], q[3]) : packed<0>(q[0], q[1], q[2], q[3]);
 }
 
