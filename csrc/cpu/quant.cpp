@@ -35,12 +35,16 @@ constexpr int64_t kTurn = 16;  // columns of x turned into rows together: one ca
 void turn(const void* x, int code, int64_t stride, int64_t row, int64_t col, int64_t n, int64_t w, float* out, int64_t pitch) {
   const int64_t bytes = code_bits(code) / 8;
   const char* base = static_cast<const char*>(x) + (row * stride + col) * bytes;
-  const bool direct = code == kF32 && w == kTurn;
+  const bool direct = code == kF32 && w == kTurn, narrow = code == kBF16 && w == kTurn;
   float decoded[W * kTurn] = {};
   for (int64_t c = 0; c < n; c += W) {
     const int64_t rows = n - c < W ? n - c : W;
     const float* from = decoded;
-    if (direct && rows == W) from = reinterpret_cast<const float*>(base) + c * stride;
+    if (narrow && rows == W) {
+      const uint16_t* h = reinterpret_cast<const uint16_t*>(base) + c * stride;
+      for (int i = 0; i < W; ++i)
+        for (int64_t r = 0; r < kTurn; r += W) store(decoded + i * kTurn + r, (vf)(widened(h + i * stride + r) << 16));
+    } else if (direct && rows == W) from = reinterpret_cast<const float*>(base) + c * stride;
     else for (int64_t i = 0; i < rows; ++i) decode_floats(code, base + (c + i) * stride * bytes, w, decoded + i * kTurn);
     const int64_t step = from == decoded ? kTurn : stride;
     if (rows == W) {
@@ -297,23 +301,29 @@ GM_HD void butterflies(vf (&v)[K]) {  // of vectors 1, 2, 4, ... apart
       }
 }
 
+// bfloat16 rows go from memory to registers and back, not by way of fp32 copies in L1.
+GM_HD vf load_floats(const float* p) { return load(p); }
+GM_HD vf load_floats(const uint16_t* p) { return (vf)(widened(p) << 16); }
+GM_HD void store_floats(float* p, vf x) { store(p, x); }
+GM_HD void store_floats(uint16_t* p, vf x) { store_narrowed(p, bf16_bits(x)); }
+
 GM_HD vf flipped(vf x, const uint32_t* signs) { return signs ? (vf)((vu)x ^ (vu)load(signs)) : x; }
 
 // Blocks of BLOCK elements, n in all, a multiple of W; `before` and `after`: sign bits or null.
-template <int BLOCK>
-void hadamard_held(const float* x, const uint32_t* before, const uint32_t* after, float scale, int64_t n, float* out) {
+template <int BLOCK, class In, class Out>
+void hadamard_held(const In* x, const uint32_t* before, const uint32_t* after, float scale, int64_t n, Out* out) {
   constexpr int K = BLOCK > W ? BLOCK / W : 1;
   for (int64_t i = 0; i < n; i += K * W) {
     vf v[K];
     for (int k = 0; k < K; ++k) {
-      v[k] = flipped(load(x + i + k * W), before ? before + i + k * W : nullptr);
+      v[k] = flipped(load_floats(x + i + k * W), before ? before + i + k * W : nullptr);
       if constexpr (BLOCK >= 2) v[k] = butterfly<1>(v[k]);
       if constexpr (BLOCK >= 4) v[k] = butterfly<2>(v[k]);
       if constexpr (BLOCK >= 8 && W >= 8) v[k] = butterfly<4>(v[k]);
       if constexpr (BLOCK >= 16 && W >= 16) v[k] = butterfly<8>(v[k]);
     }
     butterflies(v);
-    for (int k = 0; k < K; ++k) store(out + i + k * W, flipped(v[k] * broadcast(scale), after ? after + i + k * W : nullptr));
+    for (int k = 0; k < K; ++k) store_floats(out + i + k * W, flipped(v[k] * broadcast(scale), after ? after + i + k * W : nullptr));
   }
 }
 
@@ -329,8 +339,9 @@ void hadamard_apart(float* x, int64_t h, const uint32_t* after, float scale, int
     }
 }
 
-// n elements, a multiple of block; x may be out.
-void hadamard_blocks(const float* x, const uint32_t* signs, bool inverse, int64_t block, int64_t n, float* out) {
+// n elements, a multiple of block; x may be out. Only fp32 in blocks of more than kHeld vectors.
+template <class In, class Out>
+void hadamard_blocks(const In* x, const uint32_t* signs, bool inverse, int64_t block, int64_t n, Out* out) {
   const uint32_t *before = inverse ? nullptr : signs, *after = inverse ? signs : nullptr;
   const float scale = hadamard_scale(block);
   const int64_t whole = n / W * W;
@@ -345,7 +356,7 @@ void hadamard_blocks(const float* x, const uint32_t* signs, bool inverse, int64_
     GM_HELD(128)
 #endif
     default:
-      for (int64_t i = 0; i < n; i += block) {
+      if constexpr (sizeof(In) + sizeof(Out) == 8) for (int64_t i = 0; i < n; i += block) {
         hadamard_held<kHeld * W>(x + i, before ? before + i : nullptr, nullptr, 1.0f, block, out + i);
         for (int64_t h = kHeld * W; h < block;) {
           const int64_t k = block / h < 8 ? block / h : 8;
@@ -358,13 +369,24 @@ void hadamard_blocks(const float* x, const uint32_t* signs, bool inverse, int64_
   }
 #undef GM_HELD
   if (whole < n) {  // less than a vector of short blocks
-    float edge[W] = {};
+    const size_t rest = static_cast<size_t>(n - whole);
+    In edge[W] = {};
+    Out result[W];
     uint32_t edge_signs[W] = {};
-    const size_t bytes = static_cast<size_t>(n - whole) * 4;
-    memcpy(edge, x + whole, bytes);
-    if (signs) memcpy(edge_signs, signs + whole, bytes);
-    hadamard_blocks(edge, edge_signs, inverse, block, W, edge);
-    memcpy(out + whole, edge, bytes);
+    memcpy(edge, x + whole, rest * sizeof(In));
+    if (signs) memcpy(edge_signs, signs + whole, rest * 4);
+    hadamard_blocks(edge, edge_signs, inverse, block, W, result);
+    memcpy(out + whole, result, rest * sizeof(Out));
+  }
+}
+
+// Whole blocks, then the tail's.
+template <class In, class Out>
+void hadamard_row(const In* x, const uint32_t* signs, bool inverse, int64_t block, int64_t n, Out* out) {
+  for (int64_t done = 0; done < n; block /= 2) {
+    const int64_t length = (n - done) / block * block;
+    hadamard_blocks(x + done, signs ? signs + done : nullptr, inverse, block, length, out + done);
+    done += length;
   }
 }
 
@@ -389,17 +411,23 @@ void hadamard(const HadamardArgs& a) {
       }
       const float* x = buffer;
       const char* source = static_cast<const char*>(a.x) + (row0 * a.stride + col) * code_bits(a.x_code) / 8;
+      char* const to = static_cast<char*>(a.out) + (row0 * a.cols + col) * code_bits(a.out_code) / 8;
+      const bool narrow = a.out_code == kBF16 && a.block <= kHeld * W;
+      if (narrow && !a.transpose && a.x_code == kBF16) {
+        hadamard_row(reinterpret_cast<const uint16_t*>(source), signs, a.inverse, a.block, n, reinterpret_cast<uint16_t*>(to));
+        continue;
+      }
       if (a.transpose) turn(a.x, a.x_code, a.stride, col, row0, n, w, buffer, pitch);
       else if (a.x_code == kF32) x = reinterpret_cast<const float*>(source);
       else decode_floats(a.x_code, source, n, buffer);
       for (int64_t r = 0; r < w; ++r) {
-        char* out = static_cast<char*>(a.out) + ((row0 + r) * a.cols + col) * code_bits(a.out_code) / 8;
-        float* y = a.out_code == kF32 ? reinterpret_cast<float*>(out) : buffer + r * pitch;
-        for (int64_t done = 0, size = a.block; done < n; size /= 2) {  // whole blocks, then the tail's
-          const int64_t length = (n - done) / size * size;
-          hadamard_blocks(x + r * pitch + done, signs ? signs + done : nullptr, a.inverse, size, length, y + done);
-          done += length;
+        char* const out = to + r * a.cols * code_bits(a.out_code) / 8;
+        if (narrow) {
+          hadamard_row(x + r * pitch, signs, a.inverse, a.block, n, reinterpret_cast<uint16_t*>(out));
+          continue;
         }
+        float* y = a.out_code == kF32 ? reinterpret_cast<float*>(out) : buffer + r * pitch;
+        hadamard_row(x + r * pitch, signs, a.inverse, a.block, n, y);
         if (a.out_code != kF32) encode_floats(a.out_code, y, nullptr, n, out);
       }
     }
