@@ -11,8 +11,7 @@ from .runner import Bench, Work, baseline, case, ours
 
 
 def _work(n, packing=False):
-    # Bits in, fp32 out; a vpshufb and a vpaddb make 128 products where int8's two instructions make 32.
-    return Work((8.0 if packing else 0.25) * n * n + 4.0 * n * n, 2.0 * n ** 3 / 8, "int8")
+    return Work((8.0 if packing else 0.25) * n * n + 4.0 * n * n, 2.0 * n ** 3, "popcount")   # bits in, fp32 out
 
 
 def _signs(ctx, goal_packing):
@@ -71,7 +70,7 @@ def _training(ctx, title, products, x, w, ours_forward, torch_forward):
     def both_ways(forward):
         a, b = x().clone().requires_grad_(), w().clone().requires_grad_()
         return lambda i: torch.autograd.grad(forward(a, b), (a, b), dy())
-    return Bench(title, Work(4.0 * 4 * x().numel() + 4.0 * 3 * w().numel(), 6.0 * products / 8, "int8"), [
+    return Bench(title, Work(4.0 * 4 * x().numel() + 4.0 * 3 * w().numel(), 6.0 * products, "popcount"), [
         ours(lambda: both_ways(lambda a, b: ours_forward(a, b, scales)), "gradmill, recipe one_bit_fqt"), baseline("torch fp32", lambda: both_ways(torch_forward))])
 
 
@@ -116,7 +115,7 @@ def _biper(ctx, title, layer, x, operations):
             with torch.no_grad():
                 return model(x())
         return forward
-    return Bench(title, Work(4.0 * x().numel(), operations / 8, "int8"), [
+    return Bench(title, Work(4.0 * x().numel(), operations, "popcount"), [
         ours(lambda: run(packed), "gradmill, biper.pack"), baseline("torch fp32", lambda: run(lambda: layer().to(ctx.device)))])
 
 
@@ -162,5 +161,5 @@ def one_bit_vgg(ctx):
     for width in widths:
         products += batch * channels * width * 9 * side * side
         channels, side = width or channels, side if width else side // 2
-    return Bench(f"one_bit_fqt, a step of VGG-16 at 32x32, batch {batch}", Work(0.0, 6.0 * products / 8, "int8"), [
+    return Bench(f"one_bit_fqt, a step of VGG-16 at 32x32, batch {batch}", Work(0.0, 6.0 * products, "popcount"), [
         ours(lambda: step("one_bit_fqt"), "gradmill, recipe one_bit_fqt"), baseline("torch fp32", lambda: step(None))])
