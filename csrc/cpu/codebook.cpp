@@ -56,14 +56,16 @@ void move_row(const BookMoveArgs& p, int64_t r) {
   if (!(mean > 0.0f && mean < __builtin_inff())) return;
   uint8_t* const indices = static_cast<uint8_t*>(p.w.codes) + r * row_bytes(p.w);
   int8_t* const fractions = p.fractions + r * p.w.cols;
+  uint32_t words[kWords];
   for (int64_t i = 0; i < p.w.cols; ++i) {
+    if (i % kWords == 0) philox_fill(p.key, static_cast<uint64_t>(r * p.w.cols + i), p.w.cols - i < kWords ? p.w.cols - i : kWords, words);
     const float g = dw[i] * rate;
     if (!(g > 0.0f || g < 0.0f) || g - g != 0.0f) continue;
     const int index = static_cast<int>(book_index<BITS>(indices, i)), j = g > 0.0f ? index - 1 : index + 1;
     const float d = j < 0 || j > last ? mean : __builtin_fabsf(c[j] - c[index]);
     const float step = clampf(-g * ((2.0f * mean) / (d + mean)) * 256.0f, -256.0f, 256.0f);
     if (step != step) continue;  // a codeword is not a number
-    int f = fractions[i] + static_cast<int>(round_stochastic(step, philox_word(p.key, static_cast<uint64_t>(r * p.w.cols + i)))), to = index;
+    int f = fractions[i] + static_cast<int>(round_stochastic(step, words[i % kWords])), to = index;
     if (f > 127) f = index < last ? (++to, f - 256) : 127;
     else if (f < -128) f = index > 0 ? (--to, f + 256) : -128;
     fractions[i] = static_cast<int8_t>(f);

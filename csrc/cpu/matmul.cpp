@@ -24,7 +24,8 @@
 //   m <= 4   gemv: 8.4 MB of INT4 at 4096 x 4096 against fp32's 67, but bound by instructions: seven to turn W codes into
 //            floats and add them (six with AVX-512), three for codes of 4 or 2 bits at few rows (Fields, below): predicted 2x
 //            there. One thread's time at batch 1 on a busy machine: INT4 AVX2 1.48 -> 1.01 ms, AVX-512 1.08 -> 0.85; INT2
-//            1.97 -> 1.37 and 1.63 -> 1.24; torch's fp32 3.4-3.6.
+//            1.97 -> 1.37 and 1.63 -> 1.24; torch's fp32 3.4-3.6. Two chains of fma waited for each other (4.3 of 4 cycles a span); four, and zero points
+//            paid in vectors: groups of 128 1.10 -> 0.83 and 0.89 -> 0.77, as fast from the cache: bound by instructions, and prefetches change nothing.
 //   m <= 16  dot products on decoded rows, or added rows when transposed. INT4, m = 16: AVX2 1.4x, AVX-512 1.8x.
 //   beyond   the fp32 gemm, dequantising while it packs. INT4, 2048 cubed: AVX2 1.07x, AVX-512 1.03x.
 //            Weak: m = 32 is at 1.0x, where packing is not yet paid for.

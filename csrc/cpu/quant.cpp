@@ -2,10 +2,16 @@
 // fake quantisation.
 //
 // Memory-bound: fp32 -> int8 moves 5 bytes per element (4 read, 1 written). A block is read into L1 once,
-// measured there and encoded from there. `transpose` reads 16 columns at a time, a cache line of fp32 from each row,
-// and turns them round in registers into row buffers, so each line of x is read once although the result runs the
-// other way. Both at once: two walks instead of three, the second beside the first one's lines as far as the cache goes.
-// 4096 x 1024 fp32 to int8 by rows and by columns, 2 cores with AVX2: 2.96 -> 2.13 ms (one core 5.47 -> 4.32), AVX-512
+// measured there and encoded from there: for W values of int8 3 instructions to measure, 4 to round and 1.25 to pack and store (tile.h), of
+// which the division, 5 cycles with AVX2, is the longest. Predicted a copy's speed. 4096 x 1024, one core of a Zen 4, its time on a busy machine,
+// codes made in loops for gcc to vectorise -> in vectors: int8 AVX2 1.61 -> 0.82 ms, AVX-512 1.05 -> 0.83 (25 GB/s, a copy's); uint4 in 256s 2.93 ->
+// 1.30 and 2.22 -> 1.27; uint2 in 64s 6.2 -> 3.3; e2m1 in 16s 6.9 -> 3.4; stochastic int8 4.95 -> 3.45 and 3.24 -> 2.56, the rest of which is Philox.
+//
+// `transpose` has to know a column's scale before its codes. To nearest x is read twice, in order: its columns' maxima, then 64 x 64
+// elements at a time (quantize_both without the rows' codes): AVX2 4.4 -> 3.6 ms, AVX-512 4.3 -> 2.85, bf16 3.9 -> 2.2. Other codes and random
+// words go by `turn`: 16 columns at a time, a cache line of fp32 from each row, turned round in registers into row buffers, so that each line of x
+// is read once, but from as many pages as x has rows. Both at once: two walks instead of three, the second beside the first one's lines as far as the cache goes.
+// By rows and by columns, 2 cores with AVX2: 2.96 -> 2.13 ms (one core 5.47 -> 4.32), AVX-512
 // 2.55 -> 1.53; 42 MB moved either way, which a copy does in 0.83: what is saved are floats turned and row buffers.
 // Blocks of 128: 1.14x. Tried: random words in this order too (slower than two calls), no prefetches (5.3 instead of 4.3).
 #include <omp.h>
@@ -270,6 +276,8 @@ void dequantize(const DequantizeArgs& a) {
 // matmul with a 16 x 16 matrix: 1.47). Transposed 1.75 ms (torch's t().contiguous() alone: 4.8): reading a line from
 // each row and writing a kilobyte to each of 16 rows is what costs; other strips, prefetching either side and turning
 // without transforming changed nothing, stores past the cache saved a quarter, at the expense of who reads the result.
+// bf16, half the bytes, is bound by instructions: butterflies in fp32 and 8 to round. One core 1.79 -> 1.38 ms with AVX-512 without fp32 copies in
+// L1, 1.7 with AVX2 either way; torch's matmul, which has bf16 products but no random signs, takes 0.83.
 constexpr int kHeld = 8;
 
 template <int H>
