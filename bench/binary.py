@@ -48,7 +48,7 @@ def planes(ctx):
     return Bench(f"4-bit planes x signs {n} cubed, operands packed", _work(n), [
         ours(lambda: lambda i: ops.matmul_planes(a()[0], b()[0], n, *a()[1:], b()[1], torch.float32)),
         baseline("torch fp32 matmul", lambda: lambda i: F.linear(x(), w()))],
-                 lambda: [TABLES + "; sums of planes reach 60 and are widened every four lookups, signs' every 31"])
+                 lambda: [TABLES + "; sums of planes reach 60 and are widened every four lookups, signs' every 62"])
 
 
 @case("binary", goal=("torch", 2.0))
