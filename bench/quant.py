@@ -99,7 +99,7 @@ def quantize_int8_both_ways(ctx):
 @case("quant")
 def quantize_int8_stochastic(ctx):
     return _quantize(ctx, "quantize to INT8 with stochastic rounding", "int8", 0, torch_int8_stochastic,
-                     key=torch.tensor([1, 2], dtype=torch.int64), note="bound by Philox: ten rounds of 64-bit multiplies for four random words, two thirds of the instructions")
+                     key=torch.tensor([1, 2], dtype=torch.int64), note="bound by Philox: ten rounds of 64-bit multiplies for four random words, more than half of the instructions")
 
 
 @case("quant")
