@@ -28,7 +28,7 @@ AVX512 = AVX2 + " -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-wid
 # level name -> (number in csrc/cpu/kernels.h, compiler flags)
 LEVELS = {"portable": (0, ""), "avx2": (1, AVX2), "avx512": (2, AVX512), "avx512_vnni": (3, AVX512 + " -mavx512vnni")}
 # family -> levels it is compiled for; a family without a level uses the next lower one (csrc/bindings.cpp)
-FAMILIES = {"quant": 3, "matmul": 4, "conv": 3, "optim": 3, "projection": 3, "binary": 3, "codebook": 1}
+FAMILIES = {"quant": 3, "matmul": 4, "conv": 3, "optim": 3, "projection": 3, "binary": 3, "codebook": 2}
 
 # No -ffast-math: it links start-up code that changes denormal handling for the whole process, and results
 # must be bit-equal between instruction sets (hence no contraction into fused multiply-adds either).

@@ -32,6 +32,7 @@ MEANING = {
     "fp32": ("FLOP/s", "fp32 multiply-adds in registers (peaks.c)"),
     "int8": ("OP/s", "exact int8 multiply-adds in registers (peaks.c)"),
     "int7": ("OP/s", "the same with codes in [-64, 63] (peaks.c)"),
+    "popcount": ("OP/s", "products of signs in registers: xor + popcount, or table lookups (peaks.c)"),
     "fp32 matmul": ("FLOP/s", "torch fp32 matmul"),
     "bf16 matmul": ("FLOP/s", "torch bf16 matmul"),
     "int8 matmul": ("OP/s", "torch._int_mm"),
@@ -165,12 +166,12 @@ def best(sample, seconds: float) -> float:
 
 
 def registers(level: str, threads: int, seconds: float) -> dict[str, float]:
-    """{"fp32": ..., "int8": ..., "int7": ...} of peaks.c on all threads; {} without a C compiler or on another processor family."""
+    """{"fp32": ..., "int8": ..., "int7": ..., "popcount": ...} of peaks.c on all threads; {} without a C compiler or on another processor family."""
     library = _peaks()
     found = {}
     if library is None or level not in LEVELS:
         return found
-    for kind in ("fp32", "int8", "int7"):
+    for kind in ("fp32", "int8", "int7", "popcount"):
         names = [f"{kind}_{name}" for name in LEVELS[:LEVELS.index(level) + 1]]
         functions = [getattr(library, name) for name in names if hasattr(library, name)]
         if not functions:
@@ -238,7 +239,7 @@ def check_cap(level: str, threads: int, rounds: int = 3) -> dict:
     rates = {name: {kind: statistics.median(r[k] for r in runs) for kind, runs in seen.items()} for k, name in enumerate(names)}
     import gradmill
     both = {kind: registers(isa, threads, 0.2) for kind, isa in (("capped", level), ("free", gradmill._C.detected_isa()))}
-    for unit in ("fp32", "int8"):
+    for unit in ("fp32", "int8", "popcount"):
         if all(unit in peaks for peaks in both.values()):
             rates[f"{unit} in registers"] = {kind: peaks[unit] for kind, peaks in both.items()}
     return rates

@@ -28,6 +28,16 @@ def _onednn(w8, w_scales, n):
     return run
 
 
+def wrong_sums() -> str:
+    """How exact each way is on random codes: with AVX2, oneDNN adds pairs of products in 16 bits that saturate."""
+    n = 256
+    a, b = (torch.randint(-127, 128, (n, n), dtype=torch.int8) for _ in range(2))
+    exact, one = a.double() @ b.double().t(), torch.ones(n, 1)
+    ways = {"gradmill": lambda: ops.matmul_int8(a, b, one, one, None, torch.float32), "torch._int_mm": lambda: torch._int_mm(a, b.t()),
+            "oneDNN u8s8": lambda: _onednn(b, one, n)((a.to(torch.int16) + 128).to(torch.uint8), 1.0)}
+    return "sums of random codes that come out wrong: " + ", ".join(f"{name} {(run().double() != exact).double().mean():.0%}" for name, run in ways.items())
+
+
 def _bf16(ctx, n):
     """What one would run instead on a GPU. Not on CPU: without AVX-512 BF16 it takes minutes."""
     def make():
@@ -56,10 +66,13 @@ def int8(ctx):
         _, _, x8, _, w8, sw = _operands(ctx, n)
         run, x_u8 = _onednn(w8, sw, n), x8.to(torch.int16).add_(128).to(torch.uint8)
         return lambda i: run(x_u8, 0.02)
+
+    def notes():
+        return [wrong_sums()] if ctx.device == "cpu" else []
     return Bench(f"INT8 matmul {n} cubed, operands already quantised", Work(2.0 * n * n + 4.0 * n * n, 2.0 * n ** 3, "int8"), [
         ours(make_ours), baseline("torch fp32 matmul", make_torch), rival("torch._int_mm, int32 out", make_int_mm),
         *([rival("torch bf16 matmul", _bf16(ctx, n))] if ctx.device == "cuda" else
-          [rival("oneDNN u8s8 linear, one scale for x", make_onednn)])])
+          [rival("oneDNN u8s8 linear, one scale for x", make_onednn)])], notes)
 
 
 @case("matmul", goal=("torch", 1.9))

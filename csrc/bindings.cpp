@@ -35,9 +35,9 @@ const char* const kLevelNames[] = {"portable", "avx2", "avx512", "avx512_vnni"};
 const Table kTables[] = {
     {&quant_portable, &matmul_portable, &conv_portable, &optim_portable, &projection_portable, &binary_portable, &codebook_portable},
 #if defined(__x86_64__)
-    {&quant_avx2, &matmul_avx2, &conv_avx2, &optim_avx2, &projection_avx2, &binary_avx2, &codebook_portable},
-    {&quant_avx512, &matmul_avx512, &conv_avx512, &optim_avx512, &projection_avx512, &binary_avx512, &codebook_portable},
-    {&quant_avx512, &matmul_avx512_vnni, &conv_avx512, &optim_avx512, &projection_avx512, &binary_avx512, &codebook_portable},
+    {&quant_avx2, &matmul_avx2, &conv_avx2, &optim_avx2, &projection_avx2, &binary_avx2, &codebook_avx2},
+    {&quant_avx512, &matmul_avx512, &conv_avx512, &optim_avx512, &projection_avx512, &binary_avx512, &codebook_avx2},
+    {&quant_avx512, &matmul_avx512_vnni, &conv_avx512, &optim_avx512, &projection_avx512, &binary_avx512, &codebook_avx2},
 #endif
 };
 

@@ -148,6 +148,17 @@ def test_every_way_trains(bench, model, way):
     assert 1 < worker("train 2") < 7 and worker("step") > 0 and worker("measure")["parameters"] > 1000
 
 
+def test_every_limit_has_a_meaning_and_every_peak_a_function(bench):
+    limits, runner = bench("limits"), bench("runner")
+    level = gradmill._C.detected_isa()
+    for name in limits.LEVELS[:limits.LEVELS.index(level) + 1]:
+        found = limits.registers(name, 1, 0.001)
+        assert not found or {"fp32", "popcount"} <= set(found) and all(rate > 1e8 for rate in found.values()), (name, found)
+    assert set(found) <= set(limits.MEANING)
+    for case in runner.load(("binary",)):
+        assert case.build(runner.Context("cpu", tiny=True)).work.bound in limits.MEANING, case.name
+
+
 # --- instructions -----------------------------------------------------------------------------------------
 @pytest.fixture
 def instructions():

@@ -24,7 +24,8 @@
 //   m <= 4   gemv: 8.4 MB of INT4 at 4096 x 4096 against fp32's 67, but bound by instructions: seven to turn W codes into
 //            floats and add them (six with AVX-512), three for codes of 4 or 2 bits at few rows (Fields, below): predicted 2x
 //            there. One thread's time at batch 1 on a busy machine: INT4 AVX2 1.48 -> 1.01 ms, AVX-512 1.08 -> 0.85; INT2
-//            1.97 -> 1.37 and 1.63 -> 1.24; torch's fp32 3.4-3.6.
+//            1.97 -> 1.37 and 1.63 -> 1.24; torch's fp32 3.4-3.6. Two chains of fma waited for each other (4.3 of 4 cycles a span); four, and zero points
+//            paid in vectors: groups of 128 1.10 -> 0.83 and 0.89 -> 0.77, as fast from the cache: bound by instructions, and prefetches change nothing.
 //   m <= 16  dot products on decoded rows, or added rows when transposed. INT4, m = 16: AVX2 1.4x, AVX-512 1.8x.
 //   beyond   the fp32 gemm, dequantising while it packs. INT4, 2048 cubed: AVX2 1.07x, AVX-512 1.03x.
 //            Weak: m = 32 is at 1.0x, where packing is not yet paid for.
@@ -352,37 +353,52 @@ struct Fields {
 
   template <int ROWS>
   static void dot(const PackedMatmulArgs& p, const float* x, const float* y, const float* block_sums, int64_t j, float* sums, int64_t stride) {
-    constexpr int chains = 2;
+    constexpr int chains = ROWS == 1 ? 4 : 2, together = ROWS == 1 && fields == 2 ? 2 : 1;  // spans; a chain's fma take 4 cycles each
     const Matrix& w = p.w;
     const int64_t blocks = w.blocks_per_row();
+    const float* const scales = w.scales + j * blocks;
+    const uint8_t* const zero_points = SIGNED ? nullptr : w.zeros + j * blocks;
     vf total[ROWS];
     float zeros[ROWS] = {};
-    for (int r = 0; r < ROWS; ++r) total[r] = zero();
+    for (int r = 0; r < ROWS; ++r) {
+      total[r] = zero();
+      const float* const sums_of = block_sums + r * blocks;
+      int64_t b = 0;
+      for (; b + W <= blocks; b += W) {
+        const vf zero_point = SIGNED ? broadcast(1 << (BITS - 1)) : converted(widened(zero_points + b));
+        total[r] = fma(load(scales + b) * zero_point, load(sums_of + b), total[r]);
+      }
+      for (; b < blocks; ++b) zeros[r] += scales[b] * static_cast<float>(SIGNED ? 1 << (BITS - 1) : zero_points[b]) * sums_of[b];
+    }
     for (int64_t start = 0, b = 0; start < w.cols; start += w.block, ++b) {
-      const float scale = w.scales[j * blocks + b];
-      const int zero_point = SIGNED ? 1 << (BITS - 1) : w.zeros[j * blocks + b];
       const uint8_t* codes = reinterpret_cast<const uint8_t*>(tile_address(w, j, start));
       const int64_t end = min_of(start + w.block, w.cols);
       vf acc[ROWS][chains];
       for (int r = 0; r < ROWS; ++r)
         for (int c = 0; c < chains; ++c) acc[r][c] = zero();
       int64_t k = start;
-      for (; k + span <= end; k += span, codes += W) {
+      const auto add_span = [&](int first) __attribute__((always_inline)) {
         const vu bytes = SIGNED ? widened(codes) ^ (BITS == 4 ? 0x88u : 0xaau) : widened(codes);
 #pragma GCC unroll 4
         for (int f = 0; f < fields; ++f) {
           const vf value = converted(f + 1 < fields ? bytes & ((1u << (f + 1) * BITS) - 1) : bytes);
+          const int chain = (first + f) % chains;
 #pragma GCC unroll 4
-          for (int r = 0; r < ROWS; ++r) acc[r][f % chains] = fma(load(y + r * w.cols + k + f * W), value, acc[r][f % chains]);
+          for (int r = 0; r < ROWS; ++r) acc[r][chain] = fma(load(y + r * w.cols + k + f * W), value, acc[r][chain]);
         }
-      }
+        k += span, codes += W;
+      };
+      for (; k + together * span <= end;)
+#pragma GCC unroll 2
+        for (int t = 0; t < together; ++t) add_span(t * fields);
+      if (together > 1 && k + span <= end) add_span(0);
       for (int r = 0; r < ROWS; ++r) {
-        total[r] = fma(add(acc[r][0], acc[r][1]), broadcast(scale), total[r]);
-        zeros[r] += scale * static_cast<float>(zero_point) * block_sums[r * blocks + b];
+        if (chains == 4) acc[r][0] = add(acc[r][0], acc[r][chains - 2]), acc[r][1] = add(acc[r][1], acc[r][chains - 1]);
+        total[r] = fma(add(acc[r][0], acc[r][1]), broadcast(scales[b]), total[r]);
       }
       if (k < end)
         for (int r = 0; r < ROWS; ++r)
-          zeros[r] += rest(w.code, reinterpret_cast<const char*>(codes), Block{scale, SIGNED ? 0 : zero_point, 0.0f}, x + r * w.cols + k, end - k);
+          zeros[r] += rest(w.code, reinterpret_cast<const char*>(codes), block_at(w, j * blocks + b), x + r * w.cols + k, end - k);
     }
     for (int r = 0; r < ROWS; ++r) sums[r * stride] = sum(total[r]) + zeros[r];
   }

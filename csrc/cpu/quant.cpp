@@ -2,10 +2,16 @@
 // fake quantisation.
 //
 // Memory-bound: fp32 -> int8 moves 5 bytes per element (4 read, 1 written). A block is read into L1 once,
-// measured there and encoded from there. `transpose` reads 16 columns at a time, a cache line of fp32 from each row,
-// and turns them round in registers into row buffers, so each line of x is read once although the result runs the
-// other way. Both at once: two walks instead of three, the second beside the first one's lines as far as the cache goes.
-// 4096 x 1024 fp32 to int8 by rows and by columns, 2 cores with AVX2: 2.96 -> 2.13 ms (one core 5.47 -> 4.32), AVX-512
+// measured there and encoded from there: for W values of int8 3 instructions to measure, 4 to round and 1.25 to pack and store (tile.h), of
+// which the division, 5 cycles with AVX2, is the longest. Predicted a copy's speed. 4096 x 1024, one core of a Zen 4, its time on a busy machine,
+// codes made in loops for gcc to vectorise -> in vectors: int8 AVX2 1.61 -> 0.82 ms, AVX-512 1.05 -> 0.83 (25 GB/s, a copy's); uint4 in 256s 2.93 ->
+// 1.30 and 2.22 -> 1.27; uint2 in 64s 6.2 -> 3.3; e2m1 in 16s 6.9 -> 3.4; stochastic int8 4.95 -> 3.45 and 3.24 -> 2.56, the rest of which is Philox.
+//
+// `transpose` has to know a column's scale before its codes. To nearest x is read twice, in order: its columns' maxima, then 64 x 64
+// elements at a time (quantize_both without the rows' codes): AVX2 4.4 -> 3.6 ms, AVX-512 4.3 -> 2.85, bf16 3.9 -> 2.2. Other codes and random
+// words go by `turn`: 16 columns at a time, a cache line of fp32 from each row, turned round in registers into row buffers, so that each line of x
+// is read once, but from as many pages as x has rows. Both at once: two walks instead of three, the second beside the first one's lines as far as the cache goes.
+// By rows and by columns, 2 cores with AVX2: 2.96 -> 2.13 ms (one core 5.47 -> 4.32), AVX-512
 // 2.55 -> 1.53; 42 MB moved either way, which a copy does in 0.83: what is saved are floats turned and row buffers.
 // Blocks of 128: 1.14x. Tried: random words in this order too (slower than two calls), no prefetches (5.3 instead of 4.3).
 #include <omp.h>
@@ -26,18 +32,25 @@ void load_row(const QuantizeArgs& a, int64_t row, int64_t col, int64_t n, float*
   decode_floats(a.x_code, base, n, out);
 }
 
+// Codes that quantize_both makes.
+bool is_turned(int code) { return code == kInt8 || code == kInt7 || code == kE4M3 || code == kE5M2; }
+
 constexpr int64_t kTurn = 16;  // columns of x turned into rows together: one cache line of fp32
 
 // out[r * pitch + c] = x[row + c, col + r] for c < n and r < w <= kTurn; out has kTurn rows.
 void turn(const void* x, int code, int64_t stride, int64_t row, int64_t col, int64_t n, int64_t w, float* out, int64_t pitch) {
   const int64_t bytes = code_bits(code) / 8;
   const char* base = static_cast<const char*>(x) + (row * stride + col) * bytes;
-  const bool direct = code == kF32 && w == kTurn;
+  const bool direct = code == kF32 && w == kTurn, narrow = code == kBF16 && w == kTurn;
   float decoded[W * kTurn] = {};
   for (int64_t c = 0; c < n; c += W) {
     const int64_t rows = n - c < W ? n - c : W;
     const float* from = decoded;
-    if (direct && rows == W) from = reinterpret_cast<const float*>(base) + c * stride;
+    if (narrow && rows == W) {
+      const uint16_t* h = reinterpret_cast<const uint16_t*>(base) + c * stride;
+      for (int i = 0; i < W; ++i)
+        for (int64_t r = 0; r < kTurn; r += W) store(decoded + i * kTurn + r, (vf)(widened(h + i * stride + r) << 16));
+    } else if (direct && rows == W) from = reinterpret_cast<const float*>(base) + c * stride;
     else for (int64_t i = 0; i < rows; ++i) decode_floats(code, base + (c + i) * stride * bytes, w, decoded + i * kTurn);
     const int64_t step = from == decoded ? kTurn : stride;
     if (rows == W) {
@@ -54,18 +67,24 @@ void turn(const void* x, int code, int64_t stride, int64_t row, int64_t col, int
   }
 }
 
+void quantize_both(const QuantizeBothArgs& a);
+
 void quantize(const QuantizeArgs& a) {
   const Matrix& m = a.out;
   if (m.rows == 0 || m.cols == 0) return;
+  if (a.transpose && is_turned(m.code) && !a.key && !a.given) {  // x twice, in order, is faster than once in lines pages apart
+    const Matrix none{nullptr, nullptr, nullptr, m.code, m.cols, m.rows, m.block < m.cols && m.rows > kWords ? kWords : m.rows};
+    return quantize_both({a.x, a.x_code, a.stride, none, m, nullptr, nullptr});
+  }
   if (!a.transpose) {
+    const int64_t run = m.block < kWords ? kWords / m.block * m.block : m.block, per_row = (m.cols + run - 1) / run;  // short blocks together
 #pragma omp parallel if (m.rows * m.cols > kSerial)
     {
-      float* buffer = static_cast<float*>(malloc(static_cast<size_t>(m.block) * 4));
-      const int64_t per_row = m.blocks_per_row();
+      float* buffer = static_cast<float*>(malloc(static_cast<size_t>(run) * 4));
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < m.rows * per_row; ++i) {
-        int64_t row = i / per_row, col = i % per_row * m.block;
-        int64_t n = m.cols - col < m.block ? m.cols - col : m.block;
+        const int64_t row = i / per_row, col = i % per_row * run;
+        const int64_t n = m.cols - col < run ? m.cols - col : run;
         const float* x = buffer;
         if (a.x_code == kF32) x = static_cast<const float*>(a.x) + row * a.stride + col;  // no copy
         else load_row(a, row, col, n, buffer);
@@ -103,29 +122,30 @@ struct Square {
 template <int CODE>
 void encode_turned(const QuantizeBothArgs& a, int64_t row, int64_t col, int64_t n, int64_t w, const float* __restrict scales) {
   alignas(64) static const float nothing[kSide] = {};
-  alignas(64) float decoded[4][kSide];
+  alignas(64) float decoded[4][kSide] = {}, own[kSide] = {};
+  memcpy(own, scales, static_cast<size_t>(w) * 4);
   alignas(64) lane codes[kSide / 4][kSide];
   const int64_t bytes = code_bits(a.x_code) / 8;
   // Rows of x and of the result lie pages apart, where the hardware does not guess them.
   for (int64_t c = 0; c < w; ++c) __builtin_prefetch(tile_address(a.turned, col + c, row), 1);
   for (int64_t i = 0; i < kSide; i += 4) {
     const float* x[4];
+#pragma GCC unroll 4
     for (int64_t k = 0; k < 4; ++k) {
       const char* from = static_cast<const char*>(a.x) + ((row + i + k) * a.stride + col) * bytes;
       if (i + k < n)
         for (int64_t next = kSide * bytes; next < 2 * kSide * bytes; next += 64) __builtin_prefetch(from + next);
       x[k] = decoded[k];
       if (i + k >= n) x[k] = nothing;
-      else if (a.x_code == kF32) x[k] = reinterpret_cast<const float*>(from);
+      else if (a.x_code == kF32 && w == kSide) x[k] = reinterpret_cast<const float*>(from);
       else decode_floats(a.x_code, from, w, decoded[k]);
     }
-    const float *__restrict x0 = x[0], *__restrict x1 = x[1], *__restrict x2 = x[2], *__restrict x3 = x[3];
-    uint32_t* __restrict out = reinterpret_cast<uint32_t*>(codes[i / 4]);
-    for (int64_t c = 0; c < w; ++c) {
-      const Block b{scales[c], 0, 0.0f};
-      const uint32_t q = static_cast<uint32_t>(encode<CODE, false>(x0[c], b, 0) & 255) | static_cast<uint32_t>(encode<CODE, false>(x1[c], b, 0) & 255) << 8 |
-                         static_cast<uint32_t>(encode<CODE, false>(x2[c], b, 0) & 255) << 16 | static_cast<uint32_t>(encode<CODE, false>(x3[c], b, 0)) << 24;
-      out[c] = scales[c] > 0.0f ? q : 0;
+    for (int64_t c = 0; c < w; c += W) {
+      const vf s = load(own + c);
+      vu q[4];
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) q[k] = encode_lanes<CODE, false>(load(x[k] + c), vu{}, s, 0);
+      store(codes[i / 4] + c, (vf)(((q[0] & 255u) | (q[1] & 255u) << 8 | (q[2] & 255u) << 16 | q[3] << 24) & (vu)(s > 0.0f)));
     }
   }
   for (int64_t c = 0; c < w; c += W)
@@ -146,7 +166,7 @@ void encode_by_rows(const QuantizeBothArgs& a, int64_t row, int64_t col, int64_t
   const float* x = buffer;
   if (a.x_code == kF32) x = reinterpret_cast<const float*>(from);
   else decode_floats(a.x_code, from, n, buffer);
-  encode_tile(a.out, row, col, n, x, nullptr);
+  if (a.out.codes) encode_tile(a.out, row, col, n, x, nullptr);
   for (int64_t c = 0; c < n; ++c) {
     const uint32_t magnitude = magnitude_bits(x[c]);
     largest[c] = magnitude > largest[c] ? magnitude : largest[c];
@@ -161,16 +181,17 @@ void measure_turned(const QuantizeBothArgs& a, const Square& s, int64_t from, in
   }
 }
 
-void encode_strip(const QuantizeBothArgs& a, const Square& s, int64_t row, const float* scales) {
-  const int64_t n = s.rows - row < kSide ? s.rows - row : kSide;
-  for (int64_t c = 0; c < s.cols; c += kSide) {
-    const int64_t w = s.cols - c < kSide ? s.cols - c : kSide;
-    if (a.turned.code == kInt8) encode_turned<kInt8>(a, s.row + row, s.col + c, n, w, scales + c);
-    else if (a.turned.code == kInt7) encode_turned<kInt7>(a, s.row + row, s.col + c, n, w, scales + c);
-    else if (a.turned.code == kE4M3) encode_turned<kE4M3>(a, s.row + row, s.col + c, n, w, scales + c);
-    else encode_turned<kE5M2>(a, s.row + row, s.col + c, n, w, scales + c);
-  }
+// Part number `at` of the turned codes of a square: kSide x kSide elements, from left to right.
+void encode_part(const QuantizeBothArgs& a, const Square& s, int64_t at, const float* scales) {
+  const int64_t across = (s.cols + kSide - 1) / kSide, row = at / across * kSide, c = at % across * kSide;
+  const int64_t n = s.rows - row < kSide ? s.rows - row : kSide, w = s.cols - c < kSide ? s.cols - c : kSide;
+  if (a.turned.code == kInt8) encode_turned<kInt8>(a, s.row + row, s.col + c, n, w, scales + c);
+  else if (a.turned.code == kInt7) encode_turned<kInt7>(a, s.row + row, s.col + c, n, w, scales + c);
+  else if (a.turned.code == kE4M3) encode_turned<kE4M3>(a, s.row + row, s.col + c, n, w, scales + c);
+  else encode_turned<kE5M2>(a, s.row + row, s.col + c, n, w, scales + c);
 }
+
+int64_t parts_of(const Square& s) { return (s.rows + kSide - 1) / kSide * ((s.cols + kSide - 1) / kSide); }
 
 void quantize_both(const QuantizeBothArgs& a) {
   const Matrix& m = a.out;
@@ -196,7 +217,7 @@ void quantize_both(const QuantizeBothArgs& a) {
 #pragma omp single
       measure_turned(a, all, 0, m.cols, largest, scales);
 #pragma omp for schedule(static)
-      for (int64_t r = 0; r < (m.rows + kSide - 1) / kSide; ++r) encode_strip(a, all, r * kSide, scales);
+      for (int64_t i = 0; i < parts_of(all); ++i) encode_part(a, all, i, scales);
     } else {
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < squares; ++i) {
@@ -205,7 +226,7 @@ void quantize_both(const QuantizeBothArgs& a) {
         memset(own, 0, static_cast<size_t>(width) * 4);
         for (int64_t r = 0; r < s.rows; ++r) encode_by_rows(a, s.row + r, s.col, s.cols, buffer, own);
         measure_turned(a, s, 0, s.cols, own, own_scales);
-        for (int64_t r = 0; r < s.rows; r += kSide) encode_strip(a, s, r, own_scales);
+        for (int64_t k = 0; k < parts_of(s); ++k) encode_part(a, s, k, own_scales);
       }
     }
     free(buffer), free(own_scales), free(own);
@@ -255,6 +276,8 @@ void dequantize(const DequantizeArgs& a) {
 // matmul with a 16 x 16 matrix: 1.47). Transposed 1.75 ms (torch's t().contiguous() alone: 4.8): reading a line from
 // each row and writing a kilobyte to each of 16 rows is what costs; other strips, prefetching either side and turning
 // without transforming changed nothing, stores past the cache saved a quarter, at the expense of who reads the result.
+// bf16, half the bytes, is bound by instructions: butterflies in fp32 and 8 to round. One core 1.79 -> 1.38 ms with AVX-512 without fp32 copies in
+// L1, 1.7 with AVX2 either way; torch's matmul, which has bf16 products but no random signs, takes 0.83.
 constexpr int kHeld = 8;
 
 template <int H>
@@ -286,23 +309,29 @@ GM_HD void butterflies(vf (&v)[K]) {  // of vectors 1, 2, 4, ... apart
       }
 }
 
+// bfloat16 rows go from memory to registers and back, not by way of fp32 copies in L1.
+GM_HD vf load_floats(const float* p) { return load(p); }
+GM_HD vf load_floats(const uint16_t* p) { return (vf)(widened(p) << 16); }
+GM_HD void store_floats(float* p, vf x) { store(p, x); }
+GM_HD void store_floats(uint16_t* p, vf x) { store_narrowed(p, bf16_bits(x)); }
+
 GM_HD vf flipped(vf x, const uint32_t* signs) { return signs ? (vf)((vu)x ^ (vu)load(signs)) : x; }
 
 // Blocks of BLOCK elements, n in all, a multiple of W; `before` and `after`: sign bits or null.
-template <int BLOCK>
-void hadamard_held(const float* x, const uint32_t* before, const uint32_t* after, float scale, int64_t n, float* out) {
+template <int BLOCK, class In, class Out>
+void hadamard_held(const In* x, const uint32_t* before, const uint32_t* after, float scale, int64_t n, Out* out) {
   constexpr int K = BLOCK > W ? BLOCK / W : 1;
   for (int64_t i = 0; i < n; i += K * W) {
     vf v[K];
     for (int k = 0; k < K; ++k) {
-      v[k] = flipped(load(x + i + k * W), before ? before + i + k * W : nullptr);
+      v[k] = flipped(load_floats(x + i + k * W), before ? before + i + k * W : nullptr);
       if constexpr (BLOCK >= 2) v[k] = butterfly<1>(v[k]);
       if constexpr (BLOCK >= 4) v[k] = butterfly<2>(v[k]);
       if constexpr (BLOCK >= 8 && W >= 8) v[k] = butterfly<4>(v[k]);
       if constexpr (BLOCK >= 16 && W >= 16) v[k] = butterfly<8>(v[k]);
     }
     butterflies(v);
-    for (int k = 0; k < K; ++k) store(out + i + k * W, flipped(v[k] * broadcast(scale), after ? after + i + k * W : nullptr));
+    for (int k = 0; k < K; ++k) store_floats(out + i + k * W, flipped(v[k] * broadcast(scale), after ? after + i + k * W : nullptr));
   }
 }
 
@@ -318,8 +347,9 @@ void hadamard_apart(float* x, int64_t h, const uint32_t* after, float scale, int
     }
 }
 
-// n elements, a multiple of block; x may be out.
-void hadamard_blocks(const float* x, const uint32_t* signs, bool inverse, int64_t block, int64_t n, float* out) {
+// n elements, a multiple of block; x may be out. Only fp32 in blocks of more than kHeld vectors.
+template <class In, class Out>
+void hadamard_blocks(const In* x, const uint32_t* signs, bool inverse, int64_t block, int64_t n, Out* out) {
   const uint32_t *before = inverse ? nullptr : signs, *after = inverse ? signs : nullptr;
   const float scale = hadamard_scale(block);
   const int64_t whole = n / W * W;
@@ -334,7 +364,7 @@ void hadamard_blocks(const float* x, const uint32_t* signs, bool inverse, int64_
     GM_HELD(128)
 #endif
     default:
-      for (int64_t i = 0; i < n; i += block) {
+      if constexpr (sizeof(In) + sizeof(Out) == 8) for (int64_t i = 0; i < n; i += block) {
         hadamard_held<kHeld * W>(x + i, before ? before + i : nullptr, nullptr, 1.0f, block, out + i);
         for (int64_t h = kHeld * W; h < block;) {
           const int64_t k = block / h < 8 ? block / h : 8;
@@ -347,13 +377,24 @@ void hadamard_blocks(const float* x, const uint32_t* signs, bool inverse, int64_
   }
 #undef GM_HELD
   if (whole < n) {  // less than a vector of short blocks
-    float edge[W] = {};
+    const size_t rest = static_cast<size_t>(n - whole);
+    In edge[W] = {};
+    Out result[W];
     uint32_t edge_signs[W] = {};
-    const size_t bytes = static_cast<size_t>(n - whole) * 4;
-    memcpy(edge, x + whole, bytes);
-    if (signs) memcpy(edge_signs, signs + whole, bytes);
-    hadamard_blocks(edge, edge_signs, inverse, block, W, edge);
-    memcpy(out + whole, edge, bytes);
+    memcpy(edge, x + whole, rest * sizeof(In));
+    if (signs) memcpy(edge_signs, signs + whole, rest * 4);
+    hadamard_blocks(edge, edge_signs, inverse, block, W, result);
+    memcpy(out + whole, result, rest * sizeof(Out));
+  }
+}
+
+// Whole blocks, then the tail's.
+template <class In, class Out>
+void hadamard_row(const In* x, const uint32_t* signs, bool inverse, int64_t block, int64_t n, Out* out) {
+  for (int64_t done = 0; done < n; block /= 2) {
+    const int64_t length = (n - done) / block * block;
+    hadamard_blocks(x + done, signs ? signs + done : nullptr, inverse, block, length, out + done);
+    done += length;
   }
 }
 
@@ -378,17 +419,23 @@ void hadamard(const HadamardArgs& a) {
       }
       const float* x = buffer;
       const char* source = static_cast<const char*>(a.x) + (row0 * a.stride + col) * code_bits(a.x_code) / 8;
+      char* const to = static_cast<char*>(a.out) + (row0 * a.cols + col) * code_bits(a.out_code) / 8;
+      const bool narrow = a.out_code == kBF16 && a.block <= kHeld * W;
+      if (narrow && !a.transpose && a.x_code == kBF16) {
+        hadamard_row(reinterpret_cast<const uint16_t*>(source), signs, a.inverse, a.block, n, reinterpret_cast<uint16_t*>(to));
+        continue;
+      }
       if (a.transpose) turn(a.x, a.x_code, a.stride, col, row0, n, w, buffer, pitch);
       else if (a.x_code == kF32) x = reinterpret_cast<const float*>(source);
       else decode_floats(a.x_code, source, n, buffer);
       for (int64_t r = 0; r < w; ++r) {
-        char* out = static_cast<char*>(a.out) + ((row0 + r) * a.cols + col) * code_bits(a.out_code) / 8;
-        float* y = a.out_code == kF32 ? reinterpret_cast<float*>(out) : buffer + r * pitch;
-        for (int64_t done = 0, size = a.block; done < n; size /= 2) {  // whole blocks, then the tail's
-          const int64_t length = (n - done) / size * size;
-          hadamard_blocks(x + r * pitch + done, signs ? signs + done : nullptr, a.inverse, size, length, y + done);
-          done += length;
+        char* const out = to + r * a.cols * code_bits(a.out_code) / 8;
+        if (narrow) {
+          hadamard_row(x + r * pitch, signs, a.inverse, a.block, n, reinterpret_cast<uint16_t*>(out));
+          continue;
         }
+        float* y = a.out_code == kF32 ? reinterpret_cast<float*>(out) : buffer + r * pitch;
+        hadamard_row(x + r * pitch, signs, a.inverse, a.block, n, y);
         if (a.out_code != kF32) encode_floats(a.out_code, y, nullptr, n, out);
       }
     }

@@ -336,28 +336,19 @@ GM_HD vf converted(vu x) {  // of less than 2^31
   return vf{static_cast<float>(x[0]), static_cast<float>(x[1]), static_cast<float>(x[2]), static_cast<float>(x[3])};
 #endif
 }
-// Of numbers.
-GM_HD vf least(vf a, vf b) {
+// Lanes of at most 2^22 in magnitude as integers, halves to even.
+GM_HD vu rounded(vf x) {
 #if GM_LEVEL >= 2
-  return _mm512_min_ps(a, b);
+  return (vu)_mm512_cvtps_epi32(x);
 #elif GM_LEVEL == 1
-  return _mm256_min_ps(a, b);
+  return (vu)_mm256_cvtps_epi32(x);
 #else
-  return a < b ? a : b;
+  return (vu)(x + 12582912.0f) - 0x4b400000u;
 #endif
 }
-GM_HD vf most(vf a, vf b) {
+GM_HD vf rounded_down(vf x) {
 #if GM_LEVEL >= 2
-  return _mm512_max_ps(a, b);
-#elif GM_LEVEL == 1
-  return _mm256_max_ps(a, b);
-#else
-  return a > b ? a : b;
-#endif
-}
-GM_HD vf floored(vf x) {  // of magnitudes less than 2^22
-#if GM_LEVEL >= 2
-  return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  return _mm512_floor_ps(x);
 #elif GM_LEVEL == 1
   return _mm256_floor_ps(x);
 #else
@@ -365,16 +356,10 @@ GM_HD vf floored(vf x) {  // of magnitudes less than 2^22
   return nearest > x ? nearest - 1.0f : nearest;
 #endif
 }
-GM_HD vu truncated(vf x) {  // of magnitudes less than 2^31, negative ones in two's complement
-#if GM_LEVEL >= 2
-  return (vu)_mm512_cvttps_epi32(x);
-#elif GM_LEVEL == 1
-  return (vu)_mm256_cvttps_epi32(x);
-#else
-  vu u{};
-  for (int i = 0; i < W; ++i) u[i] = static_cast<uint32_t>(static_cast<int32_t>(x[i]));
-  return u;
-#endif
+// float_to_bf16: the low halves of the lanes are the bits.
+GM_HD vu bf16_bits(vf x) {
+  const vu u = (vu)x, high = u >> 16;
+  return x != x ? high | 0x40u : (u + 0x7fffu + (high & 1u)) >> 16;
 }
 GM_HD void store_narrowed(uint8_t* p, vu x) {
 #if GM_LEVEL >= 2
@@ -484,7 +469,7 @@ GM_HD vb packed(vu a, vu b, vu c, vu d) {
   return x;
 #endif
 }
-// The lanes, signed, all of [-128, 128).
+// The lanes, all of [-128, 127].
 GM_HD vb packed_signed(vu a, vu b, vu c, vu d) {
 #if GM_LEVEL >= 2
   return (vb)_mm512_packs_epi16(_mm512_packs_epi32((vi)a, (vi)b), _mm512_packs_epi32((vi)c, (vi)d));

@@ -47,7 +47,17 @@ constexpr int kChains = 4;  // independent chains that hide the latency of a rou
 constexpr int kWide = sizeof(wide) / 8;
 constexpr int kGroups = kChains * kWide;
 
-inline void philox_groups(const Key& key, uint64_t group, uint32_t* out, uint64_t stride = 1) {
+// The rounds' keys, in all lanes: made once for a run of groups (from registers they cost a fifth of AVX2's instructions).
+struct RoundKeys {
+  alignas(64) uint64_t of[10][2][kWide];
+  explicit RoundKeys(const Key& key) {
+    uint32_t k0 = static_cast<uint32_t>(key.seed), k1 = static_cast<uint32_t>(key.seed >> 32);
+    for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u)
+      for (int i = 0; i < kWide; ++i) of[round][0][i] = k0, of[round][1][i] = k1;
+  }
+};
+
+inline void philox_groups(const Key& key, const RoundKeys& keys, uint64_t group, uint32_t* out, uint64_t stride = 1) {
   typedef unsigned long long lanes __attribute__((vector_size(sizeof(wide))));  // shifts without sign
   const wide m0 = wide_of(0xD2511F53), m1 = wide_of(0xCD9E8D57);
   wide c0[kChains], c1[kChains], c2[kChains], c3[kChains];
@@ -59,26 +69,27 @@ inline void philox_groups(const Key& key, uint64_t group, uint32_t* out, uint64_
     c2[i] = wide_of(key.stream);
     c3[i] = wide_of(key.step);
   }
-  uint32_t k0 = static_cast<uint32_t>(key.seed), k1 = static_cast<uint32_t>(key.seed >> 32);
 #pragma GCC unroll 10
   for (int round = 0; round < 10; ++round) {
+    const wide k0 = load_int(keys.of[round][0]), k1 = load_int(keys.of[round][1]);
 #pragma GCC unroll 4
     for (int i = 0; i < kChains; ++i) {
       const wide p0 = multiply_low(c0[i], m0), p1 = multiply_low(c2[i], m1);
-      c0[i] = (wide)((lanes)p1 >> 32) ^ c1[i] ^ wide_of(k0);
-      c2[i] = (wide)((lanes)p0 >> 32) ^ c3[i] ^ wide_of(k1);
+      c0[i] = (wide)((lanes)p1 >> 32) ^ c1[i] ^ k0;
+      c2[i] = (wide)((lanes)p0 >> 32) ^ c3[i] ^ k1;
       c1[i] = p1;
       c3[i] = p0;
     }
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
   }
   for (int i = 0; i < kChains; ++i) store_groups(paired(c0[i], c1[i]), paired(c2[i], c3[i]), out + 4 * kWide * i);
 }
 #else
 constexpr int kGroups = 16;
+struct RoundKeys {
+  explicit RoundKeys(const Key&) {}
+};
 
-inline void philox_groups(const Key& key, uint64_t group, uint32_t* out, uint64_t stride = 1) {
+inline void philox_groups(const Key& key, const RoundKeys&, uint64_t group, uint32_t* out, uint64_t stride = 1) {
   uint32_t w[4][kGroups];
 #pragma omp simd
   for (int i = 0; i < kGroups; ++i) philox4(key, group + static_cast<uint64_t>(i) * stride, w[0][i], w[1][i], w[2][i], w[3][i]);
@@ -87,18 +98,21 @@ inline void philox_groups(const Key& key, uint64_t group, uint32_t* out, uint64_
 }
 #endif
 
+inline void philox_groups(const Key& key, uint64_t group, uint32_t* out, uint64_t stride = 1) { philox_groups(key, RoundKeys(key), group, out, stride); }
+
 // The Philox words of elements [first, first + n).
 inline void philox_fill(const Key& key, uint64_t first, int64_t n, uint32_t* __restrict out) {
   constexpr int words = 4 * kGroups;
+  const RoundKeys keys(key);
   first += key.first;
   const uint64_t end = first + static_cast<uint64_t>(n);
   uint64_t at = first & ~uint64_t{3};  // the first word of the group that holds `first`
   for (; at < end; at += words) {
     if (at >= first && at + words <= end) {
-      philox_groups(key, at >> 2, out + (at - first));
+      philox_groups(key, keys, at >> 2, out + (at - first));
     } else {
       uint32_t edge[words];
-      philox_groups(key, at >> 2, edge);
+      philox_groups(key, keys, at >> 2, edge);
       for (uint64_t e = at < first ? first : at; e < end && e < at + words; ++e) out[e - first] = edge[e - at];
     }
   }
@@ -141,8 +155,8 @@ inline void decode_block(const char* codes, Block b, int64_t n, float* __restric
 }
 
 // encode<CODE> of W values. FP4's blocks are short: 16 elements took 70 ns as a loop for the compiler to vectorise.
-template <int CODE, bool STOCHASTIC>
-inline vu encode_small_float(vf x, vu words, float scale) {
+template <int CODE, bool STOCHASTIC, class Scale>
+inline vu encode_small_float(vf x, vu words, Scale scale) {
   typedef SmallFloat<CODE> F;
   const vf normal = zero() + bits_float(F::first_normal << F::shift), top = zero() + code_top(CODE);
   vf y = (vf)((vu)(x / scale) & 0x7fffffffu);
@@ -153,87 +167,117 @@ inline vu encode_small_float(vf x, vu words, float scale) {
   return magnitude | ((vu)x >> (CODE == kE2M1 ? 28 : 24) & F::sign);
 }
 
-// encode<CODE> of 4 W values of an 8-bit integer code: the same operations on what is finite, with the processor's floor, and the last clamp made by
-// the packing.
+// encode<CODE> of W values, by integers and small floats; signed 8-bit codes as 32-bit integers. Left to gcc, narrowing to bytes took more
+// than the rounding.
+template <int CODE>
+constexpr bool kInLanes = !OffsetFloat<CODE>::is;
+// PACKED: they go on to `packed`, which clamps 8-bit codes by itself where it has instructions for it.
+template <int CODE, bool STOCHASTIC, bool PACKED = false, class Scale>
+inline vu encode_lanes(vf x, vu words, Scale scale, int zero_point) {
+  if constexpr (SmallFloat<CODE>::is) return encode_small_float<CODE, STOCHASTIC>(x, words, scale);
+  const vf top = zero() + code_top(CODE), y = clampf(x / scale, -top, top);
+  vu q;
+  if constexpr (STOCHASTIC) {  // round_stochastic
+    const vf down = rounded_down(y);
+    q = rounded(down) - (vu)(y - down > converted(words >> 8) * 5.9604644775390625e-08f);
+  } else {
+    q = rounded(y);
+  }
+  if constexpr (kZeroPoint<CODE>) {
+    typedef int32_t ints __attribute__((vector_size(4 * W)));
+    const ints code = (ints)q + zero_point, most = ints{} + static_cast<int>(code_top(CODE));
+    return PACKED && kBits<CODE> == 8 && GM_LEVEL >= 1 ? (vu)code : (vu)(code < 0 ? ints{} : code > most ? most : code);
+  }
+  return kBits<CODE> < 8 ? q & ((1u << kBits<CODE>) - 1u) : q;
+}
+
 template <int CODE, bool STOCHASTIC>
-inline vb encode_integers(const float* x, const uint32_t* words, Block b) {
-  const vf top = broadcast(code_top(CODE)), zero_point = broadcast(static_cast<float>(b.zero));
+inline vu encode_one(const float* x, const uint32_t* words, Block b) {
+  return encode_lanes<CODE, STOCHASTIC>(load(x), STOCHASTIC ? (vu)load(words) : vu{}, b.scale, b.zero) & 255u;
+}
+
+// Of four vectors.
+template <int CODE, bool STOCHASTIC>
+inline vb encode_four(const float* x, const uint32_t* words, Block b) {
   vu q[4];
 #pragma GCC unroll 4
-  for (int v = 0; v < 4; ++v) {
-    vf y = least(most(load(x + v * W) / b.scale, -top), top);
-    if (STOCHASTIC) {
-      const vf down = floored(y), up = converted((vu)load(words + v * W) >> 8) * 5.9604644775390625e-08f;  // 2^-24
-      y = y - down > up ? down + 1.0f : down;
-    } else {
-      y = round_even(y);
+  for (int i = 0; i < 4; ++i) q[i] = encode_lanes<CODE, STOCHASTIC, true>(load(x + i * W), STOCHASTIC ? (vu)load(words + i * W) : vu{}, b.scale, b.zero);
+  return kSigned<CODE> && kBits<CODE> == 8 ? packed_signed(q[0], q[1], q[2], q[3]) : packed<0>(q[0], q[1], q[2], q[3]);
+}
+
+// n codes, a byte each.
+template <int CODE, bool STOCHASTIC>
+inline void encode_bytes(const float* __restrict x, const uint32_t* __restrict words, Block b, int64_t n, uint8_t* __restrict c) {
+  if constexpr (kInLanes<CODE>) {
+    int64_t i = 0;
+    for (; i + 4 * W <= n; i += 4 * W) store_in_order(c + i, encode_four<CODE, STOCHASTIC>(x + i, words + i, b));
+    for (; i + W <= n; i += W) store_narrowed(c + i, encode_one<CODE, STOCHASTIC>(x + i, words + i, b));
+    if (i < n) {
+      float values[W] = {};
+      uint32_t random[W] = {};
+      uint8_t rest[W];
+      memcpy(values, x + i, static_cast<size_t>(n - i) * 4);
+      if (STOCHASTIC) memcpy(random, words + i, static_cast<size_t>(n - i) * 4);
+      store_narrowed(rest, encode_one<CODE, STOCHASTIC>(values, random, b));
+      memcpy(c + i, rest, static_cast<size_t>(n - i));
     }
-    q[v] = truncated(kZeroPoint<CODE> ? y + zero_point : y);
+  } else {
+    for (int64_t i = 0; i < n; ++i) c[i] = static_cast<uint8_t>(encode<CODE, STOCHASTIC>(x[i], b, STOCHASTIC ? words[i] : 0));
   }
-  return kZeroPoint<CODE> ? packed<0>(q[0], q[1], q[2], q[3]) : packed_signed(q[0], q[1], q[2], q[3]);
 }
 
 template <int CODE, bool STOCHASTIC>
 inline void encode_block(const float* __restrict x, const uint32_t* __restrict words, Block b, int64_t n, char* codes) {
   constexpr int bits = kBits<CODE>;
   uint8_t* __restrict c = reinterpret_cast<uint8_t*>(codes);
-  if constexpr (bits < 8) {
-    constexpr int part = 256;  // codes made at a time: that loop becomes vector code, packing them does not
-    uint8_t q[part];
-    int64_t done = 0;
-    if constexpr (CODE == kE2M1)
-      for (; done + W <= n; done += W, c += W / 2) {
-        vu random{};
-        if (STOCHASTIC) memcpy(&random, words + done, sizeof random);
-        store_narrowed_nibbles(c, encode_small_float<kE2M1, STOCHASTIC>(load(x + done), random, b.scale));
-      }
-    for (int64_t i = done; i < n; i += part) {
-      const int live = static_cast<int>(n - i < part ? n - i : part);
-      for (int k = 0; k < live; ++k)
-        q[k] = static_cast<uint8_t>(encode<CODE, STOCHASTIC>(x[i + k], b, STOCHASTIC ? words[i + k] : 0)) & ((1u << bits) - 1u);
-      for (int k = live; k % 8 != 0; ++k) q[k] = 0;
-      if constexpr (bits == 4) {
-        for (int k = 0; k < (live + 1) / 2; ++k) *c++ = static_cast<uint8_t>(q[2 * k] | q[2 * k + 1] << 4);
-      } else {
-        for (int k = 0; k < live; k += 8, c += bits) {
-          uint32_t stream = 0;
-          for (int j = 0; j < 8; ++j) stream |= static_cast<uint32_t>(q[k + j]) << j * bits;
-          memcpy(c, &stream, static_cast<size_t>((live - k < 8 ? live - k : 8) * bits + 7) / 8);
-        }
-      }
+  if constexpr (bits == 8) return encode_bytes<CODE, STOCHASTIC>(x, words, b, n, c);
+  int64_t done = 0;
+  if constexpr (bits == 4 && kInLanes<CODE>) {
+    for (; done + 8 * W <= n; done += 8 * W, c += 4 * W)
+      store_in_order(c, encode_four<CODE, STOCHASTIC>(x + done, words + done, b), encode_four<CODE, STOCHASTIC>(x + done + 4 * W, words + done + 4 * W, b));
+    for (; done + W <= n; done += W, c += W / 2) store_narrowed_nibbles(c, encode_one<CODE, STOCHASTIC>(x + done, words + done, b));
+  }
+  constexpr int part = 256;
+  uint8_t q[part + 8];
+  for (int64_t i = done; i < n; i += part) {
+    const int64_t live = n - i < part ? n - i : part;
+    encode_bytes<CODE, STOCHASTIC>(x + i, words + i, b, live, q);
+    memset(q + live, 0, 8);
+    for (int64_t k = 0; k < live; k += 8, c += bits) {  // eight bytes to their low bits, side by side
+      uint64_t stream;
+      memcpy(&stream, q + k, 8);
+      stream = (stream | stream >> (8 - bits)) & (0x0001000100010001u * ((1u << 2 * bits) - 1u));
+      stream = (stream | stream >> (16 - 2 * bits)) & (0x0000000100000001u * ((uint64_t{1} << 4 * bits) - 1u));
+      stream = stream | stream >> (32 - 4 * bits);
+      if (k + 8 <= live) memcpy(c, &stream, bits);
+      else memcpy(c, &stream, static_cast<size_t>((live - k) * bits + 7) / 8);
     }
-  } else {
-    int64_t i = 0;
-    if constexpr (CODE == kInt8 || CODE == kUInt8)  // gcc's own vectors of this take twice as long
-      for (; i + 4 * W <= n; i += 4 * W) store_in_order(c + i, encode_integers<CODE, STOCHASTIC>(x + i, words + i, b));
-    for (; i < n; ++i) c[i] = static_cast<uint8_t>(encode<CODE, STOCHASTIC>(x[i], b, STOCHASTIC ? words[i] : 0));
   }
 }
 
-// As signed integers the bits of floats order those without a sign, as unsigned ones those with one, the largest magnitude on top: two maxima
-// give ordered_bits' extremes, and the larger of these is the largest magnitude.
-inline Block measure_block(int code, const float* x, int64_t n) {
-  typedef int32_t vs __attribute__((vector_size(4 * W)));
-  vs top{};
-  vu bottom{};
-  int64_t i = 0;
-  for (; i + W <= n; i += W) {
-    const vu u = (vu)load(x + i);
-    top = (vs)u > top ? (vs)u : top;
-    bottom = u > bottom ? u : bottom;
+template <int CODE>
+inline Block measure_block(const float* x, int64_t n) {
+  if constexpr (kZeroPoint<CODE>) {  // floats' bits, as integers: positive ones in order; negative ones, unsigned, above them, the lowest first
+    int32_t high = 0;
+    uint32_t low = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const uint32_t bits = float_bits(x[i]);
+      high = static_cast<int32_t>(bits) > high ? static_cast<int32_t>(bits) : high;
+      low = bits > low ? bits : low;
+    }
+    const bool negative = low >> 31;
+    const uint32_t largest = negative && (low & 0x7fffffffu) > static_cast<uint32_t>(high) ? low & 0x7fffffffu : static_cast<uint32_t>(high);
+    return block_of(CODE, largest, negative ? ordered_bits(bits_float(low)) : 0, high);
   }
-  int32_t hi = 0;
-  uint32_t low = 0;
-  const auto take = [&](uint32_t u) {
-    hi = static_cast<int32_t>(u) > hi ? static_cast<int32_t>(u) : hi;
-    low = u > low ? u : low;
-  };
-  for (int lane = 0; lane < W; ++lane) take(static_cast<uint32_t>(top[lane])), take(bottom[lane]);
-  for (; i < n; ++i) take(float_bits(x[i]));
-  const uint32_t magnitude = low & 0x7fffffffu;
-  const bool negative = magnitude != low;
-  const uint32_t absmax = negative && magnitude > static_cast<uint32_t>(hi) ? magnitude : static_cast<uint32_t>(hi);
-  return block_of(code, absmax, negative ? static_cast<int32_t>(low ^ 0x7fffffffu) : 0, hi);
+  int64_t i = 0;
+  vu most{};
+  for (; i + W <= n; i += W) {
+    const vu a = (vu)load(x + i) & 0x7fffffffu;
+    most = a > most ? a : most;
+  }
+  uint32_t absmax = largest(most);
+  for (; i < n; ++i) absmax = magnitude_bits(x[i]) > absmax ? magnitude_bits(x[i]) : absmax;
+  return block_of(CODE, absmax, 0, 0);
 }
 
 // The two largest magnitudes of a block, the first of equals first; rest: the block without them.
@@ -252,39 +296,6 @@ inline Outliers find_outliers(const float* x, int64_t n, float* rest) {
   memcpy(rest, x, static_cast<size_t>(n) * 4);
   rest[at[0]] = rest[at[1]] = 0.0f;
   return {{x[at[0]], x[at[1]]}, {static_cast<uint8_t>(at[0]), static_cast<uint8_t>(at[1])}, {0, 0}};
-}
-
-// words: n random words, or null for round-to-nearest. given: a scale to take instead of measuring, or null.
-inline Block encode_one_block(int code, const float* x, const uint32_t* words, int64_t n, char* codes, Outliers* outliers = nullptr,
-                              const float* given = nullptr) {
-  Block b;
-  float rest[256];
-  if (code == kInt4Outlier) {
-    *outliers = find_outliers(x, n, rest);
-    b = measure_block(kInt4, magnitude_bits(outliers->value[0]) >= 0x7f800000u ? x : rest, n);
-    x = rest, code = kInt4;
-  } else {
-    b = measure_block(code, x, n);
-    if (given && b.scale == b.scale) b.scale = *given;
-  }
-  if (!(b.scale > 0.0f)) {  // all zero, or a nan or inf inside: every code is 0
-    memset(codes, 0, static_cast<size_t>((n * code_bits(code) + 7) / 8));
-    return b;
-  }
-#define GM_ENCODE(CODE)                                  \
-  case CODE:                                             \
-    if (words)                                           \
-      encode_block<CODE, true>(x, words, b, n, codes);   \
-    else                                                 \
-      encode_block<CODE, false>(x, nullptr, b, n, codes); \
-    break;
-  switch (code) {
-    GM_ENCODE(kInt8) GM_ENCODE(kUInt8) GM_ENCODE(kInt4) GM_ENCODE(kUInt4) GM_ENCODE(kMoment8) GM_ENCODE(kSquare8)
-    GM_ENCODE(kE4M3) GM_ENCODE(kE5M2) GM_ENCODE(kE2M1) GM_ENCODE(kInt7) GM_ENCODE(kUInt3) GM_ENCODE(kUInt2) GM_ENCODE(kInt3) GM_ENCODE(kInt2)
-    GM_ENCODE(kMoment4) GM_ENCODE(kSquare4)
-  }
-#undef GM_ENCODE
-  return b;
 }
 
 inline void decode_one_block(int code, const char* codes, Block b, int64_t n, float* out) {
@@ -322,7 +333,11 @@ inline void decode_floats(int code, const void* in, int64_t n, float* __restrict
 inline void encode_floats(int code, const float* __restrict in, const uint32_t* __restrict words, int64_t n, void* out) {
   uint16_t* __restrict h = static_cast<uint16_t*>(out);
   if (code == kBF16 && words) for (int64_t i = 0; i < n; ++i) h[i] = float_to_bf16_stochastic(in[i], words[i]);
-  else if (code == kBF16) for (int64_t i = 0; i < n; ++i) h[i] = float_to_bf16(in[i]);
+  else if (code == kBF16) {
+    int64_t i = 0;
+    for (; i + W <= n; i += W) store_narrowed(h + i, bf16_bits(load(in + i)));
+    for (; i < n; ++i) h[i] = float_to_bf16(in[i]);
+  }
   else if (code == kF16) for (int64_t i = 0; i < n; ++i) h[i] = float_to_f16(in[i]);
   else memcpy(out, in, static_cast<size_t>(n) * 4);
 }
@@ -371,12 +386,46 @@ inline void decode_tile(const Matrix& m, int64_t row, int64_t col, int64_t n, fl
 
 constexpr int64_t kWords = 1024;  // random words made at a time, kept in L1
 
-inline void encode_block_at(const Matrix& m, int64_t row, int64_t col, int64_t n, const float* in, const uint32_t* words, bool given) {
-  const int64_t at = row * m.blocks_per_row() + col / m.block;
-  Block b = encode_one_block(m.code, in, words, n, tile_address(m, row, col), reinterpret_cast<Outliers*>(m.zeros) + at,
-                             given ? m.scales + at : nullptr);
-  m.scales[at] = b.scale;
-  if (has_zero_point(m.code)) m.zeros[at] = static_cast<uint8_t>(b.zero);
+// Blocks of a row, n elements from col on. words: n random words, or null for round-to-nearest. given: m.scales holds the scales to use.
+// One function a code, so that what short blocks take is not spent between them.
+template <int CODE, bool STOCHASTIC>
+inline void encode_blocks(const Matrix& m, int64_t row, int64_t col, int64_t n, const float* x, const uint32_t* words, bool given) {
+  const int64_t block = m.block, bytes = block * kBits<CODE> / 8;  // a block before a row's last is whole bytes
+  float* scale = m.scales + row * m.blocks_per_row() + col / block;
+  uint8_t* zero = kZeroPoint<CODE> ? m.zeros + (scale - m.scales) : nullptr;
+  char* codes = tile_address(m, row, col);
+  for (int64_t i = 0; i < n; i += block, ++scale, codes += bytes) {
+    const int64_t part = n - i < block ? n - i : block;
+    Block b = measure_block<CODE>(x + i, part);
+    if (given && b.scale == b.scale) b.scale = *scale;
+    if (b.scale > 0.0f) encode_block<CODE, STOCHASTIC>(x + i, words + i, b, part, codes);
+    else memset(codes, 0, static_cast<size_t>(part * kBits<CODE> + 7) / 8);  // all zero, or a nan or inf inside: every code is 0
+    *scale = b.scale;
+    if constexpr (kZeroPoint<CODE>) *zero++ = static_cast<uint8_t>(b.zero);
+  }
+}
+
+// A block whose two largest values are stored apart.
+inline void encode_outlier_block(const Matrix& m, int64_t row, int64_t col, int64_t n, const float* x, const uint32_t* words) {
+  float rest[256];
+  Matrix plain = m;
+  plain.code = kInt4;
+  Outliers& outliers = reinterpret_cast<Outliers*>(m.zeros)[row * m.blocks_per_row() + col / m.block];
+  outliers = find_outliers(x, n, rest);
+  if (magnitude_bits(outliers.value[0]) >= 0x7f800000u) rest[0] = outliers.value[0];  // the block counts as one with a nan or an inf
+  (words ? encode_blocks<kInt4, true> : encode_blocks<kInt4, false>)(plain, row, col, n, rest, words, false);
+}
+
+inline void encode_some_blocks(const Matrix& m, int64_t row, int64_t col, int64_t n, const float* x, const uint32_t* words, bool given) {
+#define GM_ENCODE(CODE) \
+  case CODE: return (words ? encode_blocks<CODE, true> : encode_blocks<CODE, false>)(m, row, col, n, x, words, given);
+  switch (m.code) {
+    GM_ENCODE(kInt8) GM_ENCODE(kUInt8) GM_ENCODE(kInt4) GM_ENCODE(kUInt4) GM_ENCODE(kMoment8) GM_ENCODE(kSquare8)
+    GM_ENCODE(kE4M3) GM_ENCODE(kE5M2) GM_ENCODE(kE2M1) GM_ENCODE(kInt7) GM_ENCODE(kUInt3) GM_ENCODE(kUInt2) GM_ENCODE(kInt3) GM_ENCODE(kInt2)
+    GM_ENCODE(kMoment4) GM_ENCODE(kSquare4)
+    case kInt4Outlier: return encode_outlier_block(m, row, col, n, x, words);
+  }
+#undef GM_ENCODE
 }
 
 // The same words for a whole block from one Philox word: see kDitherStep.
@@ -407,11 +456,12 @@ inline void store_tile(const Matrix& m, int64_t row, int64_t col, int64_t n, con
   }
   uint32_t* words = m.block <= kWords ? stack_words : nullptr;
   if (key && !words) words = static_cast<uint32_t*>(malloc(static_cast<size_t>(m.block) * 4));
-  for (int64_t i = 0; i < n; i += m.block) {
-    int64_t part = n - i < m.block ? n - i : m.block;
+  const int64_t run = m.block < kWords && !old_values && !dither && m.code != kInt4Outlier ? kWords / m.block * m.block : m.block;  // encoded together
+  for (int64_t i = 0; i < n; i += run) {
+    int64_t part = n - i < run ? n - i : run;
     if (old_values && memcmp(old_values + i, in + i, static_cast<size_t>(part) * 4) == 0) continue;
     if (key) (dither ? dither_fill : philox_fill)(*key, first + static_cast<uint64_t>(i), part, words);
-    encode_block_at(m, row, col + i, part, in + i, key ? words : nullptr, given);
+    encode_some_blocks(m, row, col + i, part, in + i, key ? words : nullptr, given);
   }
   if (words != stack_words) free(words);
 }
