@@ -11,7 +11,7 @@ import torch
 from gradmill.ops.optim import repeats_on, scaled_step
 from gradmill.optim._base import FusedOptimizer, is_sharded, local, measured, padded
 from gradmill.optim.adamw import check_betas, check_eps, check_lr_and_decay
-from gradmill.optim.rules import RULES
+from gradmill.optim.rules import RULES, number
 from gradmill.weight import QuantizedWeight
 
 BATCH = 1 << 21  #: elements whose updates LAMB holds at a time where the CPU steps in two halves (shards), so that the second finds some in the cache
@@ -34,9 +34,20 @@ def stored_as_floats(item) -> bool:
     return "low_bits" not in item.state and not isinstance(local(item.owner.detach()), QuantizedWeight)
 
 
-def norms(tensors) -> list[float]:
-    """L2 norms, of whole tensors where they are sharded."""
-    return measured(tensors)[:, 0].sqrt().tolist()
+def norms(tensors, items) -> torch.Tensor:
+    """L2 norms, float64, of whole tensors where they are sharded; on their device where the items' steps are counted there."""
+    return measured(tensors, device=items[0].owner.device if counted(items) else None)[:, 0].sqrt()
+
+
+def counted(items) -> bool:
+    """Whether the device counts these steps, and the host goes on."""
+    return isinstance(items[0].step, torch.Tensor)
+
+
+def at_rates(group, items, ratios):
+    """The items, each at the group's rate times its ratio."""
+    rates = (number if counted(items) else float)(group["lr"]) * ratios
+    return [item._replace(options={"lr": rate}) for item, rate in zip(items, rates if counted(items) else rates.tolist())]
 
 
 class _ScaledByNorms(FusedOptimizer):
@@ -105,12 +116,12 @@ class LAMB(_ScaledByNorms):
                 room = room[p.numel():]
             else:
                 updates.append(self.value(item.owner, item.state))
-        before = norms(updates)
+        before = norms(updates, items)
         self.apply_rule(group, [item._replace(param=local(u)) for item, u in zip(items, updates)], factor)
-        ratios = [min(w / u, cap) if w > 0 and u > 0 else 1.0 for w, u in zip(before, norms(updates))]
-        lr = float(group["lr"])
-        self.apply_rule({**group, "maximize": False}, [item._replace(grad=local(u), options={"lr": lr * r}) for item, u, r in zip(items, updates, ratios)],
-                        1.0, rule="sgd", decay=False)
+        after = norms(updates, items)
+        ratios = torch.where((before > 0) & (after > 0), (before / after).clamp(max=cap), 1.0)
+        self.apply_rule({**group, "maximize": False}, at_rates(group, [item._replace(grad=local(u)) for item, u in zip(items, updates)], ratios), 1.0,
+                        rule="sgd", decay=False)
 
 
 class LARS(_ScaledByNorms):
@@ -146,9 +157,8 @@ class LARS(_ScaledByNorms):
         if group["trust_coefficient"] is not None:
             items = self.scaled(group, items, factor, group["trust_coefficient"], group["weight_decay"])
         if group["trust_coefficient"] is not None and items:
-            weights = norms([item.owner.detach() if stored_as_floats(item) else self.value(item.owner, item.state) for item in items])
-            grads = norms([item.owner.grad for item in items])
-            decay, lr = group["weight_decay"], float(group["lr"])
-            rates = [lr * (group["trust_coefficient"] * w / (abs(factor) * g + decay * w) if w > 0 and g > 0 else 1.0) for w, g in zip(weights, grads)]
-            items = [item._replace(options={"lr": rate}) for item, rate in zip(items, rates)]
+            weights = norms([item.owner.detach() if stored_as_floats(item) else self.value(item.owner, item.state) for item in items], items)
+            grads = norms([item.owner.grad for item in items], items)
+            ratios = group["trust_coefficient"] * weights / (abs(factor) * grads + group["weight_decay"] * weights)
+            items = at_rates(group, items, torch.where((weights > 0) & (grads > 0), ratios, 1.0))
         self.apply_rule(group, items, factor)
