@@ -1,7 +1,7 @@
 """Rules for large batches: a tensor's step is scaled by norms of the whole tensor (LAMB, LARS).
 
 A norm comes before the step that needs it, so their weights and gradients are read more often than another rule's. On a CPU one native call
-does both (``scaled_step``), and tensors that fit the cache are read from memory once; csrc/cpu/optim.cpp has the counts. On a GPU, in Triton and
+does both (``ops.scaled_step``), and tensors that fit the cache are read from memory once; csrc/cpu/optim.cpp has the counts. On a GPU, in Triton and
 for shards the two halves are ops of their own.
 """
 from __future__ import annotations
