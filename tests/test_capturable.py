@@ -76,7 +76,7 @@ def test_a_capturable_step_is_the_step_and_waits_for_nothing(name, states, count
             for step in range(8):  # AdaBelief's rectification sets in at the sixth
                 give(params, step)
                 for group in optimizer.param_groups:
-                    group["lr"] = 0.1 / (step + 1)
+                    group["lr"] = torch.tensor(0.1 / (step + 1), dtype=torch.float64) if capturable else 0.1 / (step + 1)
                 if capturable:
                     with Waiting():
                         optimizer.step()

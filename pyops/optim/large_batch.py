@@ -59,8 +59,9 @@ class _ScaledByNorms(FusedOptimizer):
 
     def scaled(self, group, items, factor, coefficient, decay):
         """Steps items, and returns those that need the two halves."""
-        rule, lr = self.rule(group), float(group["lr"])
+        rule = self.rule(group)
         for step, bucket, arguments in self._buckets(rule, [item for item in items if self.in_one_call(item)]):
+            lr = float(group["lr"])
             scalars = padded((factor * (-1.0 if group["maximize"] else 1.0), *RULES[rule].scalars(group, step, lr)))
             scaled_step(**arguments, scalars=torch.tensor([scalars], dtype=torch.float32, device="cpu"), lr=lr, coefficient=coefficient, decay=decay,
                         factor=abs(factor), key=torch.tensor([group["seed"], step], dtype=torch.int64, device="cpu"))
@@ -72,8 +73,7 @@ class LAMB(_ScaledByNorms):
 
     Source: You et al., "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes", Algorithm 2: with u the
     update m^ / (sqrt(v^) + eps) + weight_decay w, w <- w - lr phi(|w|) / |u| u; phi is the identity, and the ratio is 1 where
-    a norm is 0. The updates of some two million elements at a time (on a GPU: of a
-    group) exist as fp32. Norms are summed in double in a fixed order.
+    a norm is 0. The update of a tensor (on a GPU: of a group) exists as fp32. Norms are summed in double in a fixed order.
 
     Args:
         params, lr, betas, eps, weight_decay: the paper's, lr 1e-3, eps 1e-6, weight_decay 0.01.
