@@ -649,17 +649,15 @@ void scaled_step(const ScaledStepArgs& a) {
     Piece piece;
     int64_t room, chunk, task;  // where it begins in the room, among its run's chunks and among its run's tasks
     int64_t first;              // of its run
-    float h[kMaxScalars];
   };
   Place* const places = static_cast<Place*>(malloc(sizeof(Place) * static_cast<size_t>(count > 0 ? count : 1)));
   int64_t task = 0;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t n = elements(i);
-    if (run > 0 && run + n > together) run = 0, chunks = 0, task = 0, run_first = i;
+    if (run >= together) run = 0, chunks = 0, task = 0, run_first = i;
     Place& p = places[i];
     p.piece = piece_of(a.step.tensors[i], states);
     p.room = run, p.chunk = chunks, p.task = task, p.first = run_first;
-    memcpy(p.h, a.step.scalars, sizeof p.h);
     run += (n + 15) / 16 * 16, chunks += (n + kMeasureChunk - 1) / kMeasureChunk, task += p.piece.tasks;
     most = run > most ? run : most, chunks_most = chunks > chunks_most ? chunks : chunks_most;
     const int64_t unit = p.piece.shape.unit, size = element_of(p.piece.shape, p.piece.units);
@@ -717,28 +715,32 @@ void scaled_step(const ScaledStepArgs& a) {
         }
         measure_elements(t.grad, a.step.grad_code, begin, end, others);
       }
-#pragma omp for schedule(static)
-      for (int64_t i = first; i < last; ++i) {
+      int64_t known = -1;  // the tensor that h belongs to; every thread finds it for itself, as a barrier would cost more
+      float h[kMaxScalars];
+      const auto find = [&](int64_t i) {
         double w[2], o[2];
         const int64_t chunks_of = (elements(i) + kMeasureChunk - 1) / kMeasureChunk;
         add_chunks(partials + 2 * places[i].chunk, chunks_of, w);
         add_chunks(partials + 2 * (chunks_most + places[i].chunk), chunks_of, o);
         const float rate = static_cast<float>(scaled_rate(a, w[0], o[0]));
+        memcpy(h, a.step.scalars, sizeof h);
         if (lamb) {  // Sgd's: of the update as it is, without decay
-          memset(places[i].h, 0, sizeof places[i].h);
-          places[i].h[0] = places[i].h[1] = 1.0f, places[i].h[2] = rate;
+          memset(h, 0, sizeof h);
+          h[0] = h[1] = 1.0f, h[2] = rate;
         } else {
-          places[i].h[3] = rate;
+          h[3] = rate;
         }
-      }
+        known = i;
+      };
 #pragma omp for schedule(static)
       for (int64_t back = 0; back < tasks; ++back) {
         const int64_t at = tasks - 1 - back, i = tensor_of(at);
         const Place& p = places[i];
         StepTensor t = a.step.tensors[i];
         const int64_t all = p.piece.shape.rows * p.piece.shape.per_row, u0 = (at - p.task) * p.piece.units, u1 = u0 + p.piece.units < all ? u0 + p.piece.units : all;
+        if (i != known) find(i);
         if (lamb) t.grad = room + p.room;
-        step_units(t, lamb ? apply : a.step, p.h, p.piece.shape, u0, u1, scratch);
+        step_units(t, lamb ? apply : a.step, h, p.piece.shape, u0, u1, scratch);
       }
     }
     free(scratch);
