@@ -198,6 +198,8 @@ def muon(ctx):
 #: Element-wise rules, with what they need to be one; and bytes a parameter has in each state format beside weight and gradient.
 RULES = {"SGD": {"momentum": 0.9}, "Lion": {}, "Adagrad": {}, "CLASSP": {}, "AdamW": {}, "AdamW amsgrad": {"amsgrad": True}, "AdaBelief": {}, "Grams": {},
          "Sophia": {}, "DiffGrad": {}, "LAMB": {}, "LARS": {}, "StableSPAM": {}}
+#: Bytes besides, of rules with norms, as if nothing stayed in the cache: LAMB's update (out, in) and its weight again; LARS's and StableSPAM's norms.
+BESIDES = {"LAMB": 12, "LARS": 8, "StableSPAM": 4}
 STATES = ("fp32", "bf16", "fp8", "int8", "int4")
 
 
@@ -225,7 +227,7 @@ def rules_by_states(ctx):
                     limit.append(_timed(lambda: pass_over(0)))
                 size = gradmill.optim.state_nbytes(optimizer) / n
                 # weight in and out, gradient in, states in and out
-                share = (12 + 2 * size) * n / statistics.median(mine) / (28 * n / statistics.median(limit))
+                share = (12 + BESIDES.get(label, 0) + 2 * size) * n / statistics.median(mine) / (28 * n / statistics.median(limit))
                 cells.append(f"{statistics.median(mine) / n * 1e9:5.2f} {size:5.2f} {100 * share:3.0f}%")
             lines.append(f"{label:<14}" + "".join(f"{c:^17}" for c in cells))
         return lines

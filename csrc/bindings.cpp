@@ -405,7 +405,17 @@ void fused_step(int device, uint64_t stream, int rule, int param_code, int64_t p
   GM_RUN(cpu().optim->step(args), cuda::fused_step(args, launch))
 }
 
-// The same with a row of scalars and a step per tensor in device memory, read when the kernel runs. CUDA only.
+// fused_step on the CPU, scaled by norms of whole tensors, on the CPU: ScaledStepArgs. One row of scalars.
+void scaled_step(int rule, int param_code, int64_t param_block, int grad_code, const std::vector<int>& state_codes, int64_t state_block,
+                 const std::vector<int64_t>& table, const std::vector<float>& scalars, uint64_t seed, uint32_t step, int apply, double lr,
+                 double coefficient, double decay, double factor) {
+  const std::vector<StepTensor> tensors = step_tensors(param_code, param_block, state_codes, state_block, table);
+  const StepArgs args{rule, grad_code, tensors.data(), static_cast<int64_t>(tensors.size()), scalars.data(), 1, seed, step};
+  py::gil_scoped_release release;
+  cpu().optim->scaled_step({args, apply, lr, coefficient, decay, factor});
+}
+
+// fused_step with a row of scalars and a step per tensor in device memory, read when the kernel runs. CUDA only.
 void fused_step_live(int device, uint64_t stream, int rule, int param_code, int64_t param_block, int grad_code, const std::vector<int>& state_codes,
                      int64_t state_block, const std::vector<int64_t>& table, uint64_t scalars, uint64_t counts, uint64_t seed) {
   const std::vector<StepTensor> tensors = step_tensors(param_code, param_block, state_codes, state_block, table);
@@ -490,6 +500,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("count", &count);
   m.def("advance", &advance);
   m.def("fused_step", &fused_step);
+  m.def("scaled_step", &scaled_step);
   m.def("fused_step_live", &fused_step_live);
   m.def("measure", &measure);
 }

@@ -116,7 +116,7 @@ class Plan:
     states: str
     bits: int | None              #: of a stored basis
     release_gradients: bool
-    offload: bool                 #: states in CPU memory, not in the total
+    offload: bool                 #: states in CPU memory, not in the total; bases are on the GPU
     parameters: int               #: numbers that train
     weight_bytes: int
     gradient_bytes: int           #: all at once; with release_gradients the largest one
@@ -126,7 +126,7 @@ class Plan:
     bytes_per_parameter: float = field(init=False)
 
     def __post_init__(self):
-        self.total_bytes = self.weight_bytes + self.gradient_bytes + (0 if self.offload else self.state_bytes)
+        self.total_bytes = self.weight_bytes + self.gradient_bytes + (self.basis_bytes if self.offload else self.state_bytes)
         self.bytes_per_parameter = self.total_bytes / self.parameters
 
     def to_dict(self) -> dict:
@@ -167,8 +167,6 @@ def plan(model: str | Llama, optimizer: str, *, weights="bf16", rank=None, state
     shape = LLAMA[model] if isinstance(model, str) else model
     if rank is None and optimizer in OPTIMIZERS and _projects(optimizer):
         rank = 0.25 if optimizer == "frugal" else shape.rank
-    if offload and optimizer in OPTIMIZERS and _projects(optimizer):
-        raise ValueError(f"offload=True cannot be combined with {optimizer}, which projects gradients")
     built = build(shape, weights)
     made = make_optimizer(built, optimizer, rank, states, bits)
     params = [p for p in built.parameters() if p.requires_grad]

@@ -21,7 +21,10 @@ from .conftest import assert_same_bits
 SHAPES = [(12, 70), (70,), (3, 2, 40), (), (0,)]
 #: Every optimizer that can be captured.
 OPTIMIZERS = {"AdamW": {}, "Adam": dict(amsgrad=True, weight_decay=0.1), "Lion": {}, "SGD": dict(momentum=0.9, nesterov=True, weight_decay=0.1),
-              "Adagrad": dict(lr_decay=0.1), "CLASSP": dict(threshold=0.01), "AdaBelief": {}, "DiffGrad": {}, "Grams": {}, "Sophia": {}}
+              "Adagrad": dict(lr_decay=0.1), "CLASSP": dict(threshold=0.01), "AdaBelief": {}, "DiffGrad": {}, "Grams": {}, "Sophia": {},
+              "LAMB": dict(max_trust_ratio=2.0, weight_decay=0.1), "LARS": {}}
+#: Those whose parameters are matrices.
+MATRICES = {"Muon": {}, "AuON": dict(weight_decay=0.1), "HybridAuON": {}}
 STATES = ("fp32", "bf16", "fp8", "int8", "int4")
 
 
@@ -73,7 +76,7 @@ def test_a_capturable_step_is_the_step_and_waits_for_nothing(name, states, count
             for step in range(8):  # AdaBelief's rectification sets in at the sixth
                 give(params, step)
                 for group in optimizer.param_groups:
-                    group["lr"] = 0.1 / (step + 1)
+                    group["lr"] = torch.tensor(0.1 / (step + 1), dtype=torch.float64) if capturable else 0.1 / (step + 1)
                 if capturable:
                     with Waiting():
                         optimizer.step()
@@ -81,6 +84,48 @@ def test_a_capturable_step_is_the_step_and_waits_for_nothing(name, states, count
                     optimizer.step()
             sides.append(everything(params, optimizer))
         assert_same_bits(*sides, f"{kind}")
+
+
+@pytest.mark.parametrize("name", MATRICES)
+@pytest.mark.parametrize("kind", ["fp32", "bf16", 24])
+def test_rules_of_matrices_wait_for_nothing(name, kind, counting):
+    sides = []
+    for capturable in (False, True):
+        params = weights(kind, [(12, 70), (90, 65)])
+        optimizer = getattr(optim, name)(params, states="int8", min_quantized_numel=1, seed=5, capturable=capturable, master_weight_bits=kind if kind == 24 else None,
+                                         **MATRICES[name])
+        for step in range(4):
+            give(params, step)
+            optimizer.param_groups[0]["lr"] = torch.tensor(0.1 / (step + 1), dtype=torch.float64) if capturable else 0.1 / (step + 1)
+            if capturable:
+                with Waiting():
+                    optimizer.step()
+            else:
+                optimizer.step()
+        sides.append(everything(params, optimizer))
+    assert_same_bits(*sides)
+
+
+@pytest.mark.parametrize("name", ["LAMB", "LARS", "Muon"])
+def test_rules_with_norms_skip_and_clip_on_the_device(name, monkeypatch):
+    sides = []
+    for device in (False, True):
+        monkeypatch.setattr(_base, "counts_on", lambda _, device=device: device)
+        params = weights("bf16", [(12, 70), (90, 65)])
+        optimizer = getattr(optim, name)(params, states="int8", min_quantized_numel=1, seed=2, max_grad_norm=0.3, on_nonfinite="skip")
+        with gradmill.use_backend("reference"):
+            for step in range(4):
+                give(params, step)
+                if step == 2:
+                    params[1].grad[3, 7] = float("nan")
+                if device:
+                    with Waiting():
+                        optimizer.step()
+                else:
+                    optimizer.step()
+        sides.append(everything(params, optimizer))
+        assert float(optimizer.state[params[0]]["step"]) == 3
+    assert_same_bits(*sides)
 
 
 def test_the_test_of_waiting_can_fail():
@@ -193,8 +238,8 @@ def test_on_the_cpu_it_is_refused_at_the_step_as_in_torch():
 
 def test_what_it_cannot_be_combined_with_is_said():
     params = [torch.nn.Parameter(torch.ones(80, 80))]
-    for name in ("Muon", "LAMB", "LARS", "StableSPAM", "SWATS", "STEPAdam", "AdaGradNorm", "FedSpeed"):
-        with pytest.raises(ValueError, match=f"capturable=True cannot be combined with {name}"):
+    for name in ("StableSPAM", "SWATS", "STEPAdam", "AdaGradNorm", "FedSpeed"):
+        with pytest.raises(ValueError, match=f"capturable=True cannot be combined with {name}, .* host .*; capture forward and backward|FedSpeed, whose step is made of two"):
             getattr(optim, name)(params, capturable=True)
     with pytest.raises(ValueError, match="capturable=True cannot be combined with projection"):
         AdamW([{"params": params, "rank": 4}], capturable=True)
@@ -229,7 +274,8 @@ def test_what_is_decided_on_a_gpu_and_what_on_the_host(monkeypatch):
     here, there = Pretended(), Pretended()
     there.device = torch.device("cuda", 1)
     for name, options, params, want in (("AdamW", {}, [here], here.device), ("AdamW", {}, [here, there], None), ("AdamW", dict(offload=True), [here], None),
-                                        ("AdamW", dict(on_nonfinite="raise"), [here], None), ("LAMB", {}, [here], None), ("AdamW", {}, [], None),
+                                        ("AdamW", dict(on_nonfinite="raise"), [here], None), ("LAMB", {}, [here], here.device), ("StableSPAM", {}, [here], None),
+                                        ("AdamW", {}, [], None),
                                         ("SGD", dict(momentum=0.9, dampening=0.1), [here], None), ("SGD", dict(momentum=0.9), [here], here.device)):
         optimizer = getattr(optim, name)(weights(), **options)
         assert optimizer._deciding([(optimizer.param_groups[0], params)]) == want, (name, options)

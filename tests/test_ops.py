@@ -126,6 +126,8 @@ def samples():
     step = step_arguments("fp32", "int8")
     yield "fused_step", tuple({**step, "params": [step["params"][0].bfloat16()], "param_zeros": [torch.zeros(3, 70, dtype=torch.uint8)], "param_code": "bf16+8",
                                "offsets": [140]}.values())
+    for param, state, rule in (("fp32", "fp32", "lamb"), ("bf16", "int8", "lars")):
+        yield "scaled_step", (*list(step_arguments(param, state, rule).values())[:14], 0.1, 10.0, 0.01, 1.0)
     yield "measure", ([torch.randn(3, 70), torch.randn(5)],)
     yield "measure", ([torch.randn(4100).bfloat16()], torch.ones(1, 2))
     yield "subspace_basis", (torch.randn(9, 12), None, 3, 2, False, key(1, 1), 0)

@@ -3,7 +3,7 @@ import copy
 import io
 import pickle
 import warnings
-from math import sqrt
+from math import inf, sqrt
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ import torch
 import gradmill
 from gradmill import CheckpointError, QuantizedWeight, optim
 from gradmill.formats import FLOAT_DTYPES, SPLIT, Format
-from gradmill.ops import dequantize, fused_step, measure, quantize
+from gradmill.ops import dequantize, fused_step, measure, quantize, scaled_step
 from gradmill.optim import AdamW, QGaLoreAdamW
 from gradmill.optim._base import QUANTIZED
 from gradmill.optim.rules import RULES
@@ -103,6 +103,55 @@ def test_a_step_is_bit_equal_to_the_reference(rule, weight, state):
 @pytest.mark.parametrize("rule, weight", [pair for pair in RULES_AND_WEIGHTS if pair[1] in WEIGHTS[:5]], ids=str)
 def test_a_step_with_special_gradients_is_bit_equal(rule, weight, state):
     check(Work(rule, [(5, 257), (66, 300), (29,)], weight, state, special=True))
+
+
+class ScaledWork(Work):
+    """The same of a scaled_step."""
+
+    def run(self, scalars=None, factor=1.0, k=None, offsets=None):
+        changed = [[t.clone() for t in ts] for ts in (self.params, self.param_scales, self.param_zeros, self.states, self.state_scales)]
+        params, scales, zeros, states, state_scales = changed
+        scaled_step(self.rule, params, scales, zeros, self.grads, states, state_scales, self.scalars(factor=factor) if scalars is None else scalars, key(5, 3) if k is None else k,
+                    list(range(len(params))), self.code, self.block, self.state_codes, self.state_block, 0.1, 1.5 if self.rule == "lamb" else 0.01, 0.1, abs(factor), offsets)
+        return changed
+
+
+#: Rows that measuring chunks (4096) cut anywhere, whole tensors above and below what shares a barrier, and what has no norm.
+SCALED_SHAPES = [(5, 257), (70, 130), (64, 64), (4097,), (0,), (), (3, 0), (1, 1)]
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("weight", [w for w in WEIGHTS if w[0] != "delta"], ids=str)
+@pytest.mark.parametrize("rule", ["lamb", "lars"])
+def test_a_step_scaled_by_norms_is_bit_equal_to_the_reference(rule, weight, state):
+    work = ScaledWork(rule, SCALED_SHAPES, weight, state, FLOATS[len(weight[0]) % 3])
+    work.params[2].zero_()  # no norm: the rate is lr
+    work.grads[3].zero_()
+    check(work, offsets=list(range(0, 7 * 4096 * 8, 7 * 4096)))
+    check(ScaledWork(rule, [(66, 300), (29,)], weight, state, special=True), factor=-0.25)
+
+
+@pytest.mark.parametrize("rule", ["lamb", "lars"])
+def test_a_step_scaled_by_norms_of_a_tensor_beyond_one_run(rule):
+    """600 x 512 has more than what shares a barrier; the 70 small ones before and after it share theirs."""
+    for weight, state in ((("fp32", 0), "fp32"), (("bf16", 0), "int8")):
+        check(ScaledWork(rule, [(64,)] * 40 + [(600, 512)] + [(7, 64)] * 30, weight, state))
+
+
+def test_a_scaled_step_by_hand():
+    """LAMB's first step with eps 0 and no decay: the update is the gradient's sign, its norm sqrt(n)."""
+    w, g = torch.tensor([3.0, 0.0, 0.0, 4.0]), torch.tensor([1.0, -2.0, 3.0, 4.0])
+    h = scalars_of("lamb", step=1, weight_decay=0.0, eps=0.0)
+    for cap, ratio in ((inf, 2.5), (0.5, 0.5)):
+        p = w.clone()
+        scaled_step("lamb", [p], [], [], [g], [torch.zeros(4), torch.zeros(4)], [], h, key(1, 1), [0], "fp32", 0, ["fp32", "fp32"], 0, 0.1, cap, 0.0, 1.0)
+        torch.testing.assert_close(p, w - 0.1 * ratio * g.sign())
+    p, b = w.clone(), torch.zeros(4)
+    scaled_step("lars", [p], [], [], [g], [b], [], scalars_of("lars", weight_decay=0.1), key(1, 1), [0], "fp32", 0, ["fp32"], 0, 0.1, 0.02, 0.1, 1.0)
+    torch.testing.assert_close(p, w - 0.1 * 0.02 * 5 / (30 ** 0.5 + 0.1 * 5) * (g + 0.1 * w))
+    for arguments, match in ((("adamw", [p, p]), "rule is 'adamw'; it must be lamb or lars"), (("lars", [b]), r"scalars .* it must be fp32 on CPU of shape \(1, 16\)")):
+        with pytest.raises(ValueError, match=f"scaled_step: {match}"):
+            scaled_step(arguments[0], [p], [], [], [g], [b], [], torch.zeros(2, 16), key(1, 1), [0], "fp32", 0, ["fp32"], 0, 0.1, 0.02, 0.1, 1.0)
 
 
 @given(rows=st.integers(0, 20), columns=st.integers(0, 600), rule=st.sampled_from(sorted(RULES)), weight=st.sampled_from(WEIGHTS),

@@ -305,6 +305,13 @@ struct StepArgs {
   const float* counts = nullptr;  // CUDA, in device memory as scalars is then, a row per tensor: each one's step, below 0 for none
 };
 
+// A step whose rate is, tensor by tensor, a function of the norms of the weight and of its update or gradient.
+struct ScaledStepArgs {
+  StepArgs step;  // one row of scalars; LAMB's rule turns a weight into its update
+  int apply;      // LAMB: the rule (sgd) that applies the update; LARS: -1
+  double lr, coefficient, decay, factor;  // coefficient: LAMB's largest ratio, LARS's trust coefficient; factor: |what multiplies the gradient|
+};
+
 // A convolution over an already padded image (images, channels, height, width), contiguous.
 struct Window {
   int64_t channels, height, width, kernel[2], stride[2], dilation[2], out[2];
@@ -413,6 +420,7 @@ struct CodebookKernels {
 struct OptimKernels {
   void (*step)(const StepArgs&);
   void (*measure)(const MeasureArgs&);
+  void (*scaled_step)(const ScaledStepArgs&);
 };
 struct ProjectionKernels {
   void (*project)(const ProjectArgs&);

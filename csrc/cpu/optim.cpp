@@ -434,17 +434,63 @@ void step(const StepArgs& a) {
 }
 
 // --- norms ------------------------------------------------------------------------------------------------
-// Reads every byte once and computes next to nothing: bound by memory, predicted 1.0 ms for 10.5M fp32 values at 41 GB/s.
-// Measured, 2 cores of a Zen 4 that others used too: 1.04 ms (torch._foreach_norm 1.7); as bf16 1.3, bound by the conversions.
+// Reads every byte once and computes next to nothing: bound by memory, predicted 1.0 ms for 10.5M fp32 values at 41 GB/s. Measured, one busy thread of a
+// Zen 4, ns a value beyond the cache: 0.30 as gcc vectorised it, 0.2 to 0.25 in vectors; in the cache 0.12.
 void halve(double (&sums)[kMeasureLanes]) {
   for (int half = kMeasureLanes / 2; half > 0; half /= 2)
     for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
 }
 
-uint32_t largest_of(const uint32_t (&largest)[kMeasureLanes]) {
-  uint32_t all = 0;
-  for (int i = 0; i < kMeasureLanes; ++i) all = largest[i] > all ? largest[i] : all;
-  return all;
+// Squares are exact in double, so that a fused multiply-add rounds as product and sum do.
+struct Squares {
+  typedef float half __attribute__((vector_size(2 * W)));
+  typedef double wide __attribute__((vector_size(4 * W)));
+  static constexpr int parts = 2 * kMeasureLanes / W;
+  wide sums[parts] = {};
+  inline void add(const float* from) {  // a value for every lane
+#pragma GCC unroll 16
+    for (int k = 0; k < parts; ++k) {
+      half h;
+      memcpy(&h, from + k * W / 2, sizeof h);
+      const wide v = __builtin_convertvector(h, wide);
+#if GM_LEVEL >= 2
+      sums[k] = _mm512_fmadd_pd(v, v, sums[k]);
+#elif GM_LEVEL == 1
+      sums[k] = _mm256_fmadd_pd(v, v, sums[k]);
+#else
+      sums[k] += v * v;
+#endif
+    }
+  }
+  inline double sum() const {
+    double lanes[kMeasureLanes];
+    memcpy(lanes, sums, sizeof lanes);
+    halve(lanes);
+    return lanes[0];
+  }
+};
+
+// n <= kMeasureChunk values of a chunk.
+void measure_values(const float* x, int64_t n, double* out) {
+  Squares squares;
+  vu top{};
+  auto add = [&](const float* from) __attribute__((always_inline)) {
+    squares.add(from);
+#pragma GCC unroll 8
+    for (int k = 0; k < kMeasureLanes; k += W) {
+      const vu magnitude = (vu)load(from + k) & 0x7fffffffu;
+      top = magnitude > top ? magnitude : top;
+    }
+  };
+  int64_t i = 0;
+  for (; i + kMeasureLanes <= n; i += kMeasureLanes) add(x + i);
+  if (i < n) {  // zeros add nothing
+    float rest[kMeasureLanes] = {};
+    memcpy(rest, x + i, static_cast<size_t>(n - i) * 4);
+    add(rest);
+  }
+  out[0] = squares.sum();
+  out[1] = static_cast<double>(bits_float(largest(top)));
 }
 
 void measure_chunk(const MeasureTensor& t, int code, int64_t begin, double* out) {
@@ -453,22 +499,26 @@ void measure_chunk(const MeasureTensor& t, int code, int64_t begin, double* out)
   const char* at = static_cast<const char*>(t.x) + begin * code_bits(code) / 8;
   const float* x = reinterpret_cast<const float*>(at);
   if (code != kF32) decode_floats(code, at, n, buffer), x = buffer;
-  double sums[kMeasureLanes] = {};
-  uint32_t largest[kMeasureLanes] = {};
   const float limit = t.limit, factor = t.factor;
-  auto add = [&](int lane, float v) __attribute__((always_inline)) {
-    v = fabsf(v) > limit ? v * factor : v;
-    sums[lane] += static_cast<double>(v) * static_cast<double>(v);
-    const uint32_t magnitude = magnitude_bits(v);
-    largest[lane] = magnitude > largest[lane] ? magnitude : largest[lane];
-  };
-  int64_t i = 0;
-  for (; i + kMeasureLanes <= n; i += kMeasureLanes)
-    for (int lane = 0; lane < kMeasureLanes; ++lane) add(lane, x[i + lane]);
-  for (int lane = 0; i + lane < n; ++lane) add(lane, x[i + lane]);
+  if (limit < INFINITY) {
+    for (int64_t i = 0; i < n; ++i) buffer[i] = fabsf(x[i]) > limit ? x[i] * factor : x[i];
+    x = buffer;
+  }
+  measure_values(x, n, out);
+}
+
+// A tensor's two numbers from those of its chunks.
+void add_chunks(const double* partial, int64_t count, double* out) {
+  double sums[kMeasureLanes] = {};
+  uint32_t largest = 0;
+  for (int64_t c = 0; c < count; ++c) {
+    const uint32_t magnitude = magnitude_bits(static_cast<float>(partial[2 * c + 1]));
+    sums[c % kMeasureLanes] += partial[2 * c];
+    largest = magnitude > largest ? magnitude : largest;
+  }
   halve(sums);
   out[0] = sums[0];
-  out[1] = static_cast<double>(bits_float(largest_of(largest)));
+  out[1] = static_cast<double>(bits_float(largest));
 }
 
 void measure(const MeasureArgs& a) {
@@ -483,25 +533,226 @@ void measure(const MeasureArgs& a) {
     }
     measure_chunk(a.tensors[low], a.code, (c - a.tensors[low].first) * kMeasureChunk, a.partials + 2 * c);
   }
-  for (int64_t i = 0; i < a.count; ++i) {
-    double sums[kMeasureLanes] = {};
-    uint32_t largest[kMeasureLanes] = {};
-    const int64_t count = (a.tensors[i].n + kMeasureChunk - 1) / kMeasureChunk;
-    const double* partial = a.partials + 2 * a.tensors[i].first;
-    for (int64_t c = 0; c < count; ++c) {
-      const int lane = static_cast<int>(c % kMeasureLanes);
-      const uint32_t magnitude = magnitude_bits(static_cast<float>(partial[2 * c + 1]));
-      sums[lane] += partial[2 * c];
-      largest[lane] = magnitude > largest[lane] ? magnitude : largest[lane];
-    }
-    halve(sums);
-    a.out[2 * i] = sums[0];
-    a.out[2 * i + 1] = static_cast<double>(bits_float(largest_of(largest)));
+  for (int64_t i = 0; i < a.count; ++i)
+    add_chunks(a.partials + 2 * a.tensors[i].first, (a.tensors[i].n + kMeasureChunk - 1) / kMeasureChunk, a.out + 2 * i);
+}
+
+// --- steps scaled by norms --------------------------------------------------------------------------------
+// LAMB and LARS: a tensor's rate follows from norms of the whole tensor. What the norms need (LAMB: the update, left in `room`; LARS: the
+// gradient) comes first, chunk by chunk, and the tensor's own step after a barrier, in the same order of chunks: of a tensor that fits the
+// cache the second pass finds weight and update there. Small tensors share a barrier.
+//
+// A piece holds whole measuring chunks and whole units: the norms are those of `measure` to the last bit.
+//
+// Counted, bytes an element with fp32 states. LAMB: read weight, gradient, moments and write moments and update, 28; apply it, 12: 40 of memory
+// beyond the cache, 28 within, where the two halves as ops of their own took 56 (a copy of the weight and two norms more). LARS: two norms 8, the
+// step 20; within the cache 20. Predicted, of the ops' time: LAMB 0.5 to 0.71, LARS 0.71 to 1. Measured on one thread of a Zen 4 whose others
+// were busy, ns an element, 19.9M in tensors of 1M (AdamW fp32 0.57 to 0.62; an in-place pass over 28 bytes 0.55 to 0.62): LAMB fp32 1.81 ->
+// 0.94 to 0.99, int8 1.89 -> 1.40; LARS fp32 0.90 -> 0.65 to 0.77, int8 0.91 -> 0.69 to 0.73. LAMB's first pass copied, measured and stepped chunk by chunk instead
+// (one loop over four streams each) took 1.5: the copies and the loops wait for memory in turn. So int8 and other formats, whose
+// weights are decoded first, still do.
+struct Piece {
+  Shape shape;
+  int64_t units, tasks;  // units of a task; tasks of the tensor
+};
+
+Piece piece_of(const StepTensor& t, int states) {
+  constexpr int64_t aim = 1 << 15;
+  Piece p{shape_of(t, states), 0, 0};
+  const Shape& s = p.shape;
+  int64_t units = s.rows == 1 ? 1 : s.per_row, elements = s.rows == 1 ? s.unit : s.cols, common = elements, rest = kMeasureChunk;
+  while (rest != 0) {
+    const int64_t r = common % rest;
+    common = rest, rest = r;
   }
+  units *= kMeasureChunk / common, elements *= kMeasureChunk / common;  // the least common multiple
+  p.units = units * (elements < aim ? aim / elements : 1);
+  p.tasks = (s.rows * s.per_row + p.units - 1) / p.units;
+  return p;
+}
+
+// Number of the first element of unit u.
+int64_t element_of(const Shape& s, int64_t u) {
+  const int64_t row = u / s.per_row, col = u % s.per_row * s.unit;
+  return row * s.cols + (col < s.cols ? col : s.cols);
+}
+
+// out: a pair for every chunk of [begin, end)
+void measure_elements(const void* x, int code, int64_t begin, int64_t end, double* out) {
+  const MeasureTensor whole{x, end, 0, INFINITY, 1.0f};
+  for (int64_t at = begin; at < end; at += kMeasureChunk, out += 2) measure_chunk(whole, code, at, out);
+}
+
+void decode_units(const StepTensor& t, const Shape& s, int64_t begin, int64_t end, float* out) {
+  const Matrix m = s.rows == 1 ? flattened(t.param) : t.param;
+  if (!is_blocked(m.code) && s.rows == 1) return decode_tile(m, 0, begin * s.unit, element_of(s, end) - begin * s.unit, out);
+  for (int64_t u = begin; u < end; ++u) {
+    const int64_t col = u % s.per_row * s.unit, n = s.cols - col < s.unit ? s.cols - col : s.unit;
+    decode_tile(m, u / s.per_row, col, n, out);
+    out += n;
+  }
+}
+
+// apply_rule on copies u of the weights p, and the squares of both for every chunk: one pass over memory.
+template <class R, class State>
+void update_and_measure(const float* p, float* u, const float* g, void* s0, void* s1, int64_t n, const float* scalars, double* weights, double* updates) {
+  float h[kMaxScalars];
+  for (int i = 0; i < kMaxScalars; ++i) h[i] = scalars[i];
+  State *const m = static_cast<State*>(s0), *const v = static_cast<State*>(s1);
+  for (int64_t begin = 0; begin < n; begin += kMeasureChunk, weights += 2, updates += 2) {
+    const int64_t end = begin + kMeasureChunk < n ? begin + kMeasureChunk : n;
+    Squares of_p, of_u;
+    int64_t i = begin;
+    for (; i + kMeasureLanes <= end; i += kMeasureLanes) {
+      of_p.add(p + i);
+#pragma GCC unroll 8
+      for (int64_t k = i; k < i + kMeasureLanes; k += W) {
+        vf w = load(p + k), first = load_state(m + k), second = load_state(v + k), unused{};
+        R::apply(w, load(g + k) * h[0], first, second, unused, h);
+        store(u + k, w);
+        store_state(m + k, first);
+        store_state(v + k, second);
+      }
+      of_u.add(u + i);
+    }
+    if (i < end) {
+      float rest[kMeasureLanes] = {};
+      memcpy(rest, p + i, static_cast<size_t>(end - i) * 4);
+      of_p.add(rest);
+      memcpy(u + i, rest, static_cast<size_t>(end - i) * 4);
+      apply_rule<R, State>(u + i, g + i, m + i, v + i, nullptr, end - i, scalars);
+      memcpy(rest, u + i, static_cast<size_t>(end - i) * 4);
+      of_u.add(rest);
+    }
+    weights[0] = of_p.sum(), weights[1] = 0.0;
+    updates[0] = of_u.sum(), updates[1] = 0.0;
+  }
+}
+
+// The rate of one tensor from the sums of squares of its weight and of its update or gradient, in double as Python computes it.
+double scaled_rate(const ScaledStepArgs& a, double weight, double other) {
+  const double w = sqrt(weight), o = sqrt(other);
+  if (!(w > 0.0 && o > 0.0)) return a.lr;
+  if (a.apply < 0) return a.lr * (a.coefficient * w / (a.factor * o + a.decay * w));
+  const double ratio = w / o;
+  return a.lr * (a.coefficient < ratio ? a.coefficient : ratio);  // a nan stays
+}
+
+void scaled_step(const ScaledStepArgs& a) {
+  constexpr int64_t together = 1 << 18;  // elements of small tensors between two barriers
+  const bool lamb = a.apply >= 0;
+  const int states = kRules[a.step.rule].states;
+  const int64_t count = a.step.count;
+  const auto elements = [&](int64_t i) { return a.step.tensors[i].param.rows * a.step.tensors[i].param.cols; };
+  int64_t unit_max = 1, most = 0, chunks_most = 0, run_first = 0, run = 0, chunks = 0, piece_most = 0;
+  struct Place {
+    Piece piece;
+    int64_t room, chunk, task;  // where it begins in the room, among its run's chunks and among its run's tasks
+    int64_t first;              // of its run
+  };
+  Place* const places = static_cast<Place*>(malloc(sizeof(Place) * static_cast<size_t>(count > 0 ? count : 1)));
+  int64_t task = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t n = elements(i);
+    if (run >= together) run = 0, chunks = 0, task = 0, run_first = i;
+    Place& p = places[i];
+    p.piece = piece_of(a.step.tensors[i], states);
+    p.room = run, p.chunk = chunks, p.task = task, p.first = run_first;
+    run += (n + 15) / 16 * 16, chunks += (n + kMeasureChunk - 1) / kMeasureChunk, task += p.piece.tasks;
+    most = run > most ? run : most, chunks_most = chunks > chunks_most ? chunks : chunks_most;
+    const int64_t unit = p.piece.shape.unit, size = element_of(p.piece.shape, p.piece.units);
+    unit_max = unit > unit_max ? unit : unit_max, piece_most = size > piece_most ? size : piece_most;
+  }
+  float* const room = lamb ? static_cast<float*>(aligned_alloc(64, static_cast<size_t>(most + 16) / 16 * 64)) : nullptr;
+  double* const partials = static_cast<double*>(malloc(static_cast<size_t>(chunks_most + 1) * 32));  // of weights, then of the others
+  StepArgs apply = a.step;
+  apply.rule = a.apply, apply.grad_code = kF32;
+#pragma omp parallel if (most > 16384)
+  {
+    const size_t floats = static_cast<size_t>(unit_max + 8 * W + 15) / 16 * 16 * (3 + 2 * kMaxStates);
+    float* const scratch = static_cast<float*>(aligned_alloc(64, floats * 4));
+    float* decoded = nullptr;  // LARS's weights where they are not floats
+    for (int64_t first = 0, last; first < count; first = last) {
+      for (last = first + 1; last < count && places[last].first == first;) ++last;
+      const int64_t tasks = places[last - 1].task + places[last - 1].piece.tasks;
+      const auto tensor_of = [&](int64_t at) {  // the last that starts at this task or before
+        int64_t low = first, high = last;
+        while (high - low > 1) (places[(low + high) / 2].task > at ? high : low) = (low + high) / 2;
+        return low;
+      };
+#pragma omp for schedule(static)
+      for (int64_t at = 0; at < tasks; ++at) {
+        const int64_t i = tensor_of(at);
+        const StepTensor& t = a.step.tensors[i];
+        const Place& p = places[i];
+        const int64_t all = p.piece.shape.rows * p.piece.shape.per_row, u0 = (at - p.task) * p.piece.units, u1 = u0 + p.piece.units < all ? u0 + p.piece.units : all;
+        const int64_t begin = element_of(p.piece.shape, u0), end = element_of(p.piece.shape, u1);
+        double* const weights = partials + 2 * (p.chunk + begin / kMeasureChunk);
+        double* const others = weights + 2 * chunks_most;
+        if (lamb) {
+          StepTensor update = t;
+          update.param = {room + p.room, nullptr, nullptr, kF32, t.param.rows, t.param.cols, 0};
+          const int code = t.states[0].code;
+          if (t.param.code == kF32 && a.step.grad_code == kF32 && code == t.states[1].code && (code == kF32 || code == kBF16)) {
+            const auto at_begin = [&](void* x, int bits) { return static_cast<char*>(x) + begin * bits / 8; };
+            (code == kF32 ? update_and_measure<Lamb, float> : update_and_measure<Lamb, uint16_t>)(
+                reinterpret_cast<const float*>(at_begin(t.param.codes, 32)), room + p.room + begin, static_cast<const float*>(t.grad) + begin,
+                at_begin(t.states[0].codes, code_bits(code)), at_begin(t.states[1].codes, code_bits(code)), end - begin, a.step.scalars, weights, others);
+            continue;
+          }
+          decode_units(t, p.piece.shape, u0, u1, room + p.room + begin);
+          measure_elements(room + p.room, kF32, begin, end, weights);
+          step_units(update, a.step, a.step.scalars, p.piece.shape, u0, u1, scratch);
+          measure_elements(room + p.room, kF32, begin, end, others);
+          continue;
+        }
+        if (t.param.code == kF32 || t.param.code == kBF16 || t.param.code == kF16) {
+          measure_elements(t.param.codes, t.param.code, begin, end, weights);
+        } else {
+          if (!decoded) decoded = static_cast<float*>(aligned_alloc(64, static_cast<size_t>(piece_most + 15) / 16 * 64));
+          decode_units(t, p.piece.shape, u0, u1, decoded);
+          measure_elements(decoded, kF32, 0, end - begin, weights);
+        }
+        measure_elements(t.grad, a.step.grad_code, begin, end, others);
+      }
+      int64_t known = -1;  // the tensor that h belongs to; every thread finds it for itself, as a barrier would cost more
+      float h[kMaxScalars];
+      const auto find = [&](int64_t i) {
+        double w[2], o[2];
+        const int64_t chunks_of = (elements(i) + kMeasureChunk - 1) / kMeasureChunk;
+        add_chunks(partials + 2 * places[i].chunk, chunks_of, w);
+        add_chunks(partials + 2 * (chunks_most + places[i].chunk), chunks_of, o);
+        const float rate = static_cast<float>(scaled_rate(a, w[0], o[0]));
+        memcpy(h, a.step.scalars, sizeof h);
+        if (lamb) {  // Sgd's: of the update as it is, without decay
+          memset(h, 0, sizeof h);
+          h[0] = h[1] = 1.0f, h[2] = rate;
+        } else {
+          h[3] = rate;
+        }
+        known = i;
+      };
+#pragma omp for schedule(static)
+      for (int64_t back = 0; back < tasks; ++back) {
+        const int64_t at = tasks - 1 - back, i = tensor_of(at);
+        const Place& p = places[i];
+        StepTensor t = a.step.tensors[i];
+        const int64_t all = p.piece.shape.rows * p.piece.shape.per_row, u0 = (at - p.task) * p.piece.units, u1 = u0 + p.piece.units < all ? u0 + p.piece.units : all;
+        if (i != known) find(i);
+        if (lamb) t.grad = room + p.room;
+        step_units(t, lamb ? apply : a.step, h, p.piece.shape, u0, u1, scratch);
+      }
+    }
+    free(scratch);
+    free(decoded);
+  }
+  free(partials);
+  free(room);
+  free(places);
 }
 
 }  // namespace
 
-const OptimKernels GM_TABLE(optim) = {step, measure};
+const OptimKernels GM_TABLE(optim) = {step, measure, scaled_step};
 
 }  // namespace gradmill

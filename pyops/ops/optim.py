@@ -214,6 +214,50 @@ scalars then, (tensors, 16): both are read when the kernel runs, not before, so 
 Raises TypeError and ValueError naming the argument."""
 
 
+# --- steps scaled by norms --------------------------------------------------------------------------------
+def _check_scaled(rule, params, param_scales, param_zeros, grads, states, state_scales, scalars, key, ids, param_code, param_block,
+                  state_codes, state_block, lr, coefficient, decay, factor, offsets=None):
+    if rule not in ("lamb", "lars"):
+        reject("scaled_step", "rule", rule, "lamb or lars")
+    if scalars.shape != (1, MAX_SCALARS):
+        reject("scaled_step", "scalars", scalars, f"fp32 on CPU of shape (1, {MAX_SCALARS})")
+    if param_code == "delta":
+        reject("scaled_step", "param_code", param_code, "a code that weights are stored in")
+    _check(rule, params, param_scales, param_zeros, grads, states, state_scales, scalars, key, ids, param_code, param_block, state_codes, state_block, offsets)
+
+
+def _native_scaled(rule, params, param_scales, param_zeros, grads, states, state_scales, scalars, key, ids, param_code, param_block,
+                   state_codes, state_block, lr, coefficient, decay, factor, offsets=None):
+    if not params:
+        return
+    (head, table), kept, copies = _table(rule, params, param_scales, param_zeros, grads, states, state_scales, ids, param_code, param_block,
+                                         state_codes, state_block, offsets)
+    if not kept:
+        return
+    (seed, step), native = key.tolist(), native_module()
+    native.scaled_step(*head, table, scalars.flatten().tolist(), seed & 0xFFFFFFFFFFFFFFFF, step & 0xFFFFFFFF,
+                       native.rules["sgd"][0] if rule == "lamb" else -1, lr, coefficient, decay, factor)
+    for original, copy in copies:
+        if original is not None:
+            original.copy_(copy)
+
+
+scaled_step = Op(
+    "scaled_step",
+    "(str rule, Tensor(a!)[] params, Tensor(b!)[] param_scales, Tensor(c!)[] param_zeros, Tensor[] grads, Tensor(d!)[] states, "
+    "Tensor(e!)[] state_scales, Tensor scalars, Tensor key, int[] ids, str param_code, int param_block, str[] state_codes, "
+    "int state_block, float lr, float coefficient, float decay, float factor, int[]? offsets=None) -> ()",
+    _check_scaled, _fake, backends={"native": _native_scaled, "reference": reference.scaled_step},
+    order={"cpu": ("native", "reference"), "cuda": ("reference",)})
+scaled_step.__doc__ = """scaled_step(rule, ..., state_block, lr, coefficient, decay, factor, offsets=None)
+
+fused_step of a rule whose rate is a function of norms of each whole tensor, the norms included: one call, and tensors that fit the cache
+stay there between the norms and what they scale. Arguments up to state_block are fused_step's, one row of scalars for all. With norms as
+``measure`` finds them, in float64, of the weight's fp32 value w: "lamb": the rule turns a copy of the weight into its update u, which the
+rule "sgd" applies at the rate lr * min(norm(w) / norm(u), coefficient); "lars": its fourth scalar becomes lr * coefficient * norm(w) /
+(factor * norm(gradient) + decay * norm(w)). The rate is lr where a norm is 0 or nan. Raises TypeError and ValueError naming the argument."""
+
+
 # --- norms ------------------------------------------------------------------------------------------------
 def _check_measure(tensors, limits=None):
     for i, x in enumerate(tensors):

@@ -120,10 +120,10 @@ def like_shards(t: torch.Tensor, p, shape) -> torch.Tensor:
 
 
 def measured(tensors, limits=None, device=None) -> torch.Tensor:
-    """gradmill.ops.measure of tensors of any dtypes and devices, float64 (tensors, 2) on CPU; with ``device`` there, in any order
-    and without waiting for it. DTensors count whole: their
+    """gradmill.ops.measure of tensors of any dtypes and devices, float64 (tensors, 2) on CPU; with ``device`` there, without
+    waiting for it. DTensors count whole: their
     shards' sums are added and their largest magnitudes compared between the processes, one all-reduce each."""
-    out, parts = torch.zeros(len(tensors), 2, dtype=torch.float64, device="cpu"), []
+    out, rows = torch.zeros(len(tensors), 2, dtype=torch.float64, device="cpu"), {}
     buckets = defaultdict(list)
     for i, t in enumerate(tensors):
         buckets[t.dtype, t.device, (t.device_mesh, t.placements) if is_sharded(t) else None].append(i)
@@ -137,8 +137,11 @@ def measured(tensors, limits=None, device=None) -> torch.Tensor:
                 found = torch.stack((sums, largest.view(torch.float64)), 1)
         if device is None:
             out[members] = found.cpu()
-        parts.append(found)
-    return out if device is None else torch.cat(parts)
+        elif len(buckets) == 1:
+            return found
+        else:
+            rows.update(zip(members, found))
+    return out if device is None else torch.stack([rows[i] for i in range(len(tensors))])
 
 
 def state_nbytes(optimizer: Optimizer) -> int:
@@ -234,8 +237,9 @@ class FusedOptimizer(Optimizer):
     ``capturable`` (as in torch: a step on a GPU can be captured in a CUDA graph, after one outside of it; steps are counted in device memory,
     an lr or a beta that is a CUDA tensor is read there, and random bits change from replay to replay), ``offload`` (True: the states of
     parameters on a GPU, low bits too, live in CPU memory, and the CPU's kernels step, bit for bit alike; see :mod:`gradmill.optim.staging`.
-    For parameters on the CPU it changes nothing). capturable and offload exclude each other, a projection, and rules that need whole tensors
-    (Muon, LAMB and their like). Of torch.optim's arguments ``foreach`` and ``fused`` are accepted and ignored (the step is always
+    For parameters on the CPU it changes nothing; a projection's basis, norms and Muon's iteration stay on the GPU). capturable and offload
+    exclude each other; capturable is refused with a projection and with rules about which the host decides something (StableSPAM, SWATS,
+    STEPAdam, AdaGradNorm, FedSpeed). Of torch.optim's arguments ``foreach`` and ``fused`` are accepted and ignored (the step is always
     fused), ``differentiable`` refused if True.
 
     For the optimizer as a whole, attributes too: ``max_grad_norm`` (None; else all gradients together are scaled down to
@@ -244,12 +248,14 @@ class FusedOptimizer(Optimizer):
     torch does, "skip" does nothing, "raise" raises FloatingPointError naming the parameter, with nothing changed.
 
     On a GPU, where all parameters are on one, clipping, "skip" and a GradScaler's inf are decided there, and the host goes on: then grad_norm is a
-    tensor, and ``step`` in the state too. "raise", offload, projections and rules of whole tensors wait for the device.
+    tensor, and ``step`` in the state too. "raise", offload, projections and rules about which the host decides wait for the device.
 
     DTensor parameters (``fully_shard``) step their local rows, projected ones too; random bits and blocks are those of the whole tensor.
     """
 
     steps_shards = True  #: False in a subclass whose step is not a function of each row and of norms that ``measured`` takes
+    host_decides = ""    #: why the host takes part in every step, where it does: what capturable=True is refused with
+    offloads_not = ""    #: why offload=True is refused, where it is
     max_grad_norm, on_nonfinite, grad_norm = None, "propagate", None
     _projection_options: dict = {}  # what a group's ``rank`` alone means (galore.py)
     _step_supports_amp_scaling = True  # GradScaler hands us grad_scale and found_inf instead of unscaling itself
@@ -281,11 +287,11 @@ class FusedOptimizer(Optimizer):
     def check_group(self, group: dict):
         """Raises ValueError for hyperparameters out of range."""
 
-    def needs_whole_tensors(self, group: dict) -> str:
-        """What in this group's step looks at whole tensors, or at numbers on the host; "" if nothing does."""
-        if type(self)._step_group is not FusedOptimizer._step_group:
-            return f"{type(self).__name__}, whose step is made of whole tensors"
-        return "projection" if group["projection"] is not None else ""
+    def needs_the_host(self, group: dict) -> str:
+        """What in this group's step the host has to know or decide; "" if nothing."""
+        if self.host_decides:
+            return f"{type(self).__name__}, {self.host_decides}"
+        return "projection, whose basis is refreshed at steps that the host counts" if group["projection"] is not None else ""
 
     # --- parameters ---------------------------------------------------------------------------------------
     def add_param_group(self, param_group):
@@ -332,8 +338,10 @@ class FusedOptimizer(Optimizer):
         for option in ("capturable", "offload"):
             if not isinstance(group.setdefault(option, False), bool):
                 raise TypeError(f"{option} is {group[option]!r}; it must be True or False")
-            if group[option] and (reason := self.needs_whole_tensors(group)):
-                raise ValueError(f"{option}=True cannot be combined with {reason}")
+        if group["capturable"] and (reason := self.needs_the_host(group)):
+            raise ValueError(f"capturable=True cannot be combined with {reason}; capture forward and backward, and call step() after the replay")
+        if group["offload"] and self.offloads_not:
+            raise ValueError(f"offload=True cannot be combined with {type(self).__name__}, {self.offloads_not}")
         if group["capturable"] and group["offload"]:
             raise ValueError("offload=True cannot be combined with capturable=True: the step runs on the host")
         self.check_group(group)
@@ -471,7 +479,7 @@ class FusedOptimizer(Optimizer):
             if capturing:
                 raise RuntimeError("on_nonfinite='raise' cannot be captured in a CUDA graph: only the host can raise; take 'skip' or 'propagate'")
             return None
-        if any(group["offload"] or self.needs_whole_tensors(group) or not self._counts(group) for group, _ in used):
+        if any(group["offload"] or self.needs_the_host(group) or not self._counts(group) for group, _ in used):
             return None
         return device if all([p.device == device for _, params in used for p in params]) else None
 
@@ -551,10 +559,11 @@ class FusedOptimizer(Optimizer):
 
     def _bring_home(self, group, params, counted):
         """Moves states of a live group whose offload was changed, and steps that are counted elsewhere from now on."""
+        names = {f"{name}{part}" for name in RULES[self.rule(group)].states for part in ("", "_codes", "_scales")} | {"low_bits"}
         for p in params:
             state, home = self.state[p], self._home(p, group)
             for name, value in list(state.items()):
-                if isinstance(value, torch.Tensor) and value.dim() and name not in ("step", "cosines") and value.device != home:
+                if name in names and value.device != home:  # not a projection's basis: it is needed where the gradient is
                     state[name] = value.to(home)
             there = p.device if counted else torch.device("cpu")
             if state["step"].device != there:
@@ -576,7 +585,7 @@ class FusedOptimizer(Optimizer):
         if there:
             return True
         step = self.state.get(p, {}).get("step")  # once there, it stays there
-        return step is not None and step.is_cuda and not (group["offload"] or self.needs_whole_tensors(group)) and self._counts(group)
+        return step is not None and step.is_cuda and not (group["offload"] or self.needs_the_host(group)) and self._counts(group)
 
     @staticmethod
     def _numbers(steps, live) -> torch.Tensor:
@@ -717,8 +726,9 @@ class FusedOptimizer(Optimizer):
             p, error = failed
             raise RuntimeError(f"refreshing the basis of a parameter of shape {tuple(p.shape)} beside training failed: {error}") from error
 
-    def map_moments(self, group, state, columns, first, second=None):
-        """Each state m of a matrix with so many columns becomes first(m), a second moment second(m), where given; fp32 in between."""
+    def map_moments(self, group, state, columns, device, first, second=None):
+        """Each state m of a matrix with so many columns becomes first(m), a second moment second(m), where given; fp32 in between, on
+        ``device``."""
         rule = RULES[self.rule(group)]
         for name, code in zip(rule.states, rule.state_codes):
             change = second if second is not None and code == "square8" else first
@@ -726,12 +736,12 @@ class FusedOptimizer(Optimizer):
                 codes, scales = local(state[f"{name}_codes"]), local(state[f"{name}_scales"])
                 format = stored_format(code, codes, columns)
                 value = dequantize(codes, scales, scales.new_empty(0, dtype=torch.uint8), format.code, format.block, columns, torch.float32)
-                for part, new in zip(("codes", "scales"), quantize(change(value), format.code, format.block)):
+                for part, new in zip(("codes", "scales"), quantize(change(value.to(device)).to(value.device), format.code, format.block)):
                     like = state[f"{name}_{part}"]
                     state[f"{name}_{part}"] = like_shards(new, like, like.shape)
             else:
                 value = local(state[name])
-                state[name] = like_shards(change(value.to(torch.float32)).to(value.dtype).contiguous(), state[name], state[name].shape)
+                state[name] = like_shards(change(value.to(device, torch.float32)).to(value).contiguous(), state[name], state[name].shape)
 
     def apply_rule(self, group: dict, items: list[Item], factor: float, *, rule=None, lr=None, param_code=None, decay=True):
         """Steps ``items`` by a rule (default: the group's), one native call for all that share formats, step and device. An
@@ -739,14 +749,16 @@ class FusedOptimizer(Optimizer):
 
         param_code "delta" leaves the update in each item's fp32 param instead of stepping it (no weight decay).
         """
-        if group["offload"] and (away := [item for item in items if staging.staged(item.param.device)]):
+        # A rule without states steps weights where they are.
+        moves = [item for item in items if RULES[rule or self.rule(group)].states or "low_bits" in item.state] if group["offload"] else []
+        if away := [item for item in moves if staging.staged(item.param.device)]:
             transport = self.__dict__.setdefault("_transports", {})
             for device in dict.fromkeys(item.param.device for item in away):
                 if device not in transport:
                     transport[device] = staging.transport_of(device)
                 staging.through(transport[device], [item for item in away if item.param.device == device and item.grad.numel()],
                                 lambda chunk: self._apply(group, chunk, factor, rule=rule, lr=lr, param_code=param_code, decay=decay))
-            items = [item for item in items if not staging.staged(item.param.device)]
+            items = [item for item in items if not any(item is other for other in away)]
         self._apply(group, items, factor, rule=rule, lr=lr, param_code=param_code, decay=decay)
 
     def _apply(self, group: dict, items: list[Item], factor: float, *, rule, lr, param_code, decay):
@@ -760,7 +772,8 @@ class FusedOptimizer(Optimizer):
         for step, bucket, arguments in self._buckets(name, items, param_code):
             if step is None:
                 counts = torch.stack([item.step for item in bucket])
-                fused_step(**arguments, scalars=table_of((first, *rule.scalars(options, counts.to(torch.float64), lr)), counts),
+                rates = torch.stack([item.options["lr"] for item in bucket]) if bucket[0].options else lr
+                fused_step(**arguments, scalars=table_of((first, *rule.scalars(options, counts.to(torch.float64), rates)), counts),
                            key=torch.tensor([group["seed"], 0], dtype=torch.int64, device="cpu"), counts=counts)
                 continue
             if any(item.options for item in bucket):

@@ -31,6 +31,8 @@ class FedSpeed(FusedOptimizer):
     """
 
     steps_shards = False
+    host_decides = "whose step is made of two gradients"
+    offloads_not = "whose two fp32 states are read with the weights between its two gradients; leave it out"
 
     def __init__(self, params, lr=0.1, rho=0.1, alpha=1.0, prox=0.1, weight_decay=0.0, **options):
         super().__init__(params, dict(lr=lr, rho=rho, alpha=alpha, prox=prox, weight_decay=weight_decay), **options)
@@ -47,9 +49,6 @@ class FedSpeed(FusedOptimizer):
 
     def rule(self, group):
         return "sgd"
-
-    def needs_whole_tensors(self, group):
-        return "FedSpeed, whose step is made of two gradients"
 
     def _all(self):
         return [(group, p) for group in self.param_groups for p in group["params"]]

@@ -1,21 +1,20 @@
 """Rules for large batches: a tensor's step is scaled by norms of the whole tensor (LAMB, LARS).
 
-A norm comes before the step that needs it, so their weights and gradients are read more often than another rule's. Bytes an element
-with fp32 states: LAMB 56 (copy the weight 8, its norm 4, the update 28, its norm 4, apply it 12) where the states, weight and gradient
-alone are 28; LARS 28 (two norms 8, the step 20) for 20. One thread's CPU time beside other work (busy), 19.9M parameters on a Zen 4, when an
-in-place pass over 28 bytes took 0.68 ns: LAMB 2.2 ns, LARS 1.2; 3.5 and 2.8 while both copied every weight into fresh memory.
+A norm comes before the step that needs it, so their weights and gradients are read more often than another rule's. On a CPU one native call
+does both (``ops.scaled_step``), and tensors that fit the cache are read from memory once; csrc/cpu/optim.cpp has the counts. On a GPU, in Triton and
+for shards the two halves are ops of their own.
 """
 from __future__ import annotations
 
 import torch
 
-from gradmill.optim._base import FusedOptimizer, is_sharded, local, measured
+from gradmill.ops.optim import repeats_on, scaled_step
+from gradmill.optim._base import FusedOptimizer, is_sharded, local, measured, padded
 from gradmill.optim.adamw import check_betas, check_eps, check_lr_and_decay
+from gradmill.optim.rules import RULES, number
 from gradmill.weight import QuantizedWeight
 
-#: Elements whose updates LAMB holds at a time on a CPU, where the next pass still finds some of them in the cache. (All at once, in memory
-#: that is fresh at every step, took half as long again. LARS and StableSPAM, which only read before they step, gained nothing.)
-BATCH = 1 << 21
+BATCH = 1 << 21  #: elements whose updates LAMB holds at a time where the CPU steps in two halves (shards), so that the second finds some in the cache
 
 
 def batches(items):
@@ -35,18 +34,46 @@ def stored_as_floats(item) -> bool:
     return "low_bits" not in item.state and not isinstance(local(item.owner.detach()), QuantizedWeight)
 
 
-def norms(tensors) -> list[float]:
-    """L2 norms, of whole tensors where they are sharded."""
-    return measured(tensors)[:, 0].sqrt().tolist()
+def norms(tensors, items) -> torch.Tensor:
+    """L2 norms, float64, of whole tensors where they are sharded; on their device where the items' steps are counted there."""
+    return measured(tensors, device=items[0].owner.device if counted(items) else None)[:, 0].sqrt()
 
 
-class LAMB(FusedOptimizer):
+def counted(items) -> bool:
+    """Whether the device counts these steps, and the host goes on."""
+    return isinstance(items[0].step, torch.Tensor)
+
+
+def at_rates(group, items, ratios):
+    """The items, each at the group's rate times its ratio."""
+    rates = (number if counted(items) else float)(group["lr"]) * ratios
+    return [item._replace(options={"lr": rate}) for item, rate in zip(items, rates if counted(items) else rates.tolist())]
+
+
+class _ScaledByNorms(FusedOptimizer):
+    """A rule of ``scaled_step``: in one call where that has a native kernel, in two halves elsewhere."""
+
+    def in_one_call(self, item) -> bool:
+        p = item.owner
+        return p.device.type == "cpu" and not is_sharded(p) and not isinstance(item.step, torch.Tensor) and repeats_on("cpu")
+
+    def scaled(self, group, items, factor, coefficient, decay):
+        """Steps items, and returns those that need the two halves."""
+        rule = self.rule(group)
+        for step, bucket, arguments in self._buckets(rule, [item for item in items if self.in_one_call(item)]):
+            lr = float(group["lr"])
+            scalars = padded((factor * (-1.0 if group["maximize"] else 1.0), *RULES[rule].scalars(group, step, lr)))
+            scaled_step(**arguments, scalars=torch.tensor([scalars], dtype=torch.float32, device="cpu"), lr=lr, coefficient=coefficient, decay=decay,
+                        factor=abs(factor), key=torch.tensor([group["seed"], step], dtype=torch.int64, device="cpu"))
+        return [item for item in items if not self.in_one_call(item)]
+
+
+class LAMB(_ScaledByNorms):
     """LAMB: Adam's update, with the decay in it, scaled to the norm of its weight.
 
     Source: You et al., "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes", Algorithm 2: with u the
     update m^ / (sqrt(v^) + eps) + weight_decay w, w <- w - lr phi(|w|) / |u| u; phi is the identity, and the ratio is 1 where
-    a norm is 0. The updates of some two million elements at a time (on a GPU: of a
-    group) exist as fp32. Norms are summed in double in a fixed order.
+    a norm is 0. The update of a tensor (on a GPU: of a group) exists as fp32. Norms are summed in double in a fixed order.
 
     Args:
         params, lr, betas, eps, weight_decay: the paper's, lr 1e-3, eps 1e-6, weight_decay 0.01.
@@ -73,13 +100,14 @@ class LAMB(FusedOptimizer):
         return "lamb"
 
     def _step_group(self, group, items, factor):
-        runs = batches(items)
+        cap = float("inf") if group["max_trust_ratio"] is None else group["max_trust_ratio"]
+        runs = batches(self.scaled(group, items, factor, cap, 0.0))
         # One piece of memory for all batches: fresh memory costs a page fault per 4 KB, more than the arithmetic.
         room = torch.empty(max((sum(item.owner.numel() for item in run if item.owner.device.type == "cpu") for run in runs), default=0), dtype=torch.float32, device="cpu")
         for run in runs:
-            self._step_batch(group, run, factor, room)
+            self._step_batch(group, run, factor, cap, room)
 
-    def _step_batch(self, group, items, factor, room):
+    def _step_batch(self, group, items, factor, cap, room):
         updates = []  # a copy of each weight, which the rule turns into its update
         for item in items:
             p = item.owner.detach()
@@ -88,16 +116,15 @@ class LAMB(FusedOptimizer):
                 room = room[p.numel():]
             else:
                 updates.append(self.value(item.owner, item.state))
-        before = norms(updates)
+        before = norms(updates, items)
         self.apply_rule(group, [item._replace(param=local(u)) for item, u in zip(items, updates)], factor)
-        cap = float("inf") if group["max_trust_ratio"] is None else group["max_trust_ratio"]
-        ratios = [min(w / u, cap) if w > 0 and u > 0 else 1.0 for w, u in zip(before, norms(updates))]
-        lr = float(group["lr"])
-        self.apply_rule({**group, "maximize": False}, [item._replace(grad=local(u), options={"lr": lr * r}) for item, u, r in zip(items, updates, ratios)],
-                        1.0, rule="sgd", decay=False)
+        after = norms(updates, items)
+        ratios = torch.where((before > 0) & (after > 0), (before / after).clamp(max=cap), 1.0)
+        self.apply_rule({**group, "maximize": False}, at_rates(group, [item._replace(grad=local(u)) for item, u in zip(items, updates)], ratios), 1.0,
+                        rule="sgd", decay=False)
 
 
-class LARS(FusedOptimizer):
+class LARS(_ScaledByNorms):
     """LARS: momentum SGD whose rate is scaled, tensor by tensor, to the norms of weight and gradient.
 
     Source: You et al., "Large Batch Training of Convolutional Networks", Algorithm 1: with the local rate
@@ -127,10 +154,11 @@ class LARS(FusedOptimizer):
         return "lars"
 
     def _step_group(self, group, items, factor):
+        if group["trust_coefficient"] is not None:
+            items = self.scaled(group, items, factor, group["trust_coefficient"], group["weight_decay"])
         if group["trust_coefficient"] is not None and items:
-            weights = norms([item.owner.detach() if stored_as_floats(item) else self.value(item.owner, item.state) for item in items])
-            grads = norms([item.owner.grad for item in items])
-            decay, lr = group["weight_decay"], float(group["lr"])
-            rates = [lr * (group["trust_coefficient"] * w / (abs(factor) * g + decay * w) if w > 0 and g > 0 else 1.0) for w, g in zip(weights, grads)]
-            items = [item._replace(options={"lr": rate}) for item, rate in zip(items, rates)]
+            weights = norms([item.owner.detach() if stored_as_floats(item) else self.value(item.owner, item.state) for item in items], items)
+            grads = norms([item.owner.grad for item in items], items)
+            ratios = group["trust_coefficient"] * weights / (abs(factor) * grads + group["weight_decay"] * weights)
+            items = at_rates(group, items, torch.where((weights > 0) & (grads > 0), ratios, 1.0))
         self.apply_rule(group, items, factor)

@@ -7,6 +7,7 @@ import torch
 
 from gradmill.optim._base import FusedOptimizer, Item
 from gradmill.optim.adamw import check_eps, check_lr_and_decay
+from gradmill.optim.rules import number
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan's: the largest slope at 0 of quintics that stay near 1
 BLOCK = 256    # rows of a block of a symmetric product: smaller ones save more and run slower (1024 rows of fp32 on one Zen 4 core:
@@ -76,12 +77,13 @@ class _MatrixOptimizer(FusedOptimizer):
     def rule(self, group):
         return "sgd_momentum"
 
-    def direction(self, update: torch.Tensor, group: dict) -> tuple[torch.Tensor, float]:
+    def direction(self, update: torch.Tensor, group: dict) -> tuple[torch.Tensor, float | torch.Tensor]:
         """The direction to step in, from the momentum's, and the factor on lr."""
         raise NotImplementedError
 
     def _step_group(self, group, items, factor):
-        lr = float(group["lr"])
+        counted = bool(items) and isinstance(items[0].step, torch.Tensor)  # by the device: the host goes on
+        lr = (number if counted else float)(group["lr"])
         average = {**group, "dampening": group["momentum"]}  # b = momentum b + (1-momentum) g
         plain = {**group, "maximize": False, "weight_decay": 0.0, "factor": 1 - lr * group["weight_decay"]}
         for item in items:  # one by one: only one matrix's direction is held at a time
@@ -90,6 +92,7 @@ class _MatrixOptimizer(FusedOptimizer):
             update = torch.empty(item.grad.shape, dtype=torch.float32, device=item.grad.device)
             self.apply_rule(average, [item._replace(param=update)], factor, lr=-1.0, param_code="delta", decay=False)
             update, scale = self.direction(update, group)
+            scale = scale if counted else float(scale)
             self.apply_rule(plain, [Item(item.param, update, item.state, item.step)], 1.0, rule="sgd", lr=lr * scale)
 
 
@@ -160,7 +163,7 @@ class AuON(_MatrixOptimizer):
     def direction(self, update, group):
         norm = update.norm().clamp(min=1e-30)
         r = torch.cosh(update * (group["gamma"] / norm)).square().mean().sqrt()
-        return update, 1 / (float(r) + group["eps"])
+        return update, 1 / (r.double() + group["eps"])
 
 
 class HybridAuON(AuON):

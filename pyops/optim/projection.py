@@ -401,17 +401,17 @@ class Projected:
             self._adapt(cosine)
         if not first and p.moments == "reset":
             state["moments_since"] = self.item.step - 1
-            optimizer.map_moments(self.group, state, columns, torch.zeros_like)
+            optimizer.map_moments(self.group, state, columns, self.grad.device, torch.zeros_like)
         elif not first and p.moments == "rotate" and indices is not None:
             new = state["basis_indices"]
             place = torch.searchsorted(indices, new).clamp_(max=self.rank - 1)
             kept = indices[place] == new
             kept = kept[:, None] if self.left else kept
-            optimizer.map_moments(self.group, state, columns, lambda m: torch.where(kept, m.index_select(self.dim, place), 0.0))
+            optimizer.map_moments(self.group, state, columns, self.grad.device, lambda m: torch.where(kept, m.index_select(self.dim, place), 0.0))
         elif not first and p.moments == "rotate" and old is not None:
             rotation = self.basis() @ old.t()
             move = (lambda m, r: r @ m) if self.left else (lambda m, r: m @ r.t())
-            optimizer.map_moments(self.group, state, columns, lambda m: move(m, rotation), lambda v: move(v, rotation.square()))
+            optimizer.map_moments(self.group, state, columns, self.grad.device, lambda m: move(m, rotation), lambda v: move(v, rotation.square()))
         interval = state["refresh_interval"]
         if first and p.stagger and interval > 1:  # the first intervals end at different steps
             count = max(1, sum(len(g["params"]) for g in optimizer.param_groups))

@@ -30,6 +30,8 @@ class StableSPAM(FusedOptimizer):
             bfloat16 or float16. RuntimeError at step for sparse gradients.
     """
 
+    host_decides = "whose limits and norms the host keeps and compares"
+
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, *, gammas=(0.7, 0.9), theta=0.999, reset_every=1000,
                  decay_steps=None, maximize=False, **options):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, gammas=gammas, theta=theta,

@@ -29,6 +29,7 @@ class SWATS(AdamW):
     """
 
     steps_shards = False
+    host_decides = "whose switch to SGD the host decides, tensor by tensor"
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-9, tolerance=1e-9, **options):
         FusedOptimizer.__init__(self, params, dict(lr=lr, betas=betas, eps=eps, tolerance=tolerance, weight_decay=0.0), **options)
@@ -81,6 +82,7 @@ class STEPAdam(AdamW):
     """
 
     steps_shards = False
+    host_decides = "of whose second moment the host decides when it settles"
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, threshold=1e-8, min_steps=0, **options):
         FusedOptimizer.__init__(self, params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, threshold=threshold,
@@ -95,7 +97,10 @@ class STEPAdam(AdamW):
         beta1, beta2 = map(float, group["betas"])
         if group["frozen_at"]:
             return super()._step_group({**group, "betas": (beta1, 1.0)}, items, factor)
-        total = sum(float((self._variance(item, group) - as_matrix(item.grad).to(torch.float32).mul(factor).square()).abs().sum()) for item in items)
+        total = 0.0
+        for item in items:
+            variance = self._variance(item, group)  # in CPU memory with offload=True
+            total += float((variance - as_matrix(item.grad).to(variance).mul(factor).square()).abs().sum())
         count = sum(item.grad.numel() for item in items)
         super()._step_group(group, items, factor)
         if not count:

@@ -270,6 +270,33 @@ def fused_step(rule, params, param_scales, param_zeros, grads, states, state_sca
         write(as_matrix(param), scales, zeros, param_format, new_p, rounding, stream(ids[i], "weight"), old=p, first=first)
 
 
+def scaled_step(rule, params, param_scales, param_zeros, grads, states, state_scales, scalars, key, ids, param_code, param_block,
+                state_codes, state_block, lr, coefficient, decay, factor, offsets=None):
+    """See gradmill.ops.optim.scaled_step."""
+    format, row = Format(param_code, param_block), scalars.clone()
+    for i, grad in enumerate(grads):
+        if not grad.numel():
+            continue
+        one, own = slice(i, i + 1), slice(i * len(state_codes), (i + 1) * len(state_codes))
+        place = key, ids[one], param_code, param_block
+        first = offsets[one] if offsets else None
+        value = load(as_matrix(params[i]), param_scales[i] if format.blocked else None,
+                     param_zeros[i] if format.has_zero_point or param_code in SPLIT else None, format, as_matrix(grad).shape[1]).clone()
+        other, weight = grad, float(measure([value])[0, 0].sqrt())
+        if rule == "lamb":
+            other = value.view(grad.shape)
+            fused_step(rule, [other], [], [], [grad], states[own], state_scales[own], scalars, key, ids[one], "fp32", 0, state_codes, state_block, first)
+        rate, norm = lr, float(measure([other])[0, 0].sqrt())
+        if weight > 0 and norm > 0:
+            rate = lr * (min(weight / norm, coefficient) if rule == "lamb" else coefficient * weight / (factor * norm + decay * weight))
+        if rule == "lamb":
+            row[0, :4] = torch.tensor([1.0, 1.0, rate, 0.0])
+            fused_step("sgd", params[one], param_scales[one], param_zeros[one], [other], [], [], row, *place, [], 0, first)
+        else:
+            row[0, 3] = rate
+            fused_step(rule, params[one], param_scales[one], param_zeros[one], [grad], states[own], state_scales[own], row, *place, state_codes, state_block, first)
+
+
 CHUNK = 4096  # elements whose squares are added up before anything else
 
 
