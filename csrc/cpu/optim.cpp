@@ -11,6 +11,8 @@
 // 1.46 -> 1.18, int4 1.59 -> 1.31. Quiet, after it, both threads: int8 0.70, int4 0.68, fp8 0.75 of fp32's time in a minute of slow memory
 // (bench/results/*-rules.md), int8 1.05 of torch's in one of fast memory, 0.83 held to AVX2. Tried and dropped: prefetching the next unit (a third slower), units
 // of 256 and 1024 elements, handing out chunks in turn.
+#include <new>
+
 #include "simd.h"  // before the rules: they call root()
 
 #include "../common/rules.h"
@@ -651,6 +653,7 @@ void scaled_step(const ScaledStepArgs& a) {
     int64_t first;              // of its run
   };
   Place* const places = static_cast<Place*>(malloc(sizeof(Place) * static_cast<size_t>(count > 0 ? count : 1)));
+  if (!places) throw std::bad_alloc();
   int64_t task = 0;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t n = elements(i);
@@ -665,6 +668,12 @@ void scaled_step(const ScaledStepArgs& a) {
   }
   float* const room = lamb ? static_cast<float*>(aligned_alloc(64, static_cast<size_t>(most + 16) / 16 * 64)) : nullptr;
   double* const partials = static_cast<double*>(malloc(static_cast<size_t>(chunks_most + 1) * 32));  // of weights, then of the others
+  if (!partials || (lamb && !room)) {  // nothing is written yet
+    free(partials);
+    free(room);
+    free(places);
+    throw std::bad_alloc();
+  }
   StepArgs apply = a.step;
   apply.rule = a.apply, apply.grad_code = kF32;
 #pragma omp parallel if (most > 16384)
