@@ -2,7 +2,7 @@
 
     python bench/run.py                                    all families, under 5 minutes on 2 threads (= make bench)
     python bench/run.py --quick --family optim,quant       fewer rounds, two families
-    python bench/run.py --full --json OUT.json --html OUT.html    to publish: scaling, torch.compile; 40 to 60 minutes on 2 threads
+    python bench/run.py --full --json OUT.json --html OUT.html    to publish: scaling, torch.compile; 25 to 40 minutes on 2 threads
     python bench/run.py --isa avx2                         gradmill and torch both held to AVX2
     python bench/run.py --device cuda
     python bench/run.py --from OUT.json --html OUT.html    a page of an earlier run
@@ -23,7 +23,7 @@ import time
 
 HERE = pathlib.Path(__file__).resolve().parent
 #: Seconds of timing per case and the fewest samples of a slow entry.
-PACE = {"quick": (1.0, 3), "default": (1.5, 3), "full": (20.0, 7)}
+PACE = {"quick": (1.0, 3), "default": (1.5, 3), "full": (12.0, 7)}
 
 
 def package():
@@ -44,7 +44,7 @@ def arguments(argv=None):
     parser.add_argument("--isa", choices=("portable", "avx2", "avx512", "avx512_vnni"), help="hold gradmill and torch to an instruction set")
     pace = parser.add_mutually_exclusive_group()
     pace.add_argument("--quick", dest="pace", action="store_const", const="quick", help="1 s a case")
-    pace.add_argument("--full", dest="pace", action="store_const", const="full", help="20 s a case, every case, torch.compile too: numbers to publish")
+    pace.add_argument("--full", dest="pace", action="store_const", const="full", help="12 s a case, every case, torch.compile too: numbers to publish")
     peers = parser.add_mutually_exclusive_group()
     peers.add_argument("--peers", action="store_true", help="installed peers take part (they do anyway)")
     peers.add_argument("--no-peers", action="store_true", help="torch only")
