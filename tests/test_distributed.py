@@ -216,9 +216,9 @@ def sharded_model():
     return fully_shard(net, mesh=mesh())
 
 
-def make_optimizer(net, lr=0.01):
+def make_optimizer(net, lr=0.01, projection=None):
     from gradmill.optim import AdamW
-    return AdamW(net.parameters(), lr=lr, states="int8", min_quantized_numel=1, seed=5)
+    return AdamW(net.parameters(), lr=lr, states="int8", min_quantized_numel=1, seed=5, projection=projection)
 
 
 def check_fully_shard_trains_as_one_process_does():
@@ -230,16 +230,17 @@ def check_fully_shard_trains_as_one_process_does():
 
 
 def check_ddp_replicas_stay_equal():
-    one, net = model(), model()
-    ddp = torch.nn.parallel.DistributedDataParallel(net)
-    train_steps(one, make_optimizer(one), range(5), None)
-    train_steps(ddp, make_optimizer(ddp), range(5), dist.get_rank())
-    for p, q in zip(one.parameters(), net.parameters()):
-        torch.testing.assert_close(q.detach(), p.detach(), rtol=0, atol=2e-3)
-        gathered = [torch.empty_like(q) for _ in range(PROCESSES)]
-        dist.all_gather(gathered, q.detach())
-        same(gathered[0], gathered[1], "replicas")
-    from gradmill.optim import release_gradients
+    from gradmill.optim import Projection, release_gradients
+    for projection in (None, Projection(4, refresh_every=2), Projection(4, refresh_every=2, background=1), Projection(4, "random", residual="fira", refresh_every=2)):
+        one, net = model(), model()
+        ddp = torch.nn.parallel.DistributedDataParallel(net)
+        train_steps(one, make_optimizer(one, projection=projection), range(5), None)
+        train_steps(ddp, make_optimizer(ddp, projection=projection), range(5), dist.get_rank())
+        for p, q in zip(one.parameters(), net.parameters()):
+            torch.testing.assert_close(q.detach(), p.detach(), rtol=0, atol=2e-3)
+            gathered = [torch.empty_like(q) for _ in range(PROCESSES)]
+            dist.all_gather(gathered, q.detach())
+            same(gathered[0], gathered[1], "replicas")
     try:
         release_gradients(ddp, make_optimizer(ddp))
         raise AssertionError("released under DDP")

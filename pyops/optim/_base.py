@@ -767,7 +767,9 @@ class FusedOptimizer(Optimizer):
         rule = RULES[name]
         if items and isinstance(items[0].step, torch.Tensor):
             items = [item for item in items if item.grad.numel()]  # an index of the rest would wait for the device
-        lr = (number if items and isinstance(items[0].step, torch.Tensor) else float)(group["lr"]) if lr is None else lr
+        if not items:
+            return
+        lr = (number if isinstance(items[0].step, torch.Tensor) else float)(group["lr"]) if lr is None else lr
         options, first = group if decay else {**group, "weight_decay": 0.0}, factor * (-1.0 if group["maximize"] else 1.0)
         for step, bucket, arguments in self._buckets(name, items, param_code):
             if step is None:
