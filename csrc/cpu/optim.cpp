@@ -8,9 +8,9 @@
 // (torch 7.6 ms) fp32 0.91, bf16 0.77; of slow memory (torch 13 ms) 0.96, 0.71. 8- and 4-bit states are bound by arithmetic, not by
 // bytes (apply_rule_coded says how far). One thread's CPU time beside other work (busy), before and after the codes were made four
 // vectors at a time: int8 1.08-1.16 -> 0.95-1.03, int4 1.12-1.27 -> 1.06, fp8 2.0 -> 1.25, Sophia int8 1.03-1.10 -> 0.86-0.92; AVX2 int8
-// 1.46 -> 1.18, int4 1.59 -> 1.31. Quiet, after it, both threads: int8 0.70, int4 0.68, fp8 0.75 of fp32's time in a minute of slow memory
-// (bench/results/*-rules.md), int8 1.05 of torch's in one of fast memory, 0.83 held to AVX2. Tried and dropped: prefetching the next unit (a third slower), units
-// of 256 and 1024 elements, handing out chunks in turn.
+// 1.46 -> 1.18, int4 1.59 -> 1.31. Quiet, after it, both threads: int8 0.70, int4 0.68, fp8 0.75 of fp32's time in a minute of slow memory,
+// int8 1.05 of torch's in one of fast memory, 0.83 held to AVX2; in a whole run later int8 0.69, int4 0.87 of torch's.
+// Tried and dropped: prefetching the next unit (a third slower), units of 256 and 1024 elements, handing out chunks in turn.
 #include <new>
 
 #include "simd.h"  // before the rules: they call root()
