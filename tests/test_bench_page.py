@@ -100,8 +100,9 @@ def test_the_command_passes_on_help_and_errors(tmp_path):
 def test_pages_of_the_committed_results(page, name):
     data = json.loads((ROOT / "bench" / "results" / f"{name}.json").read_text())
     tree = checked(page(data))
-    assert tree.count("figure", "ratios") == len({r["family"] for r in data["results"]})
-    for r in data["results"]:
+    jobs, points = [r for r in data["results"] if not r.get("point")], [r for r in data["results"] if r.get("point")]
+    assert tree.count("figure", "ratios") == len({r["family"] for r in jobs}) and tree.count("figure", "curves") == len({tuple(r["point"][:2]) for r in points})
+    for r in jobs:
         assert r["title"] in tree.said
         assert all(e["label"] in tree.said and e.get("not_run", "") in tree.said for e in r["entries"] if e["kind"] != "ours")
 
