@@ -4,6 +4,7 @@ Without a GPU the CPU plays the device (`counting`), in the reference backend: r
 read a tensor's value on the way (`Waiting`). tests/test_cuda.py runs the kernels that read scalars and steps from memory. With a GPU:
 captured steps against eager ones, under torch's own check for waits.
 """
+import contextlib
 import copy
 
 import pytest
@@ -60,6 +61,16 @@ def give(params, step, spoil=False, scale=1.0):
         params[1].grad[7] = float("nan")
 
 
+def take_steps(optimizer, params, count, capturable):
+    """Falling rates; a capturable step may wait for nothing."""
+    for step in range(count):
+        give(params, step)
+        for group in optimizer.param_groups:
+            group["lr"] = torch.tensor(0.1 / (step + 1), dtype=torch.float64) if capturable else 0.1 / (step + 1)
+        with Waiting() if capturable else contextlib.nullcontext():
+            optimizer.step()
+
+
 def everything(params, optimizer):
     return [p.detach() for p in params], [dict(optimizer.state[p]) for p in params]
 
@@ -73,15 +84,7 @@ def test_a_capturable_step_is_the_step_and_waits_for_nothing(name, states, count
             params = weights(kind)
             optimizer = getattr(optim, name)(params, states=states, min_quantized_numel=1, seed=5, capturable=capturable,
                                              master_weight_bits=kind if kind == 24 else None, **OPTIMIZERS[name])
-            for step in range(8):  # AdaBelief's rectification sets in at the sixth
-                give(params, step)
-                for group in optimizer.param_groups:
-                    group["lr"] = torch.tensor(0.1 / (step + 1), dtype=torch.float64) if capturable else 0.1 / (step + 1)
-                if capturable:
-                    with Waiting():
-                        optimizer.step()
-                else:
-                    optimizer.step()
+            take_steps(optimizer, params, 8, capturable)  # AdaBelief's rectification sets in at the sixth
             sides.append(everything(params, optimizer))
         assert_same_bits(*sides, f"{kind}")
 
@@ -94,14 +97,7 @@ def test_rules_of_matrices_wait_for_nothing(name, kind, counting):
         params = weights(kind, [(12, 70), (90, 65)])
         optimizer = getattr(optim, name)(params, states="int8", min_quantized_numel=1, seed=5, capturable=capturable, master_weight_bits=kind if kind == 24 else None,
                                          **MATRICES[name])
-        for step in range(4):
-            give(params, step)
-            optimizer.param_groups[0]["lr"] = torch.tensor(0.1 / (step + 1), dtype=torch.float64) if capturable else 0.1 / (step + 1)
-            if capturable:
-                with Waiting():
-                    optimizer.step()
-            else:
-                optimizer.step()
+        take_steps(optimizer, params, 4, capturable)
         sides.append(everything(params, optimizer))
     assert_same_bits(*sides)
 

@@ -25,9 +25,8 @@ namespace {
 inline vf load_state(const float* p) { return load(p); }
 inline vf load_state(const uint16_t* p) { return (vf)(widened(p) << 16); }
 inline void store_state(float* p, vf x) { store(p, x); }
-inline void store_state(uint16_t* p, vf x) {  // float_to_bf16
-  const vu u = (vu)x, rounded = (u + (u >> 16 & 1u) + 0x7fffu) >> 16;
-  store_narrowed(p, (u & 0x7fffffffu) > 0x7f800000u ? u >> 16 | 0x40u : rounded);
+inline void store_state(uint16_t* p, vf x) {
+  store_narrowed(p, bf16_bits(x));
 }
 
 // Written in vectors: left to gcc, a rule with a branch on a scalar (CLASSP's power) stays scalar, ten times slower.
