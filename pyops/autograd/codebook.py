@@ -1,11 +1,9 @@
 """A linear layer whose weight is indices into codebooks."""
 from __future__ import annotations
 
-import contextlib
-
 import torch
 
-from gradmill.ops._registry import forced_backend, use_backend
+from gradmill.ops._registry import forced_backend, in_forwards_backend
 from gradmill.ops.codebook import codebook_sums, matmul_codebook
 
 ROWS = 256  # of the weight's gradient that exist at a time
@@ -31,23 +29,23 @@ class CodebookProduct(torch.autograd.Function):
     def forward(ctx, x, codebooks, bias, indices, row_groups, bits, dtype, kept):
         ctx.save_for_backward(x, codebooks, indices, row_groups)
         ctx.bits, ctx.kept, ctx.bias = bits, kept, None if bias is None else bias.dtype
-        ctx.backend = None if torch.compiler.is_compiling() else forced_backend()  # backward may run in another thread, outside the user's `with use_backend`
+        ctx.backend = forced_backend()
         return matmul_codebook(x, indices, codebooks, row_groups, bits, x.shape[1], False, bias, dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @in_forwards_backend
     def backward(ctx, dy):
         x, codebooks, indices, row_groups = ctx.saved_tensors
         dx = dbooks = dbias = None
-        with use_backend(ctx.backend) if ctx.backend is not None else contextlib.nullcontext():
-            if ctx.needs_input_grad[0]:
-                dx = matmul_codebook(dy, indices, codebooks, row_groups, ctx.bits, x.shape[1], True, None, x.dtype)
-            if ctx.needs_input_grad[1]:
-                dbooks = codebooks.new_zeros(codebooks.shape, dtype=torch.float64)
-                for first, dw in gradient_tiles([(x, dy)], len(indices)):
-                    rows = slice(first, first + ROWS)
-                    dbooks += codebook_sums(dw, indices[rows], row_groups[rows], len(codebooks), ctx.bits)
-                dbooks = dbooks.to(codebooks.dtype)
+        if ctx.needs_input_grad[0]:
+            dx = matmul_codebook(dy, indices, codebooks, row_groups, ctx.bits, x.shape[1], True, None, x.dtype)
+        if ctx.needs_input_grad[1]:
+            dbooks = codebooks.new_zeros(codebooks.shape, dtype=torch.float64)
+            for first, dw in gradient_tiles([(x, dy)], len(indices)):
+                rows = slice(first, first + ROWS)
+                dbooks += codebook_sums(dw, indices[rows], row_groups[rows], len(codebooks), ctx.bits)
+            dbooks = dbooks.to(codebooks.dtype)
         if ctx.needs_input_grad[2]:
             dbias = dy.sum(0, dtype=torch.float32).to(ctx.bias)
         if ctx.kept is not None:

@@ -1,14 +1,13 @@
 """The forward and backward of quantised linear layers, convolutions and experts."""
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass, replace
 
 import torch
 
 from gradmill.autograd.window import Patches, Window
 from gradmill.formats import FORMATS, Format, float_code
-from gradmill.ops._registry import forced_backend, native_module, use_backend
+from gradmill.ops._registry import forced_backend, in_forwards_backend, native_module
 from gradmill.ops.grouped import matmul_grouped, quantize_grouped
 from gradmill.ops.linear import linear_int8, linear_int8_backward
 from gradmill.ops.matmul import matmul_int8, matmul_packed, matmul_scaled
@@ -182,7 +181,7 @@ class QuantizedLinear(torch.autograd.Function):
         ctx.lengths = len(saved_w), len(saved_x)
         ctx.save_for_backward(key, steps, magnitudes, *saved_w, *saved_x)
         ctx.history = history  # not among the saved: other backward passes write into it before this one
-        ctx.backend = None if torch.compiler.is_compiling() else forced_backend()  # backward may run in another thread, outside the user's `with use_backend`
+        ctx.backend = forced_backend()
         ctx.recipe, ctx.x_dtype, ctx.x_shape, ctx.weight_dtype, ctx.shape = recipe, x.dtype, x.shape, weight.dtype, weight.shape
         ctx.window, ctx.keeps_operand, ctx.last = window, keeps_operand, window is not None and x.is_contiguous(memory_format=torch.channels_last)
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -190,14 +189,8 @@ class QuantizedLinear(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @in_forwards_backend
     def backward(ctx, dy):
-        if ctx.backend is None:
-            return QuantizedLinear._backward(ctx, dy)
-        with use_backend(ctx.backend):
-            return QuantizedLinear._backward(ctx, dy)
-
-    @staticmethod
-    def _backward(ctx, dy):
         key, steps, magnitudes, *saved = ctx.saved_tensors
         saved_w, saved_x = saved[:ctx.lengths[0]], saved[ctx.lengths[0]:]
         recipe, window, dx, dw, db, dsteps = ctx.recipe, ctx.window, None, None, None, None
@@ -256,19 +249,13 @@ class ExactLinear(torch.autograd.Function):
         y, codes, scales = linear_int8(x, weight, bias, recipe.exact, needs_dw, dtype)
         ctx.save_for_backward(key, weight if needs_dx else None, *((codes, scales) if needs_dw else (None, None)))
         ctx.code, ctx.dtypes = recipe.exact, (x.dtype if needs_dx else None, weight.dtype if needs_dw else None, bias.dtype if needs_db else None)
-        ctx.backend = None if torch.compiler.is_compiling() else forced_backend()
+        ctx.backend = forced_backend()
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @in_forwards_backend
     def backward(ctx, dy):
-        if ctx.backend is None:
-            return ExactLinear._backward(ctx, dy)
-        with use_backend(ctx.backend):
-            return ExactLinear._backward(ctx, dy)
-
-    @staticmethod
-    def _backward(ctx, dy):
         (key, weight, codes, scales), (dx, dw, db) = ctx.saved_tensors, ctx.dtypes
         if dx is not None or dw is not None:
             products = linear_int8_backward(dy, weight, codes, scales, ctx.code, key, _BY_ROWS, _OVER_TOKENS, dx, dw)
@@ -444,19 +431,15 @@ class QuantizedGroupedLinear(torch.autograd.Function):
         key = _draw_key() if recipe.gradient_rounding == "stochastic" else None
         saved_x = _over_expert_tokens(x, recipe.dw.right, offs).tensors[:2] if ctx.needs_input_grad[1] else (None, None)
         ctx.save_for_backward(key, offs, weight if ctx.needs_input_grad[0] else None, *saved_x)
-        ctx.backend = None if torch.compiler.is_compiling() else forced_backend()
+        ctx.backend = forced_backend()
         ctx.recipe, ctx.x_dtype, ctx.weight_dtype, ctx.columns = recipe, x.dtype, weight.dtype, x.shape[1]
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @in_forwards_backend
     def backward(ctx, dy):
-        with use_backend(ctx.backend) if ctx.backend is not None else contextlib.nullcontext():
-            return QuantizedGroupedLinear._backward(ctx, dy)
-
-    @staticmethod
-    def _backward(ctx, dy):
         key, offs, weight, *saved_x = ctx.saved_tensors
         recipe, dx, dw, db = ctx.recipe, None, None, None
         if ctx.needs_input_grad[0]:

@@ -1,13 +1,12 @@
 """A layer whose weights and activations are INT8 and of which only a part trains."""
 from __future__ import annotations
 
-import contextlib
 from typing import NamedTuple
 
 import torch
 
 from gradmill.autograd.window import Window
-from gradmill.ops._registry import forced_backend, use_backend
+from gradmill.ops._registry import forced_backend, in_forwards_backend
 from gradmill.ops.binary import pack_signs
 from gradmill.ops.conv import fold_kept, fold_patches
 from gradmill.ops.matmul import matmul_int8
@@ -172,19 +171,15 @@ class OnDevice(torch.autograd.Function):
             if needs_x or needs_w or needs_b:
                 inside = _inside(y, cap)
         ctx.save_for_backward(kept, inside, x_scale, trained, weight if needs_x or needs_w else None, frozen if needs_x else None)
-        ctx.backend = None if torch.compiler.is_compiling() else forced_backend()
+        ctx.backend = forced_backend()
         ctx.x_shape, ctx.x_dtype, ctx.window, ctx.qas, ctx.bias_dtype = x.shape, x.dtype, window, qas, None if bias is None else bias.dtype
         ctx.row_scales = None if not needs_b or qas else parts[0].weight.scales.detach()
         return y.to(x.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @in_forwards_backend
     def backward(ctx, dy):
-        with use_backend(ctx.backend) if ctx.backend is not None else contextlib.nullcontext():
-            return (*OnDevice._backward(ctx, dy), None, None, None, None, None)
-
-    @staticmethod
-    def _backward(ctx, dy):
         kept, inside, x_scale, trained, weight, frozen = ctx.saved_tensors
         window, dx, dw, db, dy = ctx.window, None, None, None, dy.to(torch.float32)
         if inside is not None:
@@ -206,4 +201,4 @@ class OnDevice(torch.autograd.Function):
             if not ctx.qas:
                 db *= (ctx.row_scales * x_scale).square().view(-1)
             db = db.to(ctx.bias_dtype)
-        return dx, dw, None, db
+        return dx, dw, None, db, None, None, None, None, None

@@ -1,12 +1,10 @@
 """1-bit fully quantised training of a linear layer, or of a convolution over its patches."""
 from __future__ import annotations
 
-import contextlib
-
 import torch
 
 from gradmill.autograd.window import Window
-from gradmill.ops._registry import forced_backend, use_backend
+from gradmill.ops._registry import forced_backend, in_forwards_backend
 from gradmill.ops.binary import gradient_ranges, matmul_binary, matmul_planes, pack_gradient, sample_groups, transpose_bits
 from gradmill.ops.conv import fold_kept, pack_image, patch_bits
 from gradmill.reference.philox import stream
@@ -57,19 +55,15 @@ class OneBit(torch.autograd.Function):
             offsets = torch.rand(2, dtype=torch.float64, device="cpu")
             key = torch.stack((torch.randint(-2 ** 63, 2 ** 63 - 1, (), dtype=torch.int64, device="cpu"), torch.zeros((), dtype=torch.int64, device="cpu")))
             ctx.save_for_backward(key, offsets, weight, scales, signs, nans, column_nans, outside if ctx.needs_input_grad[0] else None)
-        ctx.backend = None if torch.compiler.is_compiling() else forced_backend()  # backward may run in another thread, outside the user's `with use_backend`
+        ctx.backend = forced_backend()
         ctx.how, ctx.shape, ctx.x_shape, ctx.x_dtype, ctx.over = (bits, pruning), w.shape, x.shape, x.dtype, over
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y if x.dim() == 4 else y.flatten(1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @in_forwards_backend
     def backward(ctx, dy):
-        with use_backend(ctx.backend) if ctx.backend is not None else contextlib.nullcontext():
-            return (*OneBit._backward(ctx, dy), None, None, None, None)
-
-    @staticmethod
-    def _backward(ctx, dy):
         key, (to_tokens, to_channels), weight, scales, signs, nans, column_nans, outside = ctx.saved_tensors
         (bits, pruning), over, dx, dw, ds, db = ctx.how, ctx.over, None, None, None, None
         out, columns, sizes = len(weight), ctx.shape[1:].numel(), scales.detach().flatten()
@@ -106,7 +100,7 @@ class OneBit(torch.autograd.Function):
             ds = products.mul_(dy).sum(2).sum(0)[:, None].to(scales.dtype)
         if ctx.bias_dtype is not None and ctx.needs_input_grad[3]:
             db = dy.sum(2).sum(0).to(ctx.bias_dtype)  # faster than both at once
-        return dx, dw, ds, db
+        return dx, dw, ds, db, None, None, None, None
 
 
 def _patches(signs, shape, *window):

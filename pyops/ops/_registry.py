@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import importlib
 import os
 import sys
@@ -63,8 +64,20 @@ def _forcing(name):
 
 
 def forced_backend() -> str | None:
-    """The backend that :func:`use_backend` forces here, or None."""
-    return _forced.get()
+    """The backend that :func:`use_backend` forces here, or None. None under torch.compile, which cannot look."""
+    return None if is_compiling() else _forced.get()
+
+
+def in_forwards_backend(backward):
+    """Decorator of an autograd Function's backward: runs it in ``ctx.backend``, where forward left what :func:`forced_backend` said. Backward
+    may run in another thread and outside the user's ``with use_backend``."""
+    @functools.wraps(backward)
+    def run(ctx, *gradients):
+        if ctx.backend is None:
+            return backward(ctx, *gradients)
+        with use_backend(ctx.backend):
+            return backward(ctx, *gradients)
+    return run
 
 
 # --- which backends can run here --------------------------------------------------------------------------
