@@ -8,8 +8,12 @@
 // distances to all 16 nibbles of b, and one vpshufb looks up 32 columns of b at once: vpshufb and vpaddb for 128 products. Two vpshufb
 // and four vpaddb a cycle make 256 products, 943 G a second at 3.68 GHz. The microkernel, sums of 248 bits widened to memory included,
 // does 677; all of it, packing 31-byte blocks of both operands included, 445 G at 2048 cubed: 9.8x torch's fp32 (one thread's CPU time in the
-// same run, 19.3 ms against 189), with packing both operands from fp32 9.15x. AVX-512 takes the same path. VPOPCNTDQ (xor, vpopcntd and
-// vpaddd for 512 products) reaches 1137 G in registers, 1.2 times the table's limit: not worth a second kernel. Carry-save adders save 8 %
+// same run, 19.3 ms against 189), with packing both operands from fp32 9.15x.
+//
+// With VPOPCNTDQ (xor, vpopcntd and vpaddd for 512 products, 1137 G in registers) a step reads 64 columns' words of 32 bits against a word of each of
+// six rows: sums stay in 32-bit lanes and a row needs no tables, so little is lost beside the three instructions. Predicted 900 G; measured
+// beside busy neighbours 852 against the tables' 420 at 2048 cubed (20x torch's fp32), 16 rows of 4096 -> 4096 640 against 240, sums of 64 bits
+// 120 to 200 against 80 to 150. Planes stay with tables: four of them would be four counts (213 G against 313). Carry-save adders save 8 %
 // of the instructions of the popcount form at three words, 18 % at fifteen: nothing beside the tables.
 //
 // matmul, integers of 2 to 4 bits x signs: sum_k q s' = sum q - 2 sum_k q [s' < 0]. The table's entries are then sums of up to four q, so
@@ -24,7 +28,8 @@
 // Gradients: one pass gives every group's range (4 bytes read an element); planes are packed from the groups that were kept alone, gathered where
 // they lie. Sampling is a few passes over the groups' ranges in float64 (0.1 ms for 8192; torch's sort, sums and searches take 1.9).
 //
-// Up to 8 rows: 64-bit popcounts of the rows as they lie, which the portable level uses for all shapes.
+// One or two rows (one with VPOPCNTDQ): 64-bit popcounts of the rows as they lie, which the portable level uses for all shapes. 8 rows of
+// 4096 -> 4096: 1.3 ms so, 0.6 by tables, 0.25 with VPOPCNTDQ, packing included (one busy thread).
 // gcc keeps the accumulators in memory unless every loop over them is unrolled (1.8 times the time).
 #include "gemm.h"
 #include "signs.h"
@@ -583,46 +588,141 @@ void pack_nibbles(const BinaryMatmulArgs& p, int64_t first, int64_t live, int64_
     }
 }
 
-template <int ROWS, bool PLANES>
-void by_table(const BinaryMatmulArgs& p) {
-  constexpr int64_t block = PLANES ? kPlaneBlock : kBlock, most = PLANES ? kPlaneTileRows : kTileRows;
-  int64_t rows = min_of(most / ROWS * ROWS, round_up(p.m, ROWS)), cols = min_of(kTileColumns, round_up(p.n, kPanel));
+// How a product is made: tables of a and nibbles of b, for signs or for planes.
+template <bool PLANES>
+struct ByTable {
+  static constexpr int rows = PLANES ? 2 : 6, panel = kPanel, tile_rows = PLANES ? kPlaneTileRows : kTileRows;
+  static constexpr int64_t block = PLANES ? kPlaneBlock : kBlock, a_step = 16 * rows, b_step = panel;  // bytes of k at a time; of a panel's step
+  static int64_t steps(int64_t count) { return 2 * count; }
+  static void pack_a(const BinaryMatmulArgs& p, int64_t first, int64_t live, int64_t from, int64_t count, uint8_t* out) {
+    pack_tables<rows>(p, first, live, from, count, out);
+  }
+  static void pack_b(const BinaryMatmulArgs& p, int64_t first, int64_t live, int64_t from, int64_t count, uint8_t* out) {
+    pack_nibbles(p, first, live, from, count, out);
+  }
+  static void multiply(int64_t live, int64_t steps, const uint8_t* a, const uint8_t* b, int32_t* out, int64_t stride, bool first) {
+    if constexpr (PLANES) {
+      if (live == 1) multiply_planes<rows, 1>(steps, a, b, out, stride, first);
+      else multiply_planes<rows, rows>(steps, a, b, out, stride, first);
+    } else {
+      if (live == 1) multiply_signs<rows, 1>(steps, a, b, out, stride, first);
+      else if (live <= 3) multiply_signs<rows, 3>(steps, a, b, out, stride, first);
+      else multiply_signs<rows, rows>(steps, a, b, out, stride, first);
+    }
+  }
+};
+
+#if GM_LEVEL >= 2
+// --- products by VPOPCNTDQ --------------------------------------------------------------------------------
+constexpr int kWordRows = 6;
+
+// LIVE of kWordRows rows of words, [word][kWordRows], times 64 columns of words, [word][64].
+template <int LIVE>
+__attribute__((target("avx512vpopcntdq"))) void count_words(int64_t words, const uint32_t* __restrict a, const uint32_t* __restrict b, int32_t* out,
+                                                            int64_t stride, bool first) {
+  __m512i acc[LIVE][4];
+#pragma GCC unroll 8
+  for (int r = 0; r < LIVE; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) acc[r][v] = first ? _mm512_setzero_si512() : _mm512_loadu_si512(out + r * stride + 16 * v);
+  for (int64_t t = 0; t < words; ++t, a += kWordRows, b += kPanel) {
+    __m512i columns[4];
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) columns[v] = _mm512_loadu_si512(b + 16 * v);
+#pragma GCC unroll 8
+    for (int r = 0; r < LIVE; ++r) {
+      const __m512i word = _mm512_set1_epi32(static_cast<int>(a[r]));
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; ++v) {
+        acc[r][v] = _mm512_add_epi32(acc[r][v], _mm512_popcnt_epi32(_mm512_xor_si512(word, columns[v])));
+        in_register(acc[r][v]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < LIVE; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) _mm512_storeu_si512(out + r * stride + 16 * v, acc[r][v]);
+}
+
+// Bytes [from, from + count) of a row, bits beyond k as zeros, and zeros up to `room`.
+inline void copy_bytes(const uint8_t* row, int64_t from, int64_t count, int64_t k, uint8_t* out, int64_t room) {
+  memcpy(out, row + from, static_cast<size_t>(count));
+  memset(out + count, 0, static_cast<size_t>(room - count));
+  if (from + count == bytes_of(k)) out[count - 1] &= last_mask(k);
+}
+
+struct ByCount {
+  static constexpr int rows = kWordRows, panel = kPanel, tile_rows = kTileRows;
+  static constexpr int64_t block = 256, a_step = 4 * rows, b_step = 4 * panel;
+  static int64_t steps(int64_t count) { return divide_up(count, 4); }
+  static void pack_a(const BinaryMatmulArgs& p, int64_t first, int64_t live, int64_t from, int64_t count, uint8_t* out) {
+    uint32_t line[block / 4], *const words = reinterpret_cast<uint32_t*>(out);
+    for (int64_t r = 0; r < min_of(rows, live); ++r) {
+      copy_bytes(p.a + (first + r) * bytes_of(p.k), from, count, p.k, reinterpret_cast<uint8_t*>(line), 4 * steps(count));
+      for (int64_t t = 0; t < steps(count); ++t) words[t * rows + r] = line[t];
+    }
+  }
+  static void pack_b(const BinaryMatmulArgs& p, int64_t first, int64_t live, int64_t from, int64_t count, uint8_t* out) {
+    const int64_t whole = from + count == bytes_of(p.k) && p.k % 8 ? count - 1 : count;  // bytes that can be taken as they are
+    for (int64_t group = 0; group < panel; group += W)
+      for (int64_t t = 0; t < steps(count); t += W) {
+        vf square[W];
+        for (int64_t i = 0; i < W; ++i) {
+          const uint8_t* const row = p.b + (first + group + i) * bytes_of(p.k);
+          float line[W];
+          if (group + i >= live) {
+            square[i] = zero();
+          } else if (4 * (t + W) <= whole) {
+            square[i] = load(reinterpret_cast<const float*>(row + from + 4 * t));
+          } else {
+            copy_bytes(row, from + 4 * t, min_of(4 * W, count - 4 * t), p.k, reinterpret_cast<uint8_t*>(line), 4 * W);
+            square[i] = load(line);
+          }
+        }
+        transpose(square);
+        for (int64_t i = 0; i < min_of(W, steps(count) - t); ++i) store(reinterpret_cast<float*>(out) + (t + i) * panel + group, square[i]);
+      }
+  }
+  static void multiply(int64_t live, int64_t words, const uint8_t* a, const uint8_t* b, int32_t* out, int64_t stride, bool first) {
+    const uint32_t *const x = reinterpret_cast<const uint32_t*>(a), *const y = reinterpret_cast<const uint32_t*>(b);
+    if (live == 1) count_words<1>(words, x, y, out, stride, first);
+    else if (live <= 3) count_words<3>(words, x, y, out, stride, first);
+    else count_words<rows>(words, x, y, out, stride, first);
+  }
+};
+#endif
+
+template <class How>
+void by_tiles(const BinaryMatmulArgs& p) {
+  int64_t rows = min_of(How::tile_rows / How::rows * How::rows, round_up(p.m, How::rows)), cols = min_of(kTileColumns, round_up(p.n, How::panel));
   const int64_t wanted = omp_get_max_threads() > 1 ? 4 * omp_get_max_threads() : 1;
   while (divide_up(p.m, rows) * divide_up(p.n, cols) < wanted) {
-    if (cols >= 4 * kPanel && cols >= rows) cols = round_up(cols / 2, kPanel);
-    else if (rows >= 8 * ROWS) rows = round_up(rows / 2, ROWS);
+    if (cols >= 4 * How::panel && cols >= rows) cols = round_up(cols / 2, How::panel);
+    else if (rows >= 8 * How::rows) rows = round_up(rows / 2, How::rows);
     else break;
   }
-  const int64_t down = divide_up(p.m, rows), across = divide_up(p.n, cols), bytes = bytes_of(p.k);
+  const int64_t down = divide_up(p.m, rows), across = divide_up(p.n, cols), bytes = bytes_of(p.k), block = How::block;
   const bool once = bytes <= block;  // then rows are finished while their sums are in L1
 #pragma omp parallel if (p.m * p.n * p.k > 1 << 20)
   {
-    Scratch a(rows * block * 2 * 4), b(cols * block * 2 / 4), tile((once ? ROWS + 1 : rows + 1) * cols);
-    uint8_t *const tables = reinterpret_cast<uint8_t*>(a.data), *const nibbles = reinterpret_cast<uint8_t*>(b.data);
+    Scratch a(rows / How::rows * How::steps(block) * How::a_step / 4), b(cols / How::panel * How::steps(block) * How::b_step / 4), tile((once ? How::rows + 1 : rows + 1) * cols);
+    uint8_t *const left = reinterpret_cast<uint8_t*>(a.data), *const right = reinterpret_cast<uint8_t*>(b.data);
     int32_t* const sums = reinterpret_cast<int32_t*>(tile.data);
-    float* const line = reinterpret_cast<float*>(sums + (once ? ROWS : rows) * cols);
+    float* const line = reinterpret_cast<float*>(sums + (once ? How::rows : rows) * cols);
 #pragma omp for schedule(dynamic)
     for (int64_t t = 0; t < down * across; ++t) {
       const int64_t row = t / across * rows, m = min_of(rows, p.m - row), col = t % across * cols, n = min_of(cols, p.n - col);
-      if (bytes == 0) memset(sums, 0, static_cast<size_t>(ROWS * cols) * 4);
+      if (bytes == 0) memset(sums, 0, static_cast<size_t>(How::rows * cols) * 4);
       for (int64_t k = 0; k < bytes; k += block) {
-        const int64_t count = min_of(block, bytes - k), steps = 2 * count;
-        for (int64_t j = 0; j < n; j += kPanel) pack_nibbles(p, col + j, n - j, k, count, nibbles + j * steps);
-        for (int64_t i = 0; i < m; i += ROWS) {
-          uint8_t* const panel = tables + i * steps * 16;
-          pack_tables<ROWS>(p, row + i, m - i, k, count, panel);
-          for (int64_t j = 0; j < n; j += kPanel) {
-            int32_t* const out = sums + (once ? 0 : i * cols) + j;
-            if constexpr (PLANES) {
-              if (m - i == 1) multiply_planes<ROWS, 1>(steps, panel, nibbles + j * steps, out, cols, k == 0);
-              else multiply_planes<ROWS, ROWS>(steps, panel, nibbles + j * steps, out, cols, k == 0);
-            } else {
-              if (m - i == 1) multiply_signs<ROWS, 1>(steps, panel, nibbles + j * steps, out, cols, k == 0);
-              else if (m - i <= 3) multiply_signs<ROWS, 3>(steps, panel, nibbles + j * steps, out, cols, k == 0);
-              else multiply_signs<ROWS, ROWS>(steps, panel, nibbles + j * steps, out, cols, k == 0);
-            }
-          }
-          for (int64_t r = 0; once && r < min_of(ROWS, m - i); ++r) finish(p, row + i + r, col, n, sums + r * cols, line);
+        const int64_t count = min_of(block, bytes - k), steps = How::steps(count), a_panel = steps * How::a_step, b_panel = steps * How::b_step;
+        for (int64_t j = 0; j < n; j += How::panel) How::pack_b(p, col + j, n - j, k, count, right + j / How::panel * b_panel);
+        for (int64_t i = 0; i < m; i += How::rows) {
+          uint8_t* const panel = left + i / How::rows * a_panel;
+          How::pack_a(p, row + i, m - i, k, count, panel);
+          for (int64_t j = 0; j < n; j += How::panel)
+            How::multiply(m - i, steps, panel, right + j / How::panel * b_panel, sums + (once ? 0 : i * cols) + j, cols, k == 0);
+          for (int64_t r = 0; once && r < min_of(How::rows, m - i); ++r) finish(p, row + i + r, col, n, sums + r * cols, line);
         }
       }
       for (int64_t i = 0; i < m && (!once || bytes == 0); ++i) finish(p, row + i, col, n, sums + (once ? 0 : i * cols), line);
@@ -635,7 +735,10 @@ void matmul(const BinaryMatmulArgs& p) {
   if (p.m == 0 || p.n == 0) return;
   if (p.planes) count_rows(p);
 #if GM_LEVEL >= 1
-  if (p.m > 8) return p.planes ? by_table<2, true>(p) : by_table<6, false>(p);
+#if GM_LEVEL >= 2
+  if (p.m > 1 && p.planes == 0 && __builtin_cpu_supports("avx512vpopcntdq")) return by_tiles<ByCount>(p);
+#endif
+  if (p.m > 2 || p.planes > 1) return p.planes ? by_tiles<ByTable<true>>(p) : by_tiles<ByTable<false>>(p);
 #endif
   dot_rows(p);
 }

@@ -11,6 +11,8 @@
 // 1.46 -> 1.18, int4 1.59 -> 1.31. Quiet, after it, both threads: int8 0.70, int4 0.68, fp8 0.75 of fp32's time in a minute of slow memory,
 // int8 1.05 of torch's in one of fast memory, 0.83 held to AVX2; in a whole run later int8 0.69, int4 0.87 of torch's.
 // Tried and dropped: prefetching the next unit (a third slower), units of 256 and 1024 elements, handing out chunks in turn.
+#include <omp.h>
+
 #include <new>
 
 #include "simd.h"  // before the rules: they call root()
@@ -401,14 +403,16 @@ struct Task {
 };
 
 void step(const StepArgs& a) {
-  constexpr int64_t chunk = 1 << 16;  // elements a task holds: 1.8 MB of fp32 AdamW traffic
   const int states = kRules[a.rule].states;
   int64_t tasks_count = 0, elements = 0, unit_max = 0;
+  for (int64_t i = 0; i < a.count; ++i) elements += a.tensors[i].param.rows * a.tensors[i].param.cols;
+  // Elements of a task: at most 1.8 MB of fp32 AdamW's traffic, and some tasks for every thread, that all end together.
+  int64_t chunk = elements / (8 * omp_get_max_threads());
+  chunk = chunk < 1 << 11 ? 1 << 11 : chunk > 1 << 16 ? 1 << 16 : chunk;
   for (int64_t i = 0; i < a.count; ++i) {
     Shape s = shape_of(a.tensors[i], states);
     int64_t units = s.rows * s.per_row, per_task = chunk / s.unit > 0 ? chunk / s.unit : 1;
     tasks_count += (units + per_task - 1) / per_task;
-    elements += s.rows * s.cols;
     if (s.unit > unit_max) unit_max = s.unit;
   }
   if (tasks_count == 0) return;
