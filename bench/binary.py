@@ -10,8 +10,10 @@ from gradmill import biper, ops
 from .runner import Bench, Work, baseline, case, ours
 
 
-#: Why the limit is out of reach (csrc/cpu/binary.cpp counts both ways).
-TABLES = "one kernel for every instruction set, 32-byte table lookups: with VPOPCNTDQ the limit is that instruction's, which it does not use"
+#: csrc/cpu/binary.cpp counts.
+SIGNS = ("columns are repacked in words and sums begun and ended in memory: 0.75 of the instruction's rate are left; without VPOPCNTDQ, tables of nibbles: 0.45 of theirs")
+GRADIENTS = ("counted as products of signs, which the forward pass alone is: gradients are sums of up to four planes (by table, a third of the rate), a quarter of the groups are kept, "
+             "and packing dY, its ranges and folding dX are passes over fp32")
 
 
 def _work(n, packing=False):
@@ -27,7 +29,7 @@ def _signs(ctx, goal_packing):
         (p, s), (q, t) = (ops.pack_signs(x()), ops.pack_signs(w())) if goal_packing else (a(), b())
         return ops.matmul_binary(p, q, n, s, t, None, torch.float32)
     return Bench(f"binary matmul {n} cubed{', packing both operands' if goal_packing else ', operands packed'}", _work(n, goal_packing),
-                 [ours(lambda: run), baseline("torch fp32 matmul", lambda: lambda i: F.linear(x(), w()))], lambda: [TABLES])
+                 [ours(lambda: run), baseline("torch fp32 matmul", lambda: lambda i: F.linear(x(), w()))], SIGNS)
 
 
 @case("binary", goal=("torch", 6.5))
@@ -48,7 +50,7 @@ def planes(ctx):
     return Bench(f"4-bit planes x signs {n} cubed, operands packed", _work(n), [
         ours(lambda: lambda i: ops.matmul_planes(a()[0], b()[0], n, *a()[1:], b()[1], torch.float32)),
         baseline("torch fp32 matmul", lambda: lambda i: F.linear(x(), w()))],
-                 lambda: [TABLES + "; sums of planes reach 60 and are widened every four lookups, signs' every 62"])
+                 "counted as one product of signs: four planes are one by table, whose sums reach 60 and are widened every four lookups")
 
 
 @case("binary", goal=("torch", 2.0))
@@ -65,7 +67,7 @@ def tenants(ctx):
         return ops.matmul_tenants(x(), y, bits(), alphas, index, n)
     return Bench(f"{count} tenants at batch {count}, {n}x{n}: one dense product and signs", Work(4.0 * n * n + count * n * n / 8, 4.0 * count * n * n, "read"), [
         ours(lambda: run), baseline("torch fp32, a dense layer each", lambda: lambda i: [F.linear(x()[t:t + 1], dense()[t]) for t in range(count)])],
-                 lambda: ["the dense product, 8 rows of fp32, is three fifths of the time, the signs two fifths; 80% of the bytes are its weight"])
+                 "the dense product, 8 rows of fp32, is three fifths of the time, the signs two fifths; 80% of the bytes are its weight")
 
 
 def _training(ctx, title, products, x, w, ours_forward, torch_forward):
@@ -77,7 +79,7 @@ def _training(ctx, title, products, x, w, ours_forward, torch_forward):
         a, b = x().clone().requires_grad_(), w().clone().requires_grad_()
         return lambda i: torch.autograd.grad(forward(a, b), (a, b), dy())
     return Bench(title, Work(4.0 * 4 * x().numel() + 4.0 * 3 * w().numel(), 6.0 * products, "popcount"), [
-        ours(lambda: both_ways(lambda a, b: ours_forward(a, b, scales)), "gradmill, recipe one_bit_fqt"), baseline("torch fp32", lambda: both_ways(torch_forward))])
+        ours(lambda: both_ways(lambda a, b: ours_forward(a, b, scales)), "gradmill, recipe one_bit_fqt"), baseline("torch fp32", lambda: both_ways(torch_forward))], GRADIENTS)
 
 
 @case("binary")
@@ -122,7 +124,8 @@ def _biper(ctx, title, layer, x, operations):
                 return model(x())
         return forward
     return Bench(title, Work(4.0 * x().numel(), operations, "popcount"), [
-        ours(lambda: run(packed), "gradmill, biper.pack"), baseline("torch fp32", lambda: run(lambda: layer().to(ctx.device)))])
+        ours(lambda: run(packed), "gradmill, biper.pack"), baseline("torch fp32", lambda: run(lambda: layer().to(ctx.device)))],
+        "X is read and Y written in fp32, and X's signs are packed: at this rate of products not hidden behind them")
 
 
 @case("binary")
@@ -168,4 +171,5 @@ def one_bit_vgg(ctx):
         products += batch * channels * width * 9 * side * side
         channels, side = width or channels, side if width else side // 2
     return Bench(f"one_bit_fqt, a step of VGG-16 at 32x32, batch {batch}", Work(0.0, 6.0 * products, "popcount"), [
-        ours(lambda: step("one_bit_fqt"), "gradmill, recipe one_bit_fqt"), baseline("torch fp32", lambda: step(None))])
+        ours(lambda: step("one_bit_fqt"), "gradmill, recipe one_bit_fqt"), baseline("torch fp32", lambda: step(None))],
+        GRADIENTS + "; BatchNorm, Hardtanh and pooling are torch's")

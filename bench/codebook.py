@@ -27,7 +27,10 @@ def _product(ctx, bits, batch):
         ours(lambda: lambda i: ops.matmul_codebook(x(), *packed(i), bits, n, False, None, torch.float32)),
         baseline("torch fp32 weight", lambda: lambda i: F.linear(x(), plain(i))),
         *([rival(f"gradmill uint{bits}, groups of {GROUP}", lambda: lambda i: ops.matmul_packed(x(), *integers(i), f"uint{bits}", GROUP, n, False, None, torch.float32))]
-          if bits in (2, 3, 4, 8) else [])])
+          if bits in (2, 3, 4, 8) else [])],
+        "16 rows do not pay for packed panels: dot products on rows looked up, an instruction to load for each fma" if batch > 1 else
+        "bound by instructions: " + ("256 codewords are many registers' worth of tables, looked up one after the other" if bits > 4 else
+                                     f"{'three' if bits == 4 else 'five'} look up and add a vector's worth of weights, whose bytes are read in the time of one"))
 
 
 @case("codebook", goal=("torch", 3.0))
@@ -76,8 +79,8 @@ def training(ctx):
     return Bench(f"4-bit codebooks forward + backward + step of the indices, {tokens} tokens, {n}->{n}", Work(4.0 * 4 * tokens * n, 6.0 * tokens * n * n, "fp32"), [
         ours(make(True)), rival("gradmill, indices fixed", make(False)),
         baseline("torch fp32", lambda: both_ways(F.linear, ctx.randn(tokens, n).requires_grad_(), ctx.randn(n, n).requires_grad_(), dy()))],
-                 lambda: ["dW is made twice, 256 rows at a time, for the codewords and for the indices' step, so that it never exists whole: four products instead of three; moving "
-                          "the indices is the rest"])
+                 "dW is made twice, 256 rows at a time, for the codewords and for the indices' step, so that it never exists whole: four products instead of three; moving "
+                 "the indices is the rest")
 
 
 @case("codebook")
@@ -98,4 +101,4 @@ def bct_layer(ctx):
         return forward
     return Bench(f"BCT's encoder layer of width {width}, {tokens} tokens", Work(6.0 * width * width, 24.0 * tokens * width * width, "int8"), [
         ours(lambda: run(bct.quantize(layer())[0]), "gradmill, bct.quantize"), baseline("torch fp32", lambda: run(layer()))],
-                 lambda: ["its integer products take an eighth; seven tenths are shifts, additions and clamps in torch, about 500 calls, that keep every intermediate in the paper's integers"])
+                 "its integer products take an eighth; seven tenths are shifts, additions and clamps in torch, about 500 calls, that keep every intermediate in the paper's integers")

@@ -72,7 +72,7 @@ def int8(ctx):
     return Bench(f"INT8 matmul {n} cubed, operands already quantised", Work(2.0 * n * n + 4.0 * n * n, 2.0 * n ** 3, "int8"), [
         ours(make_ours), baseline("torch fp32 matmul", make_torch), rival("torch._int_mm, int32 out", make_int_mm),
         *([rival("torch bf16 matmul", _bf16(ctx, n))] if ctx.device == "cuda" else
-          [rival("oneDNN u8s8 linear, one scale for x", make_onednn)])], notes)
+          [rival("oneDNN u8s8 linear, one scale for x", make_onednn)])], notes=notes)
 
 
 @case("matmul", goal=("torch", 1.9))
@@ -195,7 +195,8 @@ def _linear(ctx, tokens, inputs, outputs, recipes):
         baseline("torch fp32", lambda: both_ways(F.linear, *tensors())),
         *(rival(f"gradmill, recipe {name}", recipe(name)) for name in recipes),
         *([rival("torch bf16", lambda: both_ways(F.linear, *tensors(torch.bfloat16)))] if ctx.device == "cuda" else []),
-        peer("torchao", "torchao int8 mixed precision", torchao_training)])
+        peer("torchao", "torchao int8 mixed precision", torchao_training)],
+        "besides three products, X, W and dY each become codes by rows and by columns; small layers also pay torch's autograd at each call")
 
 
 RECIPES = [name for name in gradmill.recipes.RECIPES if name != "int8"]
@@ -245,7 +246,8 @@ def experts_training(ctx):
         *(rival(f"gradmill, recipe {name}", layer(name)) for name in ("fp8_row", "fp8_block")),
         rival("torch._grouped_mm, fp32", grouped_mm(torch.float32)),
         *([rival("torch._grouped_mm, bf16", grouped_mm(torch.bfloat16)), rival("torch bf16, a call per expert", lambda: both_ways(loop, *tensors(torch.bfloat16)))]
-          if ctx.device == "cuda" else [])])
+          if ctx.device == "cuda" else [])],
+        "half the width of the linear layer above and eight weights to quantise for as many tokens: codes and scales take twice the share")
 
 
 # --- packed weights ---------------------------------------------------------------------------------------
@@ -301,7 +303,9 @@ def _weight_only(ctx, batch):
         peer("optimum.quanto", "optimum-quanto QLinear (qint4), one weight", layer(peers.quanto_layer)),
         peer("gemlite", "gemlite GemLiteLinear", lambda m: peers.gemlite_layer(m, n, ctx.device))]
     return Bench(f"packed INT4 weight-only, batch {batch}, {n}x{n}", Work(bytes, 2.0 * batch * n * n, "read" if batch == 1 else "fp32"),
-                 [e for e in entries if ctx.device == "cpu" or "for_cpu" not in e.label])
+                 [e for e in entries if ctx.device == "cpu" or "for_cpu" not in e.label],
+                 "bound by instructions: turning codes into floats and adding them takes three to seven for a vector's worth" if batch == 1 else
+                 "16 rows do not pay for packed panels: dot products on decoded rows, an instruction to load for each fma")
 
 
 @case("matmul", goal=("torch", 4.0))

@@ -122,7 +122,8 @@ def refresh(ctx):
     work = Work(4.0 * rows * (2 * side + 4 * rank), 4.0 * rows * side * rank + 2 * 3.0 * side * rank * rank, "fp32")
     return Bench(f"subspace refresh {rows}x{side}, rank {rank}, from the last basis", work, [
         ours(lambda: lambda i: from_last()), ours(lambda: lambda i: from_random(), "gradmill, first basis (random start)"),
-        baseline("torch.linalg.svd", lambda: lambda i: svd()), rival("torch.svd_lowrank(niter=2)", lambda: lambda i: lowrank())], notes)
+        baseline("torch.linalg.svd", lambda: lambda i: svd()), rival("torch.svd_lowrank(niter=2)", lambda: lambda i: lowrank())],
+        "three quarters of one thread's time are the two products with G; the small solves and products of Cholesky-QR do not share well between threads", notes)
 
 
 @case("projection", goal=("torch", 20))
@@ -140,7 +141,7 @@ def dct_columns(ctx):
         ours(lambda: lambda i: find_basis(projection, grad(i), False, rank, None, 0, 1, 0)),
         baseline("torch.linalg.svd", lambda: lambda i: torch.linalg.svd(grad(i), full_matrices=False)[2][:rank]),
         rival("torch matmul with the DCT matrix", lambda: by_matmul)],
-                 lambda: ["counted are a fast transform's operations; it is some ten passes of torch operations over the gradient (reordering, rfft, twiddles, norms, columns): bound by copies"])
+                 "counted are a fast transform's operations; it is some ten passes of torch operations over the gradient (reordering, rfft, twiddles, norms, columns): bound by copies")
 
 
 @case("projection", goal=("torch", 1 / 1.5))
@@ -170,7 +171,8 @@ def galore_step(ctx):
     optim = gradmill.optim
     return Bench(f"GaLore step {rows}x{side}, rank {rank}, between refreshes", work, [
         ours(make_ours(optim.GaLoreAdamW, basis="subspace", bits=4)), ours(make_ours(optim.FiraAdamW), "gradmill, Fira"),
-        ours(make_ours(optim.FrugalAdamW, rank=0.25), "gradmill, FRUGAL on coordinates"), baseline("two fp32 products, no step", pair)])
+        ours(make_ours(optim.FrugalAdamW, rank=0.25), "gradmill, FRUGAL on coordinates"), baseline("two fp32 products, no step", pair)],
+        "besides the products it packs G for the first, decodes the basis for both and steps R and W")
 
 
 # --- Q-GaLore ---------------------------------------------------------------------------------------------
@@ -315,7 +317,8 @@ def qgalore_step(ctx):
         ours(make_ours), baseline("plain torch, the official code's passes", make_torch(TorchQGaLore)),
         rival("plain torch without needless copies", make_torch(LeanTorchQGaLore)),
         peer("galore_torch", "galore-torch AdamW, nothing quantised", galore("GaLoreAdamW")),
-        peer("q_galore_torch", "q-galore-torch AdamW8bit", galore("QGaLoreAdamW8bit"))])
+        peer("q_galore_torch", "q-galore-torch AdamW8bit", galore("QGaLoreAdamW8bit"))],
+        "besides the products, at their peak, it packs G for the first and makes random words and codes for the INT8 weight: a fifth of one thread's time")
 
 
 def _copies(ctx, nbytes):

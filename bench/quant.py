@@ -59,14 +59,14 @@ def _compiled(expression, *rings):
 
 
 # --- cases ------------------------------------------------------------------------------------------------
-def _quantize(ctx, title, code, block, expression, peers=(), transpose=False, key=None, note=None):
+def _quantize(ctx, title, code, block, expression, peers=(), transpose=False, key=None, why=""):
     rows, columns = _shape(ctx)
     x = ctx.rotate(lambda: ctx.randn(rows, columns))
     out = Format(code, block).nbytes(*((columns, rows) if transpose else (rows, columns)))
     return Bench(f"{title}, {rows}x{columns}", Work(4.0 * rows * columns + out, 4.0 * rows * columns, "copy"), [
         ours(lambda: lambda i: ops.quantize(x(i), code, block, transpose, key)),
         baseline("torch expression", lambda: lambda i: expression(x(i))), _compiled(expression, x),
-        *(peer(module, label, lambda m, run=run: lambda i: run(m, x(i))) for module, label, run in peers)], lambda: [note] if note else [])
+        *(peer(module, label, lambda m, run=run: lambda i: run(m, x(i))) for module, label, run in peers)], why)
 
 
 @case("quant")
@@ -81,7 +81,7 @@ def quantize_int8(ctx):
 @case("quant")
 def quantize_int8_transposed(ctx):
     return _quantize(ctx, "quantize to INT8, transposed, a scale per column", "int8", 0, lambda x: torch_int8(x, 0)[0].t().contiguous(),
-                     transpose=True, note="a column's scale must be known before its codes: x is read twice, 1.8 times the bytes counted")
+                     transpose=True, why="a column's scale must be known before its codes: x is read twice, 1.8 times the bytes counted")
 
 
 @case("quant")
@@ -92,14 +92,13 @@ def quantize_int8_both_ways(ctx):
                  Work(6.0 * rows * columns + 4.0 * (rows + columns), 8.0 * rows * columns, "copy"), [
         ours(lambda: lambda i: ops.quantize_both(x(i), "int8")),
         baseline("gradmill's two calls", lambda: lambda i: (ops.quantize(x(i), "int8"), ops.quantize(x(i), "int8", 0, True)))],
-                 lambda: ["x is read twice, 1.7 times the bytes counted; glibc gives 8 MB of results back to the system at each call, two calls' 4 MB it keeps: new pages take "
-                          "half the time here"])
+                 "x is read twice, 1.7 times the bytes counted; glibc gives 8 MB of results back to the system at each call, two calls' 4 MB it keeps: new pages take half the time here")
 
 
 @case("quant")
 def quantize_int8_stochastic(ctx):
     return _quantize(ctx, "quantize to INT8 with stochastic rounding", "int8", 0, torch_int8_stochastic,
-                     key=torch.tensor([1, 2], dtype=torch.int64), note="bound by Philox: ten rounds of 64-bit multiplies for four random words, more than half of the instructions")
+                     key=torch.tensor([1, 2], dtype=torch.int64), why="bound by Philox: ten rounds of 64-bit multiplies for four random words, more than half of the instructions")
 
 
 @case("quant")
@@ -148,7 +147,7 @@ def dequantize_int4(ctx):
                        [("bitsandbytes", "bitsandbytes dequantize_4bit (nf4)", bnb)])
 
 
-def _hadamard(ctx, title, transpose=False, dtype=torch.float32, note=None):
+def _hadamard(ctx, title, transpose=False, dtype=torch.float32, why=""):
     rows, columns = _shape(ctx)
     x = ctx.rotate(lambda: ctx.randn(rows, columns, dtype=dtype))
     matrix = ctx.once(lambda: ops.hadamard(torch.eye(16, device=ctx.device), dtype=dtype))   # symmetric, orthogonal
@@ -159,7 +158,7 @@ def _hadamard(ctx, title, transpose=False, dtype=torch.float32, note=None):
         return (source.view(-1, 16) @ matrix()).view(source.shape)
     size = torch.finfo(dtype).bits / 8
     return Bench(f"{title}, {rows}x{columns}", Work(2 * size * rows * columns, 5.0 * rows * columns, "copy"), [
-        ours(lambda: lambda i: ops.hadamard(x(i), 16, transpose, key)), baseline("matmul with a 16x16 matrix", lambda: product)], lambda: [note] if note else [])
+        ours(lambda: lambda i: ops.hadamard(x(i), 16, transpose, key)), baseline("matmul with a 16x16 matrix", lambda: product)], why)
 
 
 @case("quant")
@@ -170,13 +169,13 @@ def hadamard(ctx):
 @case("quant")
 def hadamard_bf16(ctx):
     return _hadamard(ctx, "random Hadamard transform of bf16, blocks of 16", dtype=torch.bfloat16,
-                     note="bound by instructions, fp32 butterflies and roundings; the matmul, without the random signs, has AVX-512's bf16 products where torch may use them")
+                     why="bound by instructions, fp32 butterflies and roundings; the matmul, without the random signs, has AVX-512's bf16 products where torch may use them")
 
 
 @case("quant")
 def hadamard_transposed(ctx):
     return _hadamard(ctx, "random Hadamard transform, transposed, blocks of 16", transpose=True,
-                     note="a line of each of 4096 rows, pages apart, is read and a kilobyte written to each of 16: page walks, not bytes")
+                     why="a line of each of 4096 rows, pages apart, is read and a kilobyte written to each of 16: page walks, not bytes")
 
 
 # --- fake quantisation ------------------------------------------------------------------------------------

@@ -101,6 +101,7 @@ class Bench:
     title: str
     work: Work
     entries: list[Entry]
+    why: str = ""         # what keeps it under 70% of its limit, where something does
     notes: Callable[[], list[str]] = lambda: []   # said under the table, after the timing
     point: tuple[str, str, float] | None = None   # (series, what varies, its value): where this job stands in a scaling plot
     per_call: tuple[float, str] | None = None     # (1024, "tokens"): what a call gets done, for rates
@@ -375,7 +376,7 @@ def measure(the_case: Case, ctx: Context, clock, *, seconds: float, rounds: int,
             for timed, *_ in live:
                 if timed is not mine:
                     compare(mine, timed)
-        return Result(the_case, bench.title, bench.work, entries, [] if mine is None else bench.notes(), goal, others, bench.point, bench.per_call)
+        return Result(the_case, bench.title, bench.work, entries, [] if mine is None else [*filter(None, [bench.why]), *bench.notes()], goal, others, bench.point, bench.per_call)
     except Exception as error:
         return Result(the_case, the_case.name, UNCOUNTED, [Timed("ours", "gradmill", reason=explain(error))], [], goal)
     finally:
