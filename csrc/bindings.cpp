@@ -363,6 +363,12 @@ void project_back(int device, uint64_t stream, const MatrixTuple& weight, uint64
   GM_RUN(cpu().projection->project_back(args), cuda::project_back(args, launch))
 }
 
+void dct(int64_t rows, int64_t n, uint64_t x, int x_code, bool columns, uint64_t table, int64_t base, uint64_t out) {
+  const DctArgs args{rows, n, pointer(x), x_code, columns, pointer<const float>(table), base, pointer<float>(out)};
+  py::gil_scoped_release release;
+  cpu().projection->dct(args);
+}
+
 // The fp32 step counters' common value; 0 if they differ.
 int64_t count(const std::vector<uint64_t>& counters) {
   for (uint64_t at : counters)
@@ -497,6 +503,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("move_indices", &move_indices);
   m.def("project", &project);
   m.def("project_back", &project_back);
+  m.def("dct", &dct);
   m.def("count", &count);
   m.def("advance", &advance);
   m.def("fused_step", &fused_step);

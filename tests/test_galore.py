@@ -7,11 +7,12 @@ import time
 import pytest
 import torch
 
-from gradmill import CheckpointError, QuantizedWeight
+from gradmill import CheckpointError, QuantizedWeight, use_backend
+from gradmill.ops import dct
 from gradmill.optim import (SGD, AdamW, DCTAdamW, FiraAdamW, FrugalAdamW, GaLoreAdamW, Lion, Projection, QGaLoreAdamW, param_groups_for_projection,
                             state_nbytes)
 from gradmill.optim import projection as projection_module
-from gradmill.optim.projection import dct, dct_vectors, random_indices, random_vectors
+from gradmill.optim.projection import dct_vectors, random_indices, random_vectors
 
 NAMED = [GaLoreAdamW, QGaLoreAdamW, FiraAdamW, FrugalAdamW, DCTAdamW]
 
@@ -33,14 +34,18 @@ def run(optimizer, w, grads):
 
 
 # --- bases ------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("n, rows", [(1, 7), (2, 7), (3, 7), (4, 7), (5, 7), (8, 1), (33, 2), (100, 7), (1000, 150), (1001, 67)])
-def test_dct_is_the_matrix_product(n, rows):
+@pytest.mark.parametrize("backend", ["native", "torch", "reference"])
+@pytest.mark.parametrize("n, rows", [(1, 7), (2, 7), (3, 7), (4, 7), (5, 7), (8, 1), (24, 16), (33, 2), (63, 17), (96, 5), (100, 0), (128, 31), (768, 33), (1000, 150), (1001, 67)])
+def test_dct_is_the_matrix_product(n, rows, backend):
     i, j = torch.arange(n, dtype=torch.float64)[:, None], torch.arange(n, dtype=torch.float64)[None]
     matrix = math.sqrt(2 / n) * torch.cos(i * (2 * j + 1) * math.pi / (2 * n))
     matrix[0] /= math.sqrt(2)
     for x in (torch.randn(rows, n), torch.randn(n, rows).t(), torch.randn(rows, n).bfloat16()):
-        error = (dct(x).double() - x.double() @ matrix).abs()
-        assert error.max() <= 1e-6 * math.sqrt(n) * x.abs().max()
+        with use_backend(backend):
+            results = dct(x, False), dct(x.t(), True).t()
+        for y in results:
+            assert y.dtype == torch.float32 and y.shape == x.shape
+            assert rows == 0 or (y.double() - x.double() @ matrix).abs().max() <= 1e-6 * math.sqrt(n) * x.abs().max()
     assert (dct_vectors(torch.arange(n), n).double() - matrix.t()).abs().max() < 1e-6
 
 

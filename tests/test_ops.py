@@ -132,6 +132,8 @@ def samples():
     yield "measure", ([torch.randn(4100).bfloat16()], torch.ones(1, 2))
     yield "subspace_basis", (torch.randn(9, 12), None, 3, 2, False, key(1, 1), 0)
     yield "subspace_basis", (torch.randn(9, 12), torch.randn(3, 9), 3, 1, True, key(1, 1), 0)
+    yield "dct", (torch.randn(9, 12), False)
+    yield "dct", (torch.randn(12, 3).bfloat16(), True)
 
 
 def test_there_is_a_sample_of_every_op():

@@ -285,6 +285,18 @@ struct ProjectBackArgs {
   const float* residual_scales;  // one a column when left, else one a row: the side that is not projected
 };
 
+// x D (columns false, x (rows x n)) or D^T x (columns true, x (n x rows)), out like x in fp32, D the orthonormal DCT-III of size n
+// (pyops/ops/projection.py). table: pyops/ops/projection.py's dct_table(n).
+struct DctArgs {
+  int64_t rows, n;
+  const void* x;
+  int x_code;
+  bool columns;
+  const float* table;
+  int64_t base;  // the size that is not halved
+  float* out;
+};
+
 // One fused optimizer step over many tensors; see csrc/cpu/optim.cpp.
 struct StepTensor {
   Matrix param;
@@ -425,6 +437,7 @@ struct OptimKernels {
 struct ProjectionKernels {
   void (*project)(const ProjectArgs&);
   void (*project_back)(const ProjectBackArgs&);
+  void (*dct)(const DctArgs&);
 };
 
 // Instruction-set levels. Each csrc/cpu/<family>.cpp is compiled once per level with GM_LEVEL set and defines

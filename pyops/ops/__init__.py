@@ -8,12 +8,12 @@ from gradmill.ops.grouped import matmul_grouped, quantize_grouped
 from gradmill.ops.linear import linear_int8, linear_int8_backward
 from gradmill.ops.matmul import matmul_int8, matmul_packed, matmul_scaled
 from gradmill.ops.optim import fused_step, measure, scaled_step
-from gradmill.ops.projection import project, project_back, subspace_basis
+from gradmill.ops.projection import dct, project, project_back, subspace_basis
 from gradmill.ops.quant import dequantize, fake_quantize, fake_quantize_backward, hadamard, quantize, quantize_both, quantize_to
 
 __all__ = ["OPS", "BackendError", "use_backend", "quantize", "quantize_both", "quantize_to", "dequantize", "hadamard", "fake_quantize", "fake_quantize_backward",
            "quantize_patches", "fold_patches", "matmul_int8", "matmul_packed", "matmul_scaled", "matmul_grouped", "quantize_grouped", "linear_int8", "linear_int8_backward",
            "fused_step", "scaled_step", "measure",
-           "project", "project_back", "subspace_basis", "pack_signs", "pack_planes", "matmul_binary", "matmul_planes", "matmul_tenants",
+           "project", "project_back", "subspace_basis", "dct", "pack_signs", "pack_planes", "matmul_binary", "matmul_planes", "matmul_tenants",
            "gradient_ranges", "pack_gradient", "sample_groups", "transpose_bits", "pack_image", "patch_bits", "fold_kept",
            "matmul_codebook", "codebook_sums", "move_indices"]

@@ -1,6 +1,9 @@
 """projection: gradient to a packed basis, back into the weight, and the basis itself."""
 from __future__ import annotations
 
+import functools
+import math
+
 import torch
 
 from gradmill.formats import CODES, FLOAT_DTYPES, STATE_CODES, STEPPED, cached, float_code
@@ -175,3 +178,92 @@ subspace_basis.__doc__ = """subspace_basis(grad, previous, rank, iterations, lef
 
 Block power iteration: Q <- orth(G^T G Q), ``iterations`` times, from ``previous`` (rank, d) or from Gaussian rows drawn
 with ``key``. The rows approach the leading singular vectors of the projected side."""
+
+
+# --- discrete cosine transform ----------------------------------------------------------------------------
+MOST_BASE = 63  # the native transform halves the size while it is even and above 4; what is left is a product of matrices
+
+
+def _check_dct(x, columns):
+    require_matrix("dct", "x", x, FLOATS)
+
+
+def _fake_dct(x, columns):
+    return torch.empty(x.shape, dtype=torch.float32, device=x.device)
+
+
+@functools.lru_cache(maxsize=32)
+def _twiddles(n: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """For `_torch_dct`: real and imaginary factors of x_k and of x_(n-k), k in [0, n/2]; where column j of the result is."""
+    k = torch.arange(n // 2 + 1, dtype=torch.float64)
+    angle = math.pi * k / (2 * n)
+    root = math.sqrt(n / 2)
+    own, other = torch.full_like(k, root), torch.full_like(k, root)
+    own[0], other[0] = math.sqrt(n), 0.0
+    j = torch.arange(n)
+    where = torch.where(j % 2 == 0, j // 2, n - (j + 1) // 2)
+    factors = own * angle.cos(), other * angle.sin(), own * angle.sin(), -other * angle.cos()
+    return *(f.to(device, torch.float32) for f in factors), where.to(device)
+
+
+def _torch_dct(x, columns):
+    """An FFT of n/2 a row. After Makhoul: the inverse DCT-II is an inverse FFT of the twisted spectrum v_k e^(i angle), Hermitian with
+    v_(n-k), reordered. A few rows at a time, so that all of it happens in cache."""
+    if not x.numel():
+        return _fake_dct(x, columns)
+    x = x.t().contiguous() if columns else x
+    rows, n = x.shape
+    real, real_other, imaginary, imaginary_other, order = _twiddles(n, x.device)
+    out = torch.empty(rows, n, dtype=torch.float32, device=x.device)
+    count = max(1, rows if x.is_cuda else min(rows, 2 ** 16 // n))
+    half = torch.empty(count, n // 2 + 1, 2, dtype=torch.float32, device=x.device)
+    for part, into in zip(x.split(count), out.split(count)):
+        own, z = part.to(torch.float32), half[:len(part)]
+        other = torch.cat((own[:, :1], own.flip(1)[:, :n // 2]), 1)
+        own = own[:, :n // 2 + 1]
+        torch.mul(own, real, out=z[..., 0]).addcmul_(other, real_other)
+        torch.mul(own, imaginary, out=z[..., 1]).addcmul_(other, imaginary_other)
+        torch.fft.irfft(torch.view_as_complex(z), n=n, out=into)
+    out = out.index_select(1, order)
+    return out.t().contiguous() if columns else out
+
+
+@functools.lru_cache(maxsize=32)
+def dct_table(n: int) -> tuple[torch.Tensor, int]:
+    """For csrc/cpu/projection.cpp: cosines and sines of (2j+1) pi / 4m, j below m / 2, for m = n/2, n/4, ... that are halved (at n - 2m), and from n
+    on the matrices of c3 and c4 of the size that is not; fp32 on CPU. And that size."""
+    def angle(count, m):
+        return (2 * torch.arange(count, dtype=torch.float64) + 1) * (math.pi / (4 * m))
+    base, parts = n, []
+    while base % 2 == 0 and base > 4:
+        base //= 2
+        if base % 2 == 0 and base > 4:
+            parts += [angle(base // 2, base).cos(), angle(base // 2, base).sin()]
+    odd, i = angle(base, base), torch.arange(base, dtype=torch.float64)
+    table = torch.zeros(n + 2 * base * base)
+    steps = torch.cat(parts) if parts else table[:0]
+    table[:len(steps)] = steps
+    table[n:] = torch.stack(((2 * odd[:, None] * i).cos(), (odd[:, None] * (2 * i + 1)).cos())).flatten()
+    return table, base
+
+
+def _native_dct(x, columns):
+    n = x.shape[0 if columns else 1]
+    out = _fake_dct(x, columns)
+    if not x.numel():
+        return out
+    if n // (n & -n) > MOST_BASE:
+        return _torch_dct(x, columns)
+    (table, base), x = dct_table(n), x.contiguous()
+    native_module().dct(x.numel() // n, n, x.data_ptr(), CODES[float_code(x.dtype)], columns, table.data_ptr(), base, out.data_ptr())
+    return out
+
+
+dct = Op(
+    "dct", "(Tensor x, bool columns) -> Tensor", _check_dct, _fake_dct,
+    backends={"native": _native_dct, "torch": _torch_dct, "reference": reference.dct},
+    order={"cpu": ("native", "torch", "reference"), "cuda": ("torch", "reference")})
+dct.__doc__ = """dct(x, columns) -> fp32
+
+Orthonormal DCT-III: x D of x (rows, n), or with ``columns`` D^T x of x (n, rows); D_ij = sqrt(2/n) cos(i (2j+1) pi / 2n), its first row over sqrt 2.
+x fp32, bf16 or fp16. A fast transform, O(n log n) a row, where n is a power of 2 times an odd number up to 63; elsewhere an FFT of torch's."""

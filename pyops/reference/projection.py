@@ -6,6 +6,8 @@ Source: Zhao et al., "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank
 """
 from __future__ import annotations
 
+import math
+
 import torch
 
 from gradmill.formats import Format
@@ -15,6 +17,20 @@ from gradmill.reference.quant import dequantize
 
 def _basis(codes, scales, zeros, code, block, side):
     return dequantize(codes, scales, zeros, code, block, side, torch.float64) if Format(code).blocked else codes.to(torch.float64)
+
+
+def dct_matrix(n: int) -> torch.Tensor:
+    """The orthonormal DCT-III (n, n), fp64: D_ij = sqrt(2/n) cos(i (2j+1) pi / 2n), its first row over sqrt 2."""
+    i, j = torch.arange(n)[:, None], torch.arange(n)
+    matrix = torch.cos(((2 * j + 1) * i % (4 * n)).to(torch.float64) * (math.pi / (2 * n))) * math.sqrt(2 / n)
+    matrix[:1] *= math.sqrt(0.5)
+    return matrix
+
+
+def dct(x, columns):
+    """See gradmill.ops.projection.dct."""
+    matrix = dct_matrix(x.shape[0 if columns else 1]).to(x.device)
+    return (matrix.t() @ x.double() if columns else x.double() @ matrix).to(torch.float32)
 
 
 def project(grad, codes, scales, zeros, code, block, left):
