@@ -221,7 +221,9 @@ def test_official_formulas_agree_where_their_deviations_are_set(kind, made, beta
     got = run(made([w], rank=6, refresh_every=4, betas=betas, eps=1e-30, **OFFICIAL), w, growing)
     want = as_their_code_does(start, growing, 6, betas=betas, eps=1e-30, scale=0.25 if kind == "galore" else 1.0, every=4, kind=kind, limited=limited, **OFFICIAL)
     error = (got - want).abs()
-    assert (error > 1e-5).float().mean() <= (0.01 if kind == "frugal" else 0.0), error.max()  # a sign at the threshold flips
+    # With eps 0 Adam's quotient divides what rounding did to an element of R near 0 by the element: a few values may be further off, and a sign of
+    # FRUGAL's at its threshold flips.
+    assert error.median() < 1e-6 and (error > 1e-5).float().mean() <= 0.01, (error.median(), error.max())
     if limited:  # and the limiter had work to do
         free = as_their_code_does(start, growing, 6, betas=betas, eps=1e-30, scale=1.0, every=4, kind=kind, limited=False, **OFFICIAL)
         assert (free - want).abs().max() > 1e-3
