@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import torch
 
-from gradmill.autograd.window import Window
+from gradmill.autograd.window import Window, own
 from gradmill.ops._registry import forced_backend, in_forwards_backend
 from gradmill.ops.binary import gradient_ranges, matmul_binary, matmul_planes, pack_gradient, sample_groups, transpose_bits
 from gradmill.ops.conv import fold_kept, pack_image, patch_bits
@@ -58,7 +58,7 @@ class OneBit(torch.autograd.Function):
         ctx.backend = forced_backend()
         ctx.how, ctx.shape, ctx.x_shape, ctx.x_dtype, ctx.over = (bits, pruning), w.shape, x.shape, x.dtype, over
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return y if x.dim() == 4 else y.flatten(1)
+        return own(y if x.dim() == 4 else y.flatten(1))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
