@@ -78,6 +78,14 @@ class QuantizedWeight(torch.Tensor):
         for mine, theirs in zip((self.codes, self.scales, self.zeros), stored):
             mine.copy_(theirs)
 
+    def share_memory_(self):
+        for tensor in (self.codes, self.scales, self.zeros):
+            tensor.share_memory_()
+        return self
+
+    def is_shared(self) -> bool:
+        return self.codes.is_shared()
+
     def __tensor_flatten__(self):
         return ["codes", "scales", "zeros"], (self.format, self.dtype)
 

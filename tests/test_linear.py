@@ -474,9 +474,35 @@ def test_state_dict_to_and_from_nn_linear(recipe):
 def test_loading_with_assign_keeps_the_layer_working(recipe):
     layer, plain = Linear(16, 8, recipe=recipe), nn.Linear(16, 8)
     layer.load_state_dict(plain.state_dict(), assign=True)
+    assert type(layer.weight) is (QuantizedWeight if recipe == "int8_weights" else nn.Parameter), "a float weight is packed"
     x = torch.randn(3, 16)
     layer(x).sum().backward()
     torch.testing.assert_close(layer(x), plain(x), atol=0.1, rtol=0.1)
+
+
+def test_assigning_float_weights_over_a_frozen_recipes_packs_and_freezes_them():
+    for layer in (Linear(16, 8, recipe="w4"), Linear(16, 8, recipe="w4", device="meta"), gradmill.nn.Conv2d(2, 4, 3, recipe="w4")):
+        plain = layer._plain(*layer.weight.shape[1::-1], *[3] * (layer.weight.dim() // 4))
+        layer.load_state_dict(plain.state_dict(), assign=True)
+        assert isinstance(layer.weight, QuantizedWeight) and layer.weight.device.type == "cpu" and not layer.weight.requires_grad
+        assert_same_bits(layer.weight.dequantize(), QuantizedWeight.quantize(plain.weight, layer.recipe.weight).dequantize())
+
+
+def _shared(queue, layer):
+    with torch.no_grad():
+        layer.weight.copy_(torch.full(layer.weight.shape, 2.0))
+    queue.put(float(layer.weight.dequantize()[0, 0]))
+
+
+def test_a_quantised_weight_is_shared_between_processes():
+    layer = Linear(16, 8, recipe="int8_weights").share_memory()
+    assert layer.weight.is_shared() and all(t.is_shared() for t in (layer.weight.codes, layer.weight.scales, layer.bias))
+    context = torch.multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    process = context.Process(target=_shared, args=(queue, layer))
+    process.start()
+    process.join(60)
+    assert queue.get() == 2.0 and bool((layer.weight.dequantize() == 2.0).all())
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])

@@ -269,6 +269,11 @@ def test_delayed_scales_live_in_the_layer():
     assert list(plain.state_dict()) == ["weight", "bias"]
     fresh.load_state_dict(plain.state_dict())  # strict: no history is none
     assert not fresh.amax_history.any()
+    with torch.device("meta"):
+        fresh = Linear(24, 10, recipe="fp8_delayed")
+    fresh.load_state_dict(plain.state_dict(), assign=True)
+    run(fresh, x, dy)
+    assert fresh.amax_history[:, 0].all()
     with pytest.raises(ValueError, match="amax_history is missing; recipe fp8_delayed needs one of shape"):
         functional.linear(x, layer.weight, None, "fp8_delayed")
     with pytest.raises(ValueError, match="takes none"):
