@@ -194,7 +194,7 @@ def _why_not(name, child, filter, embeddings, recipe, end) -> str:
     elif parts[peft - 1] in HEAD_NAMES:
         return "the head (pass filter= to convert it)"
     elif parts[peft:] and parts[peft] in PEFT_TRAINS and (recipe.weight is not None or recipe.fake is not None or recipe.one_bit is not None):
-        return f"an adapter of peft, which recipe {recipe.name} would {'freeze' if recipe.frozen else 'store in few bits' if recipe.weight else 'see in few bits'} (pass filter= to convert it)"
+        return "an adapter of peft, which trains in full precision (pass filter= to convert it)"
     elif id(child.weight) in embeddings:
         return "its weight is an embedding's (pass filter= to convert it)"
     if recipe.weight is not None and id(child.weight) in embeddings:
