@@ -179,20 +179,24 @@ def test_copies_and_state_dicts(name):
     assert type(layer.dequantize_()) is torch.nn.Linear
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", "aot_eager_decomp_partition"])  # the second recomputes in backward what torch thinks is cheap, as inductor does
 @pytest.mark.parametrize("name", NAMES)
-def test_compile_fullgraph(name):
-    layer, x = Linear(32, 12, recipe=name), torch.randn(6, 32)
+def test_compile_fullgraph(name, backend):
+    layer, x = Linear(32, 12, recipe=name), torch.randn(64, 32)
     torch._dynamo.reset()
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
     results = []
     for f in (layer, compiled):
         torch.manual_seed(1)
+        layer.zero_grad()
         leaf = x.clone().requires_grad_()
         y = f(leaf)
         y.square().sum().backward()
-        results.append((y.detach(), leaf.grad))
-    if name in DETERMINISTIC:
-        assert all(torch.allclose(a, b, atol=2e-2 if name == "bf16" else 1e-6) for a, b in zip(*results))
+        results.append((y.detach(), leaf.grad, *(p.grad for p in layer.parameters() if p.requires_grad)))
+    if RECIPES[name].history or RECIPES[name].one_bit:  # two steps made two scales; what backward alone reads a compiled graph may draw there
+        results = [r[:1] for r in results]
+    for eager, got in zip(*results):  # with one layer, and so one key, the stochastic ones too
+        assert torch.allclose(eager, got, atol=2e-2 * float(eager.abs().max()) if name == "bf16" else 1e-5 * float(eager.abs().max()))
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n not in QAT])
