@@ -232,7 +232,7 @@ def fit(model: torch.nn.Module, bits: int = 4, rows_per_group: int = 64, groups:
         for child_name, child in list(parent._modules.items()):
             if isinstance(child, torch.nn.Linear):
                 name = f"{parent_name}.{child_name}" if parent_name else child_name
-                why = _why_not(name, child_name, child, filter, embeddings, recipes.get("w4"), "") or _cannot(parent, child)
+                why = _why_not(name, child, filter, embeddings, recipes.get("w4"), "") or _cannot(parent, child)
                 places += [] if why else [(name, parent, child_name, child)]
                 report.skipped += [(name, why)] if why else []
     if not places:

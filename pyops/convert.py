@@ -24,6 +24,8 @@ SIMILAR = (torch.nn.Linear, torch.nn.modules.conv._ConvNd)
 SLOWER = 0.95
 #: Names of a language model's or classifier's last layer, which loses most from low precision.
 HEAD_NAMES = ("lm_head", "head", "output", "classifier", "embed_out", "score", "fc_out")
+#: Names under which peft keeps a layer that it wraps, and layers that it trains in its place or beside it.
+PEFT_KEEPS, PEFT_TRAINS = ("base_layer", "original_module"), ("lora_A", "lora_B", "modules_to_save")
 
 
 class LayerBytes(NamedTuple):
@@ -92,8 +94,11 @@ def convert(model: torch.nn.Module, recipe: str | recipes.Recipe = "int8",
         model: the module whose children are searched. ``model`` itself is not replaced.
         recipe: a name or a :class:`gradmill.recipes.Recipe`.
         filter: ``filter(name, layer)`` says whether to convert; by default everything but the head (a layer named
-            lm_head, head, output, classifier, embed_out, score or fc_out, or one whose weight is an embedding's), and for one_bit_fqt
-            everything but the first and the last layer.
+            lm_head, head, output, classifier, embed_out, score or fc_out, or one whose weight is an embedding's); for recipes that store
+            or see weights in few bits everything but peft's adapters too, and for one_bit_fqt everything but the first and the last layer.
+
+    A model that reads a layer's weight itself instead of calling the layer (Mamba's dt_proj in transformers) takes nothing of the recipe there but
+    how the weight is stored: leave such a layer out with ``filter``.
 
     Returns:
         A :class:`Report`. A UserWarning says where the recipe was measured to be slower than fp32 on this kind of CPU.
@@ -115,6 +120,11 @@ def convert(model: torch.nn.Module, recipe: str | recipes.Recipe = "int8",
             ends.setdefault(id(layer), f"the {which} layer, which {recipe.name} keeps (pass filter= to convert it)")
     report, done, packed = Report(recipe.name), {}, {}
     for parent_name, parent in list(model.named_modules()):
+        if not type(parent).__module__.startswith(("torch.nn.", "gradmill.")):
+            for name, parameter in parent._parameters.items():
+                if parameter is not None and parameter.dim() == 3 and min(parameter.shape) > 1:
+                    report.skipped.append((f"{parent_name}.{name}" if parent_name else name, f"a bare Parameter of {len(parameter)} matrices, which no nn.Linear holds "
+                                           "(a mixture's experts? gradmill.nn.GroupedLinear is a layer for them)"))
         for child_name, child in list(parent._modules.items()):  # not named_children: it hides the second name of a tie
             name = f"{parent_name}.{child_name}" if parent_name else child_name
             if isinstance(child, torch.nn.MultiheadAttention) and child.in_proj_weight is not None:
@@ -123,7 +133,7 @@ def convert(model: torch.nn.Module, recipe: str | recipes.Recipe = "int8",
                 report.skipped.append((name, "a Conv1D of transformers, whose weight is a linear layer's transposed: put an nn.Linear in its place first"))
             if not isinstance(child, SIMILAR):
                 continue
-            why = _why_not(name, child_name, child, filter, embeddings, recipe, ends.get(id(child), ""))
+            why = _why_not(name, child, filter, embeddings, recipe, ends.get(id(child), ""))
             if why:
                 report.skipped.append((name, why))
                 continue
@@ -162,8 +172,9 @@ def leave_fast_path(model: torch.nn.Module):
                 module.activation_relu_or_gelu, module.use_nested_tensor = 0, False  # what the one and the other ask for it
 
 
-def _why_not(name, child_name, child, filter, embeddings, recipe, end) -> str:
-    kind = type(child).__name__
+def _why_not(name, child, filter, embeddings, recipe, end) -> str:
+    kind, parts = type(child).__name__, name.split(".")
+    peft = next((i for i, part in enumerate(parts) if part in PEFT_KEEPS + PEFT_TRAINS), len(parts))
     if isinstance(child, RecipeLayer):
         return f"already a gradmill layer, recipe {child.recipe.name}"
     if type(child) not in MADE_FROM:
@@ -180,8 +191,10 @@ def _why_not(name, child_name, child, filter, embeddings, recipe, end) -> str:
             return "the filter said no"
     elif end:
         return end
-    elif child_name in HEAD_NAMES:
+    elif parts[peft - 1] in HEAD_NAMES:
         return "the head (pass filter= to convert it)"
+    elif parts[peft:] and parts[peft] in PEFT_TRAINS and (recipe.weight is not None or recipe.fake is not None or recipe.one_bit is not None):
+        return "an adapter of peft, which trains in full precision (pass filter= to convert it)"
     elif id(child.weight) in embeddings:
         return "its weight is an embedding's (pass filter= to convert it)"
     if recipe.weight is not None and id(child.weight) in embeddings:

@@ -78,6 +78,19 @@ class QuantizedWeight(torch.Tensor):
         for mine, theirs in zip((self.codes, self.scales, self.zeros), stored):
             mine.copy_(theirs)
 
+    def share_memory_(self):
+        for tensor in (self.codes, self.scales, self.zeros):
+            tensor.share_memory_()
+        return self
+
+    def is_shared(self) -> bool:
+        return self.codes.is_shared()
+
+    def storage(self):
+        # What safetensors asks for last, to see whether tensors share memory: torch's own answer is a null pointer's error without a name.
+        raise RuntimeError("a QuantizedWeight has no storage of its own but codes, scales and zeros, and a safetensors file cannot hold it: write the state_dict with "
+                           "torch.save, or write w.dequantize() in its place, which a layer packs again when it is loaded")
+
     def __tensor_flatten__(self):
         return ["codes", "scales", "zeros"], (self.format, self.dtype)
 

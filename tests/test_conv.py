@@ -28,6 +28,32 @@ MADE = [*QAT, "one_bit_fqt"]  # recipes with Parameters made from the weight
 NONE = Recipe("none")
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", ["int8", "fp8_tensor", "int4", "bf16", "w4", "qat_w4", "int8_weights", "one_bit_fqt"])
+def test_the_output_may_be_changed_in_place(name, compiled):
+    """As ReLU(inplace=True) right behind a convolution does: torch refuses that of a custom Function's output that is a view."""
+    for shape, out, kernel, layout in [((2, 5, 6, 4), 3, 3, torch.contiguous_format), ((2, 5, 6, 4), 3, 1, torch.channels_last), ((3, 8, 1, 1), 4, 1, torch.contiguous_format),
+                                       ((2, 4, 5, 5), 1, 3, torch.contiguous_format), ((0, 4, 5, 5), 2, 3, torch.contiguous_format), ((4, 5, 5), 2, 3, None)]:
+        layer = Conv2d(shape[-3], out, kernel, recipe=name)
+        x = torch.randn(shape) if layout is None else torch.randn(shape).contiguous(memory_format=layout)
+        results = []
+        for change in (lambda y: y.mul(2).relu(), lambda y: y.mul_(2).relu_()):
+            torch.manual_seed(0)
+            layer.zero_grad()
+            x = x.detach().requires_grad_()
+            run = lambda x: change(layer(x))  # noqa: E731
+            if compiled:
+                torch._dynamo.reset()
+                run = torch.compile(run, fullgraph=True, backend="aot_eager")
+            y = run(x)
+            y.sum().backward()
+            results.append((y.detach(), x.grad, *(p.grad for p in layer.parameters() if p.requires_grad)))
+        for want, got in zip(*results):
+            assert torch.equal(got, want)
+        if compiled:
+            break
+
+
 def test_delayed_scaling_is_refused():
     with pytest.raises(ValueError, match="recipe is fp8_delayed"):
         Conv2d(3, 4, 3, recipe="fp8_delayed")

@@ -474,9 +474,35 @@ def test_state_dict_to_and_from_nn_linear(recipe):
 def test_loading_with_assign_keeps_the_layer_working(recipe):
     layer, plain = Linear(16, 8, recipe=recipe), nn.Linear(16, 8)
     layer.load_state_dict(plain.state_dict(), assign=True)
+    assert type(layer.weight) is (QuantizedWeight if recipe == "int8_weights" else nn.Parameter), "a float weight is packed"
     x = torch.randn(3, 16)
     layer(x).sum().backward()
     torch.testing.assert_close(layer(x), plain(x), atol=0.1, rtol=0.1)
+
+
+def test_assigning_float_weights_over_a_frozen_recipes_packs_and_freezes_them():
+    for layer in (Linear(16, 8, recipe="w4"), Linear(16, 8, recipe="w4", device="meta"), gradmill.nn.Conv2d(2, 4, 3, recipe="w4")):
+        plain = layer._plain(*layer.weight.shape[1::-1], *[3] * (layer.weight.dim() // 4))
+        layer.load_state_dict(plain.state_dict(), assign=True)
+        assert isinstance(layer.weight, QuantizedWeight) and layer.weight.device.type == "cpu" and not layer.weight.requires_grad
+        assert_same_bits(layer.weight.dequantize(), QuantizedWeight.quantize(plain.weight, layer.recipe.weight).dequantize())
+
+
+def _shared(queue, layer):
+    with torch.no_grad():
+        layer.weight.copy_(torch.full(layer.weight.shape, 2.0))
+    queue.put(float(layer.weight.dequantize()[0, 0]))
+
+
+def test_a_quantised_weight_is_shared_between_processes():
+    layer = Linear(16, 8, recipe="int8_weights").share_memory()
+    assert layer.weight.is_shared() and all(t.is_shared() for t in (layer.weight.codes, layer.weight.scales, layer.bias))
+    context = torch.multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    process = context.Process(target=_shared, args=(queue, layer))
+    process.start()
+    process.join(60)
+    assert queue.get() == 2.0 and bool((layer.weight.dequantize() == 2.0).all())
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
@@ -739,6 +765,61 @@ def test_convert_leaves_layers_alone_whose_weight_or_forward_is_not_their_own():
     tied["out"].weight = embedding.weight
     report = convert(tied, "int8_weights", filter=lambda name, module: True)
     assert not report.replaced and tied["out"].weight is embedding.weight
+
+
+class Adapted(nn.Module):
+    """What peft makes of a linear layer; saved: of one in modules_to_save."""
+
+    def __init__(self, layer, saved=False):
+        super().__init__()
+        if saved:
+            self.original_module, self.modules_to_save = layer, nn.ModuleDict({"default": copy.deepcopy(layer)})
+        else:
+            self.base_layer = layer
+            self.lora_A, self.lora_B = nn.ModuleDict({"default": nn.Linear(64, 4, bias=False)}), nn.ModuleDict({"default": nn.Linear(4, 64, bias=False)})
+        layer.requires_grad_(False)
+
+
+@pytest.mark.parametrize("recipe", ["w4", "int8_weights", "qat_w4", "one_bit_fqt", "int8"])
+def test_adapters_train_on_in_float_and_a_wrapped_head_is_a_head(recipe):
+    """w4 froze peft's adapters with the weights: nothing trained."""
+    model = nn.ModuleDict({"first": nn.Linear(64, 64), "q": Adapted(nn.Linear(64, 64)), "out": nn.Linear(64, 64), "lm_head": Adapted(nn.Linear(64, 64), saved=True)})
+    adapters = {name: p for name, p in model.named_parameters() if "lora" in name or "modules_to_save" in name}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of speed
+        report = convert(model, recipe)
+    assert isinstance(model["q"].base_layer, Linear) and all(p.requires_grad for p in adapters.values())
+    if recipe != "int8":
+        after = {name: p for name, p in model.named_parameters() if "lora" in name or "modules_to_save" in name}
+        assert after.keys() == adapters.keys() and all(after[name] is p for name, p in adapters.items())
+        assert "an adapter of peft" in dict(report.skipped)["q.lora_A.default"]
+    skipped = dict(report.skipped)
+    assert all("head" in skipped[f"lm_head.{name}"] or recipe == "one_bit_fqt" for name in ("original_module", "modules_to_save.default"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert "lm_head.original_module" in convert(model, recipe, filter=lambda name, layer: "lm_head" in name).replaced
+
+
+def test_convert_names_matrices_that_no_layer_holds():
+    class Experts(nn.Module):  # as transformers 5 keeps a mixture's
+        def __init__(self):
+            super().__init__()
+            self.gate_up_proj, self.token = nn.Parameter(torch.randn(4, 16, 8)), nn.Parameter(torch.randn(1, 1, 8))
+
+    report = convert(nn.Sequential(nn.Linear(8, 8), Experts(), gradmill.nn.GroupedLinear(4, 8, 16), nn.Conv1d(2, 3, 2), nn.Bilinear(2, 3, 4)), "int8")
+    assert report.replaced == ["0"] and dict(report.skipped).keys() == {"1.gate_up_proj", "3"}
+    assert "4 matrices" in dict(report.skipped)["1.gate_up_proj"] and "GroupedLinear" in dict(report.skipped)["1.gate_up_proj"]
+    assert [name for name, _ in convert(Experts(), "int8").skipped] == ["gate_up_proj"]
+
+
+def test_safetensors_says_that_it_cannot_hold_a_quantised_weight(tmp_path):
+    from safetensors.torch import load_file, save_file
+    layer, again = Linear(16, 8, recipe="int8_weights"), Linear(16, 8, recipe="int8_weights")
+    with pytest.raises(RuntimeError, match="a safetensors file cannot hold it: write the state_dict with torch.save"):
+        save_file(layer.state_dict(), tmp_path / "x")
+    save_file({k: v.dequantize() if isinstance(v, QuantizedWeight) else v for k, v in layer.state_dict().items()}, tmp_path / "x")
+    again.load_state_dict(load_file(tmp_path / "x"))
+    torch.testing.assert_close(again.weight.dequantize(), layer.weight.dequantize())
 
 
 def test_convert_names_transformers_transposed_linear_layer():

@@ -136,6 +136,18 @@ def test_every_backend_gives_the_same_bits():
         assert_same_bits(got[:2], want[:2], variant)
 
 
+def test_the_output_of_a_linear_layer_may_be_changed_in_place():
+    for shape in [(7, 19), (2, 3, 19), (19,), (0, 19)]:
+        layer, x = gradmill.nn.Linear(19, 5, recipe="one_bit_fqt"), torch.randn(shape, requires_grad=True)
+        torch.manual_seed(0)
+        want = layer(x).mul(2).relu()
+        torch.manual_seed(0)
+        got = layer(x).mul_(2).relu_()
+        assert torch.equal(got, want)
+        for y in (want, got):
+            y.sum().backward()
+
+
 def test_awkward_shapes_and_values():
     for tokens, columns, out in ((1, 1, 1), (0, 5, 3), (3, 1, 7), (65, 9, 2)):
         args = layer(tokens, columns, out)

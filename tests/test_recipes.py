@@ -179,20 +179,24 @@ def test_copies_and_state_dicts(name):
     assert type(layer.dequantize_()) is torch.nn.Linear
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", "aot_eager_decomp_partition"])  # the second recomputes in backward what torch thinks is cheap, as inductor does
 @pytest.mark.parametrize("name", NAMES)
-def test_compile_fullgraph(name):
-    layer, x = Linear(32, 12, recipe=name), torch.randn(6, 32)
+def test_compile_fullgraph(name, backend):
+    layer, x = Linear(32, 12, recipe=name), torch.randn(64, 32)
     torch._dynamo.reset()
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
     results = []
     for f in (layer, compiled):
         torch.manual_seed(1)
+        layer.zero_grad()
         leaf = x.clone().requires_grad_()
         y = f(leaf)
         y.square().sum().backward()
-        results.append((y.detach(), leaf.grad))
-    if name in DETERMINISTIC:
-        assert all(torch.allclose(a, b, atol=2e-2 if name == "bf16" else 1e-6) for a, b in zip(*results))
+        results.append((y.detach(), leaf.grad, *(p.grad for p in layer.parameters() if p.requires_grad)))
+    if RECIPES[name].history or RECIPES[name].one_bit:  # two steps made two scales; what backward alone reads a compiled graph may draw there
+        results = [r[:1] for r in results]
+    for eager, got in zip(*results):  # with one layer, and so one key, the stochastic ones too
+        assert torch.allclose(eager, got, atol=2e-2 * float(eager.abs().max()) if name == "bf16" else 1e-5 * float(eager.abs().max()))
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n not in QAT])
@@ -269,6 +273,11 @@ def test_delayed_scales_live_in_the_layer():
     assert list(plain.state_dict()) == ["weight", "bias"]
     fresh.load_state_dict(plain.state_dict())  # strict: no history is none
     assert not fresh.amax_history.any()
+    with torch.device("meta"):
+        fresh = Linear(24, 10, recipe="fp8_delayed")
+    fresh.load_state_dict(plain.state_dict(), assign=True)
+    run(fresh, x, dy)
+    assert fresh.amax_history[:, 0].all()
     with pytest.raises(ValueError, match="amax_history is missing; recipe fp8_delayed needs one of shape"):
         functional.linear(x, layer.weight, None, "fp8_delayed")
     with pytest.raises(ValueError, match="takes none"):

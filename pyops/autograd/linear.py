@@ -11,7 +11,7 @@ from gradmill.ops._registry import forced_backend, in_forwards_backend, native_m
 from gradmill.ops.grouped import matmul_grouped, quantize_grouped
 from gradmill.ops.linear import linear_int8, linear_int8_backward
 from gradmill.ops.matmul import matmul_int8, matmul_packed, matmul_scaled
-from gradmill.ops.quant import BOTH_WAYS, block_absmax, dequantize, hadamard, quantize, quantize_both, quantize_to
+from gradmill.ops.quant import BOTH_WAYS, block_absmax, dequantize, draw_key, hadamard, quantize, quantize_both, quantize_to
 from gradmill.recipes import Matmul, Recipe
 from gradmill.reference.grouped import ragged_blocks
 from gradmill.reference.philox import stream
@@ -104,11 +104,6 @@ def _delayed(history, x):
     return now, torch.where(before > 0, before, now)
 
 
-def _draw_key():
-    """[seed, step] for this step's random bits, from torch's generator."""
-    return torch.stack((torch.randint(-2 ** 63, 2 ** 63 - 1, (), dtype=torch.int64, device="cpu"), torch.zeros((), dtype=torch.int64, device="cpu")))
-
-
 class QuantizedLinear(torch.autograd.Function):
     """Y = X W^T + b with each of the three matmuls in its recipe's formats.
 
@@ -131,7 +126,7 @@ class QuantizedLinear(torch.autograd.Function):
         needs_dw = ctx.needs_input_grad[1] or ctx.needs_input_grad[5]
         keeps_operand = window is None or window.saved_bytes(recipe, x.shape, x.element_size())[1]
         kept_x, kept_w = [], []
-        key = _draw_key() if recipe.gradient_rounding == "stochastic" or isinstance(dw_recipe, Matmul) and dw_recipe.hadamard else None
+        key = draw_key(x, getattr(weight, "codes", weight)) if recipe.gradient_rounding == "stochastic" or isinstance(dw_recipe, Matmul) and dw_recipe.hadamard else None
         x_over_tokens = magnitudes = largest_x = largest_w = None
         if history is not None:
             (now_x, largest_x), (now_w, largest_w) = _delayed(history[0], x), _delayed(history[1], _values(weight))
@@ -245,7 +240,7 @@ class ExactLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, recipe: Recipe, dtype):
         needs_dx, needs_dw, needs_db = ctx.needs_input_grad[:3]
-        key = _draw_key() if recipe.gradient_rounding == "stochastic" else None
+        key = draw_key(x, weight) if recipe.gradient_rounding == "stochastic" else None
         y, codes, scales = linear_int8(x, weight, bias, recipe.exact, needs_dw, dtype)
         ctx.save_for_backward(key, weight if needs_dx else None, *((codes, scales) if needs_dw else (None, None)))
         ctx.code, ctx.dtypes = recipe.exact, (x.dtype if needs_dx else None, weight.dtype if needs_dw else None, bias.dtype if needs_db else None)
@@ -428,7 +423,7 @@ class QuantizedGroupedLinear(torch.autograd.Function):
         plain = Matmul(FORMATS[float_code(dtype)], FORMATS[float_code(dtype)])
         recipe = replace(recipe, y=recipe.y or plain, dx=recipe.dx or plain, dw=recipe.dw or plain)
         y = _multiply_grouped(_store_tokens(x, recipe.y.left, offs), _store_experts(weight, recipe.y.right), bias, offs, dtype)
-        key = _draw_key() if recipe.gradient_rounding == "stochastic" else None
+        key = draw_key(x, weight) if recipe.gradient_rounding == "stochastic" else None
         saved_x = _over_expert_tokens(x, recipe.dw.right, offs).tensors[:2] if ctx.needs_input_grad[1] else (None, None)
         ctx.save_for_backward(key, offs, weight if ctx.needs_input_grad[0] else None, *saved_x)
         ctx.backend = forced_backend()

@@ -3,10 +3,11 @@ from __future__ import annotations
 
 import torch
 
-from gradmill.autograd.window import Window
+from gradmill.autograd.window import Window, own
 from gradmill.ops._registry import forced_backend, in_forwards_backend
 from gradmill.ops.binary import gradient_ranges, matmul_binary, matmul_planes, pack_gradient, sample_groups, transpose_bits
 from gradmill.ops.conv import fold_kept, pack_image, patch_bits
+from gradmill.ops.quant import draw_key
 from gradmill.reference.philox import stream
 
 _PIXEL = Window((1, 1), (1, 1), (0, 0), (1, 1), 1)
@@ -53,12 +54,11 @@ class OneBit(torch.autograd.Function):
             y = matmul_binary(packed, patches, columns, w_nans * scales, nans, bias, dtype, oh * ow).view(len(image), len(w), oh, ow)
         if any(ctx.needs_input_grad):
             offsets = torch.rand(2, dtype=torch.float64, device="cpu")
-            key = torch.stack((torch.randint(-2 ** 63, 2 ** 63 - 1, (), dtype=torch.int64, device="cpu"), torch.zeros((), dtype=torch.int64, device="cpu")))
-            ctx.save_for_backward(key, offsets, weight, scales, signs, nans, column_nans, outside if ctx.needs_input_grad[0] else None)
+            ctx.save_for_backward(draw_key(x, weight), offsets, weight, scales, signs, nans, column_nans, outside if ctx.needs_input_grad[0] else None)
         ctx.backend = forced_backend()
         ctx.how, ctx.shape, ctx.x_shape, ctx.x_dtype, ctx.over = (bits, pruning), w.shape, x.shape, x.dtype, over
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return y if x.dim() == 4 else y.flatten(1)
+        return own(y if x.dim() == 4 else y.flatten(1))
 
     @staticmethod
     @torch.autograd.function.once_differentiable

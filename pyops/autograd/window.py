@@ -11,6 +11,12 @@ from gradmill.recipes import Matmul, Recipe
 from gradmill.reference.conv import output_size, patches
 
 
+def own(y: torch.Tensor) -> torch.Tensor:
+    """y, with the same memory and strides, as no view: of a custom Function's output that is one, torch refuses changes in place (a ReLU(inplace=True) behind
+    the layer)."""
+    return torch.ops.aten._unsafe_view(y, y.shape)
+
+
 class Window(NamedTuple):
     """A convolution's geometry: (vertical, horizontal) each, padding the same on both sides."""
 
@@ -46,7 +52,7 @@ class Window(NamedTuple):
         """The matrix (n oh ow, out) as (n, out, oh, ow), in the memory layout of ``like``."""
         y = rows.view(shape[0], *self.output(shape), rows.shape[1]).permute(0, 3, 1, 2)
         last = like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()
-        return y if last else y.contiguous()
+        return own(y if last else y.contiguous())
 
     def kept_format(self, recipe: Recipe, shape) -> Format | None:
         """The format of X in dW, if it treats all elements of an image of that shape alike, so that the image can be kept in it instead

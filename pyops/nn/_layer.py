@@ -52,13 +52,15 @@ class RecipeLayer(KeepsFloat32):
 
     def _adopt(self, recipe: recipes.Recipe):
         self.recipe = recipe
-        if recipe.weight is not None and not isinstance(self.weight, QuantizedWeight):
-            requires_grad = self.weight.requires_grad and not recipe.frozen
-            self.weight = torch.nn.Parameter(QuantizedWeight.quantize(self.weight.detach(), recipe.weight), requires_grad)
-
+        self._pack()
         if self._made:
             for name, start in self._first_steps():
                 self.register_parameter(name, torch.nn.Parameter(start, self.weight.requires_grad))
+
+    def _pack(self):
+        if self.recipe.weight is not None and not isinstance(self.weight, QuantizedWeight):
+            requires_grad = self.weight.requires_grad and not self.recipe.frozen
+            self.weight = torch.nn.Parameter(QuantizedWeight.quantize(self.weight.detach(), self.recipe.weight), requires_grad)
 
     @property
     def _made(self) -> tuple[str, ...]:
@@ -107,6 +109,7 @@ class RecipeLayer(KeepsFloat32):
         if self.recipe.frozen and prefix + "steps" in state_dict and self._parameters.get("steps") is None:
             self.train_steps_()  # as qat.pack leaves a layer
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        self._pack()  # assign=True puts a float weight in the packed one's place
         names = [prefix + name for name in self._made]
         if names and prefix + "weight" in state_dict and not any(name in state_dict for name in names):
             missing_keys[:] = [key for key in missing_keys if key not in names]

@@ -44,7 +44,10 @@ class Linear(RecipeLayer, torch.nn.Linear):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         if self.recipe.history and prefix + "weight" in state_dict and prefix + "amax_history" in missing_keys:
             missing_keys.remove(prefix + "amax_history")
-            self.amax_history.zero_()
+            if self.amax_history.device == self.weight.device:
+                self.amax_history.zero_()
+            else:  # the weight was assigned over a layer on the meta device
+                self.amax_history = torch.zeros_like(self.amax_history, device=self.weight.device)
 
     def dequantize_(self) -> torch.nn.Linear:
         new = super().dequantize_()

@@ -4,7 +4,7 @@ from __future__ import annotations
 import torch
 
 from gradmill.formats import CODES, FLOAT_DTYPES, STATE_CODES, Format, cached, float_code, layout
-from gradmill.ops._registry import Op, key_tuple, native_module, reject, require_key, require_matrix, where
+from gradmill.ops._registry import Op, key_tuple, library, native_module, reject, require_key, require_matrix, where
 from gradmill.reference import quant as reference
 
 BLOCKED = tuple(code for code in CODES if cached(code).blocked)
@@ -222,6 +222,20 @@ dequantize = Op(
     backends={"native": _native_dequantize, "triton": "gradmill.kernels.quant:dequantize", "reference": reference.dequantize},
     order={"cpu": ("native", "triton", "reference"), "cuda": ("native", "triton", "reference")})
 dequantize.__doc__ = """dequantize(codes, scales, zeros, code, block, columns, dtype) -> (rows, columns) of ``dtype``."""
+
+
+# --- keys -------------------------------------------------------------------------------------------------
+# An op, so that a compiled graph keeps the key that forward drew: of what depends on no input torch's partitioner makes another in backward, under whose
+# signs dY's Hadamard transform is not X's, and dW = dY^T X is noise. So it depends on the operands, by name only. The seed is drawn by torch's own op:
+# two layers' equal calls of ours would be merged.
+library.define("key(Tensor seed, Tensor[] operands) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+library.impl("key", lambda seed, operands: torch.stack((seed, torch.zeros_like(seed))), "CompositeExplicitAutograd")
+torch.library.register_fake("gradmill::key", lambda seed, operands: seed.new_empty(2), lib=library)
+
+
+def draw_key(*operands: torch.Tensor) -> torch.Tensor:
+    """[seed, step] int64 on the CPU for the random bits of a step of these operands (plain tensors), the seed drawn from torch's generator."""
+    return torch.ops.gradmill.key(torch.randint(-2 ** 63, 2 ** 63 - 1, (), dtype=torch.int64, device="cpu"), operands)
 
 
 # --- hadamard ---------------------------------------------------------------------------------------------
