@@ -59,11 +59,10 @@ def _parser() -> argparse.ArgumentParser:
     m.add_argument("--release-gradients", action="store_true", help="gradients live one at a time, as gradmill.optim.release_gradients frees them")
     m.add_argument("--offload", action="store_true", help="the optimizer's states are in CPU memory (offload=True)")
     m.add_argument("--json", action="store_true", help="print JSON, for programs")
-    profile = commands.add_parser(
+    commands.add_parser(
         "profile", help="run your program and show what gradmill's ops cost in it", usage="gradmill profile [-h] [--] [python] SCRIPT|-m MODULE ...",
         description="Runs a script or a module as python would, in this process, and prints at its end, also after an exception, a table per "
                     "gradmill op: calls, time, share of the wall time, bytes, backend, and what could be faster. The exit code is the program's.")
-    profile.add_argument("program", nargs=argparse.REMAINDER, help="-- python train.py --lr 1e-3")
     commands.add_parser("bench", help="gradmill, torch and peers, interleaved, with the machine's limits (gradmill bench --help)", add_help=False)
     return parser
 
@@ -79,18 +78,45 @@ def _bench(arguments: list[str]) -> int:
     return 2
 
 
+def _profile(program: list[str], console) -> int:
+    from gradmill.profile import run
+
+    try:
+        return run(program[program[:1] == ["--"]:], console)
+    except ValueError as error:
+        print(f"gradmill profile: error: {error}", file=sys.stderr)
+        return 2
+
+
 def _rank(text: str) -> int | float:
     """A whole rank, or a fraction."""
-    return int(text) if text.isdecimal() else float(text)
+    try:
+        return int(text) if text.isdecimal() else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns its exit code."""
+    """Runs the command; returns its exit code: 2 for arguments that make no sense, 130 after Ctrl-C, 1 where nobody reads what it prints."""
+    try:
+        code = _command(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        print("\ngradmill: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # python flushes once more as it ends
+        return 1
+
+
+def _command(argv: list[str]) -> int:
     from rich.console import Console
 
-    argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["bench"]:
         return _bench(argv[1:])
+    if argv[:1] == ["profile"] and argv[1:2] not in (["-h"], ["--help"]):  # argparse would take -m and -u for options of its own
+        return _profile(argv[1:], Console())
     parser = _parser()
     arguments = parser.parse_args(argv)
     console = Console()
@@ -107,14 +133,6 @@ def main(argv: list[str] | None = None) -> int:
         except KeyboardInterrupt:
             print("\ngradmill demo: stopped; files of this run that are there are whole", file=sys.stderr)
             return 130
-    if arguments.command == "profile":
-        from gradmill.profile import run
-
-        try:
-            return run(arguments.program[arguments.program[:1] == ["--"]:], console)
-        except ValueError as error:
-            print(f"gradmill profile: error: {error}", file=sys.stderr)
-            return 2
     if arguments.command == "memory":
         from gradmill import memory
 

@@ -481,7 +481,7 @@ class Remote:
         context = multiprocessing.get_context("spawn")
         self.pipe, other = context.Pipe()
         self.process = context.Process(target=_serve, args=(other, name, options, train, held_out), daemon=True)
-        with _ignoring_sigint():  # the child inherits that, so that Ctrl-C cannot hit it while it imports
+        with _holding_sigint():  # so that it cannot hit the child while that imports
             self.process.start()
         other.close()
 
@@ -542,15 +542,27 @@ class Remote:
 
 
 @contextmanager
-def _ignoring_sigint():
+def _holding_sigint():
+    """Ctrl-C waits for the end of the block, which may take seconds: a child gets megabytes of text as it starts. One that
+    starts in it inherits the mask, and is never hit."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    mask, seen = getattr(signal, "pthread_sigmask", None), []
+    before = signal.signal(signal.SIGINT, lambda *_: seen.append(1))  # another thread may be given what this one masks
+    if mask:
+        from multiprocessing.resource_tracker import ensure_running
+
+        ensure_running()  # a later start of it would unmask
+        mask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+        if mask:
+            mask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        if seen:
+            signal.raise_signal(signal.SIGINT)
 
 
 class _Stop:

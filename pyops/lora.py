@@ -47,6 +47,20 @@ def pairs(model: torch.nn.Module) -> Iterator[Pair]:
                 yield Pair(name, adapter, a, b, module)
 
 
+def _require_plain(pair: Pair):
+    """ValueError where the layer's weight is not W0 + s B A."""
+    dora, variant = getattr(pair.module, "use_dora", False), type(getattr(pair.module, "lora_variant", {}).get(pair.adapter)).__name__
+    kind = None
+    if dora.get(pair.adapter, False) if isinstance(dora, Mapping) else dora:
+        kind = "a DoRA adapter"
+    elif not variant.startswith(("NoneType", "ALora", "Velora")):  # those two differ in where they apply, or in how A's gradient is found
+        kind = f"an adapter of peft's {variant}"
+    elif getattr(pair.module, "num_experts", 1) != 1:
+        kind = f"an adapter of {pair.module.num_experts} experts"
+    if kind:
+        raise ValueError(f"{pair.name} is {kind}, whose weight is not W0 + s B A")
+
+
 class LoRAPro:
     """Adjusts the gradients of adapters so that their step is the closest to full fine-tuning's that adapters can make.
 
@@ -74,7 +88,7 @@ class LoRAPro:
         ridge: added to both Gram matrices.
 
     Raises:
-        ValueError: where there is no adapter to train, one of another kind (DoRA, a grouped convolution), or ridge is not positive.
+        ValueError: where there is no adapter to train, one of another kind (DoRA, KaSA, experts, a grouped convolution), or ridge is not positive.
     """
 
     def __init__(self, model: torch.nn.Module, ridge: float = 1e-8):
@@ -84,9 +98,7 @@ class LoRAPro:
         if not self.pairs:
             raise ValueError("the model has no adapter to train: no module with lora_A, lora_B and scaling whose weights require gradients")
         for pair in self.pairs:
-            dora = getattr(pair.module, "use_dora", False)
-            if dora.get(pair.adapter, False) if isinstance(dora, Mapping) else dora:
-                raise ValueError(f"{pair.name} is a DoRA adapter, whose weight is not W0 + s B A")
+            _require_plain(pair)
             if pair.b[0].numel() != len(pair.a):
                 raise ValueError(f"{pair.name} has lora_B {describe(pair.b)} for lora_A {describe(pair.a)}; it must hold (outputs, {len(pair.a)})")
             base = getattr(pair.module, "base_layer", pair.module)
@@ -135,19 +147,33 @@ def _eigen(gram, ridge):
 
 # --- LoRA-SB ----------------------------------------------------------------------------------------------
 class Latent(torch.nn.Module):
-    """What takes lora_B's place: x -> B (R x). R (``latent``, fp32) trains, B (``basis``) is a buffer. ``weight`` is B R, for merging."""
+    """What takes lora_B's place: x -> B (R x). R (``latent``, fp32) trains, B (``basis``) is a buffer. ``weight`` is B R, for merging.
+
+    A state_dict holds B R / ``scaling`` too, as lora_B's weight: what peft saves then loads, without gradmill, as the adapter
+    W0 + s B A that its configuration tells of, s = ``scaling``. Loading takes R and B.
+    """
 
     bias = None
 
-    def __init__(self, basis: torch.Tensor, latent: torch.Tensor):
+    def __init__(self, basis: torch.Tensor, latent: torch.Tensor, scaling: float = 1.0):
         super().__init__()
         self.register_buffer("basis", basis)
         self.latent = torch.nn.Parameter(latent)
+        self.scaling = scaling
         self.out_features, self.in_features = basis.shape
 
     @property
     def weight(self) -> torch.Tensor:
         return (self.basis.to(self.latent.dtype) @ self.latent).to(self.basis.dtype)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        weight = self.basis.to(self.latent.dtype) @ self.latent / self.scaling
+        destination[prefix + "weight"] = weight if keep_vars else weight.detach()
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        state_dict.pop(prefix + "weight", None)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def forward(self, x):
         linear = torch.nn.functional.linear
@@ -164,7 +190,7 @@ def init_lora_sb(model: torch.nn.Module, gradients, *, lr: float = 1e-4, iterati
 
     Args:
         model: with linear adapters of peft; the rank is theirs (the paper's: 96). A's weight is overwritten, lora_B becomes
-            a :class:`Latent`, ``scaling`` 1.
+            a :class:`Latent`, ``scaling`` 1. What ``save_pretrained`` writes loads as an ordinary adapter.
         gradients: {name of the adapted layer, as in ``named_modules``: the gradient of its base weight}; or a function that returns a
             loss; or an iterable that makes losses as it is read, whose gradients are added up (the paper: of about 50 samples).
             Losses are propagated to the base weights here, whose gradients are all there at once; no parameter's ``grad`` is changed.
@@ -176,8 +202,8 @@ def init_lora_sb(model: torch.nn.Module, gradients, *, lr: float = 1e-4, iterati
         The trainable R, in order of the layers: what an optimizer should get.
 
     Raises:
-        ValueError: for no adapter, a missing gradient or one of another shape, a gradient with nan or inf, or a base weight that is not a
-            float. The model is then as it was.
+        ValueError: for no adapter, one of another kind (DoRA, KaSA, lora_bias) or merged, a missing gradient or one of another shape, a gradient with
+            nan or inf, or a base weight that is not a float. The model is then as it was.
     """
     found = [p for p in pairs(model) if p.adapter and isinstance(p.module.lora_B[p.adapter], torch.nn.Linear)]
     if not found:
@@ -185,23 +211,31 @@ def init_lora_sb(model: torch.nn.Module, gradients, *, lr: float = 1e-4, iterati
     names = [p.name for p in found]
     if len(set(names)) < len(names):
         raise ValueError(f"{next(n for n in names if names.count(n) > 1)} has more than one trainable adapter; it must have one")
+    for pair in found:
+        _require_plain(pair)
+        if pair.module.lora_B[pair.adapter].bias is not None:
+            raise ValueError(f"{pair.name} has an adapter with a bias (lora_bias), which R has no place for")
+        if pair.adapter in getattr(pair.module, "merged_adapters", ()):
+            raise ValueError(f"{pair.name} has its adapter merged into the base weight; unmerge it first")
     if not isinstance(gradients, Mapping):
         gradients = _gradients(found, [gradients] if callable(gradients) else gradients)
     updates = []
     for index, pair in enumerate(found):  # every reason to refuse comes before anything is changed
-        shape, g = (len(pair.b), pair.a.shape[1]), gradients.get(pair.name)
+        turned = getattr(pair.module, "fan_in_fan_out", False)  # around a layer whose weight is (inputs, outputs), as GPT-2's are
+        shape, g = (len(pair.b), pair.a.shape[1])[::-1 if turned else 1], gradients.get(pair.name)
         if not isinstance(g, torch.Tensor) or g.shape != shape or not g.isfinite().all():
             raise ValueError(f"the gradient of {pair.name} is {describe(g)}; it must be a finite tensor of shape {shape}")
         if len(pair.a) > min(shape):
             raise ValueError(f"{pair.name} has an adapter of rank {len(pair.a)}; it must be at most {min(shape)}, the smaller side of its weight")
-        updates.append(_truncated(g.detach().to(pair.a.device, torch.float32).sign().neg(), len(pair.a), iterations, oversample, seed, index))
+        g = g.detach().t() if turned else g.detach()
+        updates.append(_truncated(g.to(pair.a.device, torch.float32).sign().neg(), len(pair.a), iterations, oversample, seed, index))
     trained = []
     for pair, (basis, values, down) in zip(found, updates):
         with torch.no_grad():
             pair.a.copy_(down)
         pair.a.requires_grad_(False)
         pair.a.grad = None
-        latent = Latent(basis.to(pair.b.dtype), torch.diag(values * lr))
+        latent = Latent(basis.to(pair.b.dtype), torch.diag(values * lr), pair.scaling or 1.0)
         pair.module.lora_B[pair.adapter] = latent
         if isinstance(pair.module.scaling, Mapping):
             pair.module.scaling[pair.adapter] = 1.0

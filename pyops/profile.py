@@ -279,7 +279,7 @@ def run(command: list[str], console) -> int:
     table, also after an exception, and returns the program's exit code.
 
     Raises:
-        ValueError: where ``command`` names no script or module, or options of python that this cannot follow.
+        ValueError: where ``command`` names no script or module that is there, or options of python that this cannot follow.
     """
     words = command[1:] if command and os.path.basename(command[0]).lower().startswith("python") else command
     module = words[:1] == ["-m"]
@@ -321,8 +321,11 @@ def _run_main(name: str, module: bool) -> int:
         return 130
     except BaseException as error:
         at = error.__traceback__
-        while at.tb_next is not None and at.tb_frame.f_code.co_filename in (__file__, runpy.__file__, "<frozen runpy>"):
+        ours = __file__, runpy.__file__, "<frozen runpy>"
+        while at is not None and at.tb_frame.f_code.co_filename in ours:
             at = at.tb_next
+        if at is None and isinstance(error, ImportError):  # what it is to run is not there
+            raise ValueError(str(error)) from None
         traceback.print_exception(type(error), error, at)
         return 1
     return 0

@@ -105,9 +105,27 @@ def test_version_and_help(capsys):
     (["demo", "--optimizer", "nadam"], "qgalore"),
     (["demo", "--device", "tpu"], "cuda"),
     (["demo", "--steps", "many"], "many"),
+    (["memory", "--model", "llama-60m", "--rank", "many"], "'many' is no number"),
 ])
 def test_bad_arguments_name_the_choices(arguments, named, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)
     assert stop.value.code == 2
     assert named in capsys.readouterr().err
+
+
+def test_nobody_reads_what_it_prints_and_ctrl_c(monkeypatch, capfd):
+    """A closed pipe and Ctrl-C are no reason for a traceback."""
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as out:
+        result = subprocess.run([sys.executable, "-m", "gradmill", "info", "--json"], stdout=out, stderr=subprocess.PIPE, text=True, timeout=240,
+                                env={**os.environ, "PYTHONSAFEPATH": "1"})
+    assert result.returncode == 1 and result.stderr == ""
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(info, "collect", interrupted)
+    assert cli.main(["info", "--json"]) == 130
+    assert capfd.readouterr().err == "\ngradmill: stopped\n"

@@ -3,6 +3,7 @@ import functools
 import io
 import json
 import math
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -297,6 +298,25 @@ def test_ctrl_c_before_the_first_step_writes_nothing(text, tmp_path, monkeypatch
     said = io.StringIO()
     assert demo.run(options(text, tmp_path), Console(file=said)) == 130
     assert os.listdir(tmp_path) == [] and "nothing written" in said.getvalue()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="children inherit a signal mask")
+def test_ctrl_c_while_a_half_starts_is_kept_for_later_and_from_the_child(text, tmp_path, monkeypatch):
+    context = multiprocessing.get_context("spawn")
+    real, reached = context.Process.start, []
+
+    def start(self):
+        child = subprocess.run([sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGINT); print('alive')"], capture_output=True, text=True)
+        signal.raise_signal(signal.SIGINT)
+        real(self)
+        reached.append((child.stdout, self))
+
+    monkeypatch.setattr(context.Process, "start", start)
+    said = io.StringIO()
+    assert demo.run(options(text, tmp_path), Console(file=said)) == 130
+    (out, process), = reached
+    process.kill()
+    assert out == "alive\n" and "nothing written" in said.getvalue() and os.listdir(tmp_path) == []
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT to a process group")

@@ -432,7 +432,8 @@ def test_maximize_and_grad_scale_are_seen_by_the_residual():
 
 @pytest.mark.parametrize("options", [dict(rank=0), dict(rank=1.5), dict(basis="pca"), dict(bits=3), dict(group_size=3), dict(refresh_every=0), dict(residual="adam"),
                                      dict(scale=0.0), dict(side="top"), dict(moments="drop"), dict(limiter=0.5), dict(basis="dct", adaptive=True),
-                                     dict(max_refresh_every=1)])
+                                     dict(max_refresh_every=1), dict(refresh_every=2.0), dict(refresh_every="3"), dict(iterations=1.5), dict(group_size=8.0),
+                                     dict(max_refresh_every=400.5), dict(scale="a"), dict(rank="4"), dict(residual_scale=math.nan)])
 def test_options_out_of_range_are_refused_by_name(options):
     name = "adaptive" if "adaptive" in options else next(iter(options))
     with pytest.raises(ValueError, match=name):
@@ -564,6 +565,25 @@ def test_a_pickled_optimizer_has_the_basis_on_its_way():
     assert "adopt_at" in optimizer.state[w]
     other, copied = copy.deepcopy((w, optimizer))
     assert torch.equal(run(optimizer, w, grads[6:]), run(copied, other, grads[6:]))
+
+
+def test_an_interrupt_while_a_step_waits_loses_no_basis(monkeypatch):
+    start, grads = torch.randn(20, 12), gradients((20, 12), 10)
+    a, b = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    plain, stopped = (AdamW([w], lr=1e-2, projection=Projection(3, refresh_every=4, background=2)) for w in (a, b))
+    run(plain, a, grads), run(stopped, b, grads[:6])
+
+    class Waiting:
+        def __getattr__(self, name):
+            raise KeyboardInterrupt
+
+    coming = stopped._coming[b]
+    stopped._coming[b] = coming._replace(future=Waiting())
+    with pytest.raises(KeyboardInterrupt):  # the first wait of step 7
+        run(stopped, b, grads[6:7])
+    assert b in stopped._coming and stopped.state[b]["step"] == 6
+    stopped._coming[b] = coming
+    assert torch.equal(run(stopped, b, grads[6:]), a)
 
 
 @pytest.mark.parametrize("options", [dict(background=200), dict(background=-1), dict(background=1, basis="random"), dict(background=1.0), dict(background=1, basis="dct", refresh_every=1)])

@@ -193,6 +193,13 @@ def test_what_lora_pro_refuses():
     grouped.base_layer.groups = 2
     with pytest.raises(ValueError, match="2 groups"):
         LoRAPro(grouped)
+    experts = Adapted(nn.Linear(3, 3), 1)
+    experts.num_experts = 4
+    kasa = Adapted(nn.Linear(3, 3), 1)
+    kasa.lora_variant = {"default": type("KasaLinearVariant", (), {})()}
+    for other, named in ((experts, "4 experts"), (kasa, "Kasa")):
+        with pytest.raises(ValueError, match=named):
+            LoRAPro(other)
     with pytest.raises(ValueError, match="ridge is 0"):
         LoRAPro(Adapted(nn.Linear(3, 3), 1), ridge=0)
 
@@ -253,7 +260,7 @@ def test_gradients_from_losses_are_those_given():
         losses.append(loss.item())
     assert losses[-1] < losses[0]
     changed = {k for k, v in named.state_dict().items() if not torch.equal(v, start[k])}
-    assert changed == {"0.lora_B.default.latent", "2.lora_B.default.latent"}
+    assert changed == {f"{i}.lora_B.default.{name}" for i in (0, 2) for name in ("latent", "weight")}  # weight: B R
 
 
 def test_same_seed_same_start_and_bf16():
@@ -282,14 +289,56 @@ def test_what_lora_sb_refuses_changes_nothing():
     after = model.state_dict()
     assert after.keys() == start.keys() and all(torch.equal(after[k], v) for k, v in start.items() if k != "1.base_layer.weight")
     assert not model[0].base_layer.weight.requires_grad and model[0].scaling["default"] == 2.0
+    dora, merged, biased, kasa = (Adapted(nn.Linear(4, 3), 1) for _ in range(4))
+    dora.use_dora["default"], merged.merged_adapters, kasa.lora_variant = True, ["default"], {"default": type("KasaLinearVariant", (), {})()}
+    biased.lora_B["default"].bias = nn.Parameter(torch.zeros(3))
+    for other, named in ((dora, "DoRA"), (merged, "unmerge it"), (biased, "lora_bias"), (kasa, "Kasa")):
+        before = copy.deepcopy(other.state_dict())
+        with pytest.raises(ValueError, match=named):
+            init_lora_sb(other, {"": torch.randn(3, 4)})
+        assert all(torch.equal(v, before[k]) for k, v in other.state_dict().items())
     for other, named in ((nn.Linear(3, 3), "no linear adapter"), (Adapted(nn.Conv2d(3, 5, 3), 2), "no linear adapter"),
                          (Adapted(nn.Linear(3, 3), 1, adapters=("a", "b")), "more than one"), (Adapted(nn.Linear(4, 3), 5), "at most 3")):
         with pytest.raises(ValueError, match=named):
             init_lora_sb(other, {"": torch.randn(3, 4 if named == "at most 3" else 3)})
 
 
+def test_what_is_saved_loads_with_and_without_gradmill():
+    model = nn.Sequential(Adapted(nn.Linear(20, 16), 4, 3.0), nn.Tanh(), Adapted(nn.Linear(16, 24), 2, 0.5))
+    fresh, again = copy.deepcopy(model), copy.deepcopy(model)
+    trained = init_lora_sb(model, {"0": torch.randn(16, 20), "2": torch.randn(24, 16)}, lr=1e-2)
+    with torch.no_grad():
+        for r in trained:
+            r.add_(torch.randn_like(r))
+    saved, x = model.state_dict(), torch.randn(5, 20)
+    ordinary = fresh.load_state_dict(saved, strict=False)  # its own lora_B, at its own scale
+    assert not ordinary.missing_keys and torch.allclose(fresh(x), model(x), atol=1e-5)
+    init_lora_sb(again, {"0": torch.randn(16, 20), "2": torch.randn(24, 16)})
+    again.load_state_dict(saved)
+    assert torch.equal(again(x), model(x)) and all(torch.equal(v, saved[k]) for k, v in again.state_dict().items())
+
+
+def test_a_layer_whose_weight_lies_the_other_way():
+    """GPT-2's: y = x W, W (inputs, outputs), and peft's fan_in_fan_out around it."""
+    class Turned(Adapted):
+        fan_in_fan_out = True
+
+        def forward(self, x):
+            return x @ self.base_layer.weight + self.lora_B["default"](self.lora_A["default"](x)) * self.scaling["default"]
+
+    for inputs, outputs in ((12, 12), (10, 17)):
+        turned, straight = Turned(nn.Linear(inputs, outputs, bias=False), 3), Adapted(nn.Linear(inputs, outputs, bias=False), 3)
+        turned.base_layer.weight = nn.Parameter(straight.base_layer.weight.detach().t().contiguous(), requires_grad=False)
+        models, x = [nn.Sequential(turned), nn.Sequential(straight)], torch.randn(7, inputs)
+        for model in models:
+            init_lora_sb(model, lambda: model(x).square().sum(), lr=1e-2)
+        assert torch.allclose(models[0](x), models[1](x), atol=1e-5) and not torch.equal(models[0](x), x @ turned.base_layer.weight)
+        with pytest.raises(ValueError, match="must be a finite tensor"):
+            init_lora_sb(nn.Sequential(Turned(nn.Linear(5, 4), 2)), {"0": torch.randn(5, 4).t()})
+
+
 # --- the peft library itself ------------------------------------------------------------------------------
-def test_modules_of_peft():
+def test_modules_of_peft(tmp_path):
     """Gradients adjusted, started, stepped, saved and merged, on what peft makes."""
     peft = pytest.importorskip("peft")
 
@@ -326,4 +375,7 @@ def test_modules_of_peft():
     saved = peft.get_peft_model_state_dict(model)
     assert sum("latent" in k for k in saved) == sum("basis" in k for k in saved) == 2
     before = model(x).detach()
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    assert torch.allclose(again(x), before, atol=1e-4)
     assert torch.allclose(model.merge_and_unload()(x), before, atol=1e-4)

@@ -10,7 +10,7 @@ import torch
 
 from gradmill import QuantizedWeight, optim
 from gradmill.formats import FLOAT_DTYPES, SPLIT
-from gradmill.optim import LAMB, LARS, VRGD, AdamW, Lion, Projection, StableSPAM, param_groups, release_gradients
+from gradmill.optim import LAMB, LARS, VRGD, AdamW, GaLoreAdamW, Lion, Projection, StableSPAM, param_groups, release_gradients
 from gradmill.reference.quant import join_float, split_float
 
 from .conftest import FLT_MAX, LEVELS, SPECIAL, assert_same_bits, running
@@ -538,6 +538,22 @@ def test_what_accumulation_refuses():
             model(torch.randn(7, 66).bfloat16()).sum().backward()
         with pytest.raises(RuntimeError, match="gradient 3 of.*2 backward passes"):
             model(torch.randn(7, 66).bfloat16()).sum().backward()
+
+
+def test_a_checkpoint_of_the_first_accumulation_loads():
+    """Before any step there is no state, whoever has looked for one."""
+    model = torch.nn.Sequential(torch.nn.Linear(24, 16), torch.nn.Linear(16, 20))
+    optimizer = GaLoreAdamW(model.parameters(), rank=4)
+    with release_gradients(model, optimizer, accumulate=3):
+        model(torch.randn(2, 24)).sum().backward()
+        saved = optimizer.state_dict()
+        assert saved["state"] == {}
+        assert not optimizer.state[model[0].weight]  # torch's defaultdict makes an empty one of that
+        other = GaLoreAdamW(copy.deepcopy(model).parameters(), rank=4)
+        for state_dict in (saved, optimizer.state_dict()):
+            other.load_state_dict(state_dict)
+            assert not other.state
+
 
 
 def test_what_released_gradients_cannot_be_combined_with():

@@ -204,19 +204,36 @@ def test_command(tmp_path, end, code, said):
     assert "runpy" not in result.stderr
 
 
-@pytest.mark.parametrize("program", [[], ["--"], ["--", "python"], ["python", "-u", "x.py"], ["nowhere.py"]])
+@pytest.mark.parametrize("program", [[], ["--"], ["--", "python"], ["python", "-u", "x.py"], ["nowhere.py"], ["-u", "x.py"], ["-m"], ["--", "-m", "no_such_module"],
+                                     ["-m", "gradmill.no_such_module"], ["-m", "torch.nn"], [os.path.dirname(__file__)]])
 def test_command_refuses_what_it_cannot_run(program, capsys):
     from gradmill import cli
 
     assert cli.main(["profile", *program]) == 2
-    assert "gradmill profile: error" in capsys.readouterr().err
+    captured = capsys.readouterr()
+    assert "gradmill profile: error" in captured.err and "Traceback" not in captured.err and not captured.out
+
+
+def test_an_import_that_fails_inside_the_program_is_the_programs(tmp_path, capsys):
+    from gradmill import cli
+
+    script = tmp_path / "train.py"
+    script.write_text("import no_such_module")
+    assert cli.main(["profile", str(script)]) == 1
+    captured = capsys.readouterr()
+    assert 'line 1, in <module>' in captured.err and "gradmill.profile" in captured.out
+    script.write_text("def f(:")
+    assert cli.main(["profile", str(script)]) == 1
+    captured = capsys.readouterr()
+    assert "SyntaxError" in captured.err and "runpy" not in captured.err
 
 
 def test_command_runs_a_module(tmp_path):
     (tmp_path / "helper.py").write_text("word = 'near'")
     (tmp_path / "training.py").write_text(SCRIPT.format(end="raise SystemExit(3)"))
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONSAFEPATH"}
-    result = subprocess.run([sys.executable, "-P" if sys.version_info >= (3, 11) else "-s", "-m", "gradmill", "profile", "--", "python", "-m", "training", "7"],
+    program = random.choice([["--", "python"], ["python"], []])
+    result = subprocess.run([sys.executable, "-P" if sys.version_info >= (3, 11) else "-s", "-m", "gradmill", "profile", *program, "-m", "training", "7"],
                             capture_output=True, text=True, timeout=240, cwd=tmp_path,
                             env={**environment, "PYTHONPATH": str(tmp_path), "PYTHONIOENCODING": "utf-8"})
     assert result.returncode == 3 and "argv ['7'] __main__ near" in result.stdout and "quantize" in result.stdout, result.stderr

@@ -267,6 +267,21 @@ def test_basis_of_a_degenerate_gradient_is_still_orthonormal(left):
             assert (basis @ basis.t() - torch.eye(rank)).abs().max() < 1e-4, f"{name} {dtype}"
 
 
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+def test_the_basis_does_not_depend_on_the_gradients_size(left):
+    """Up to the ends of fp32, where G^T G Q and its Gram matrix would be inf or 0."""
+    grad = decaying(60, 40)
+    grad = grad / grad.abs().max()
+    want = subspace_basis(grad, None, 6, 2, left, key(), 0)
+    for power in (-100, -30, 31, 127):
+        assert torch.equal(subspace_basis(torch.ldexp(grad, torch.tensor(power)), None, 6, 2, left, key(), 0), want), power
+    again = subspace_basis(grad, want, 6, 1, left, key(), 0)
+    assert torch.equal(subspace_basis(torch.ldexp(grad, torch.tensor(100)), want, 6, 1, left, key(), 0), again)
+    best = float((torch.linalg.svdvals(grad)[:6] ** 2).sum())
+    tiny = torch.ldexp(grad, torch.tensor(-138))  # denormals
+    assert energy(tiny.double(), subspace_basis(tiny, None, 6, 3, left, key(), 0).double(), left) > 0.98 * best * 2.0 ** -276
+
+
 # --- Q-GaLore ---------------------------------------------------------------------------------------------
 def qgalore(params, rank=8, **options):
     return QGaLoreAdamW([{"params": params, "rank": rank}], **{"lr": 1e-2, "refresh_every": 3, "min_quantized_numel": 1, **options})

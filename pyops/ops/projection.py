@@ -164,6 +164,9 @@ def orthonormal(y: torch.Tensor) -> torch.Tensor:
 
 def _torch_basis(grad, previous, rank, iterations, left, key, stream):
     g = grad.to(torch.float32)
+    exponent = math.frexp(float(torch.stack((-g.amin(), g.amax())).amax()))[1]
+    if abs(exponent) > 20:  # Gram matrices of G^T G Q take G to its fourth power: a power of two away from 1 that leaves fp32
+        g = torch.ldexp(g, torch.tensor(-exponent, device=g.device))
     if left:
         g = g.t()
     return reference.power_iteration(g, previous, rank, iterations, key, stream, orthonormal).t().contiguous()

@@ -678,7 +678,7 @@ class FusedOptimizer(Optimizer):
 
     def projected_gradient(self, p, group) -> torch.Tensor | None:
         """p's gradient in the basis of its next step; None if it is not projected, or that step needs the whole gradient for a new basis."""
-        projection, state = self._projection(p, group), self.state[p]
+        projection, state = self._projection(p, group), self.state.get(p)
         if projection is None or not state:
             return None
         part = Projected(projection, Item(p, local(p.grad), state, int(state["step"]) + 1, offset=shard_offset(p) if is_sharded(p) else 0, owner=p), group)
@@ -705,18 +705,20 @@ class FusedOptimizer(Optimizer):
         what failed there; that parameter refreshes anew at its next step."""
         coming, failed = self.__dict__.get("_coming", {}), None
         for p in [p for p in (list(coming) if params is None else params) if p in coming]:
-            future, state, _, process = coming.pop(p)
+            future, state, _, process = coming[p]
             if self.state.get(p) is not state or "adopt_at" not in state:
-                continue  # cleared or replaced meanwhile
-            try:
-                if process != os.getpid():
-                    del state["adopt_at"]  # the thread stayed in the process that this one was forked from: refresh anew
-                    continue
-                found = future.result()
-            except Exception as error:
-                state.pop("adopt_at", None)
+                del coming[p]  # cleared or replaced meanwhile
+                continue
+            if process != os.getpid():
+                del coming[p], state["adopt_at"]  # the thread stayed in the process that this one was forked from: refresh anew
+                continue
+            error = future.exception()  # Ctrl-C while this waits leaves all as it is
+            del coming[p]
+            if error is not None:
+                del state["adopt_at"]
                 failed = failed or (p, error)
                 continue
+            found = future.result()
             for name, value in found.items():
                 if name != "low":  # of a gradient that is gone
                     if value.is_cuda:
@@ -853,7 +855,7 @@ class FusedOptimizer(Optimizer):
 
         As in torch the checkpoint's hyperparameters win, but how states are stored is this optimizer's choice
         (``states``, ``min_quantized_numel``, ``master_weight_bits``, ``projection``): what was saved
-        in another format is converted. Quantised states keep their dtypes (torch's own method would cast codes to the
+        in another format is converted, but for a projection's basis, which must be stored as it is here. Quantised states keep their dtypes (torch's own method would cast codes to the
         parameter's dtype). Raises :class:`CheckpointError` for a state that does not fit its parameter or is another
         optimizer's; the optimizer is then as it was.
         """
@@ -876,7 +878,7 @@ class FusedOptimizer(Optimizer):
             except (TypeError, ValueError) as error:
                 raise CheckpointError(f"a parameter group cannot be loaded: {error}") from None
             for index, p in zip(saved["params"], mine["params"]):
-                if index in state_dict["state"]:
+                if state_dict["state"].get(index):  # a state that was looked at before the first step is empty
                     state[index] = self._adopt(dict(state_dict["state"][index]), p, group, index)
         self.__dict__.pop("_coming", None)
         hooks, self._optimizer_load_state_dict_pre_hooks = self._optimizer_load_state_dict_pre_hooks, type(self._optimizer_load_state_dict_pre_hooks)()

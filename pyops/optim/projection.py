@@ -89,20 +89,24 @@ class Projection:
     background: int = 0
 
     def __post_init__(self):
-        rank = self.rank
+        rank, every, most = self.rank, self.refresh_every, self.max_refresh_every
+        whole = lambda x, least: isinstance(x, int) and x >= least  # a float would do until a checkpoint with it is loaded
+        real = lambda x, least: isinstance(x, (int, float)) and x >= least
         checks = {
-            "rank": (isinstance(rank, int) and rank >= 1 or isinstance(rank, float) and 0 < rank < 1, "an int of at least 1, or a float between 0 and 1"),
+            "rank": (whole(rank, 1) or isinstance(rank, float) and 0 < rank < 1, "an int of at least 1, or a float between 0 and 1"),
             "basis": (self.basis in BASES, f"one of {', '.join(BASES)}"), "bits": (self.bits in (4, 8, 16, 32), "4, 8, 16 or 32"),
-            "group_size": (self.group_size >= 0 and self.group_size % 2 == 0, "0 (a whole basis vector) or even"),
-            "refresh_every": (self.refresh_every >= 1, "at least 1"), "cosine_threshold": (0 <= self.cosine_threshold <= 1, "in [0, 1]"),
-            "max_refresh_every": (self.max_refresh_every is None or self.max_refresh_every >= self.refresh_every, "None or at least refresh_every"),
+            "group_size": (whole(self.group_size, 0) and self.group_size % 2 == 0, "0 (a whole basis vector) or even"),
+            "refresh_every": (whole(every, 1), "an int of at least 1"),
+            "cosine_threshold": (real(self.cosine_threshold, 0) and self.cosine_threshold <= 1, "in [0, 1]"),
+            "max_refresh_every": (most is None or whole(every, 1) and whole(most, every), "None or an int of at least refresh_every"),
             "adaptive": (not self.adaptive or self.basis in ("svd", "subspace"), f"False for basis {self.basis!r}, whose vectors do not follow the gradient"),
             "residual": (self.residual in (None, "fira", "sign", "sgd"), "None, 'fira', 'sign' or 'sgd'"),
-            "residual_scale": (self.residual_scale >= 0, "at least 0"), "limiter": (self.limiter >= 1, "at least 1"), "scale": (self.scale > 0, "positive"),
+            "residual_scale": (real(self.residual_scale, 0), "at least 0"), "limiter": (real(self.limiter, 1), "at least 1"),
+            "scale": (real(self.scale, 0) and self.scale > 0, "positive"),
             "side": (self.side in ("auto", "left", "right"), "'auto', 'left' or 'right'"),
-            "moments": (self.moments in ("keep", "reset", "rotate"), "'keep', 'reset' or 'rotate'"), "iterations": (self.iterations >= 1, "at least 1"),
-            "background": (isinstance(self.background, int) and 0 <= self.background < self.refresh_every and (not self.background or self.basis in FOLLOWING),
-                           f"0 or, for basis {', '.join(FOLLOWING)}, up to refresh_every - 1 ({self.refresh_every - 1})")}
+            "moments": (self.moments in ("keep", "reset", "rotate"), "'keep', 'reset' or 'rotate'"), "iterations": (whole(self.iterations, 1), "an int of at least 1"),
+            "background": (whole(self.background, 0) and whole(every, 1) and self.background < every and (not self.background or self.basis in FOLLOWING),
+                           f"0 or, for basis {', '.join(FOLLOWING)}, up to refresh_every - 1 (refresh_every is {every!r})")}
         for name, (good, meaning) in checks.items():
             if not good:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {meaning}")
