@@ -564,6 +564,7 @@ def test_a_refused_gradient_leaves_weights_and_state_untouched(make):
 @pytest.mark.parametrize("options, error, match", [
     (dict(lr=-1.0), ValueError, "learning rate"), (dict(eps=-1.0), ValueError, "epsilon"), (dict(betas=(1.0, 0.9)), ValueError, "index 0"),
     (dict(betas=(0.9, -0.1)), ValueError, "index 1"), (dict(weight_decay=-1), ValueError, "weight_decay"), (dict(states="int3"), ValueError, "states"),
+    (dict(min_quantized_numel=None), TypeError, "min_quantized_numel is None"),
     (dict(seed="x"), TypeError, "seed"), (dict(differentiable=True), ValueError, "differentiable"),
     (dict(lr=torch.ones(2)), ValueError, "1-element"), (dict(lr=float("nan")), ValueError, "learning rate"),
 ])
@@ -746,7 +747,11 @@ DAMAGE = {
     "codes not a tensor": lambda d: d["state"][0].update(exp_avg_codes=[1, 2]),
     "step not a number": lambda d: d["state"][0].update(step="three"),
     "step of two elements": lambda d: d["state"][0].update(step=torch.zeros(2)),
+    "step of inf": lambda d: d["state"][0].update(step=torch.tensor(float("inf"))),
+    "step of nan": lambda d: d["state"][0].update(step=float("nan")),
     "rng_id not an int": lambda d: d["state"][0].update(rng_id="x"),
+    "rng_id too large": lambda d: d["state"][0].update(rng_id=1 << 40),
+    "seed not an int": lambda d: d["param_groups"][0].update(seed="x"),
     "fewer parameters": lambda d: d["param_groups"][0]["params"].pop(),
     "more groups": lambda d: d["param_groups"].append(d["param_groups"][0]),
     "negative lr": lambda d: d["param_groups"][0].update(lr=-1.0),
@@ -768,13 +773,20 @@ def test_a_damaged_checkpoint_is_refused_and_changes_nothing(damage):
     train(params, optimizer, 2, 3)
 
 
-def test_changing_the_states_option_of_a_live_group_keeps_what_is_stored():
-    params = weights_of("fp32")
-    optimizer = AdamW(params, states="int8", min_quantized_numel=1)
-    train(params, optimizer, 0, 2)
-    optimizer.param_groups[0]["states"] = "fp32"
-    train(params, optimizer, 2, 4)
+@pytest.mark.parametrize("cls", [AdamW, gradmill.optim.STEPAdam])
+@pytest.mark.parametrize("states", ["fp32", "int4"])
+def test_changing_the_states_option_of_a_live_group_keeps_what_is_stored(cls, states):
+    sides = []
+    for changed in (False, True):
+        params = weights_of("fp32")
+        optimizer = cls(params, states="int8", min_quantized_numel=1)
+        train(params, optimizer, 0, 2)
+        if changed:
+            optimizer.param_groups[0]["states"] = states
+        train(params, optimizer, 2, 4)
+        sides.append(params)
     assert "exp_avg_codes" in optimizer.state[params[0]]
+    assert_same_bits([p.detach() for p in sides[0]], [p.detach() for p in sides[1]])
 
 
 def test_the_parameters_place_numbers_its_random_bits_and_the_seed_matters():
@@ -792,6 +804,7 @@ def test_the_parameters_place_numbers_its_random_bits_and_the_seed_matters():
     torch.manual_seed(5)
     assert AdamW([torch.nn.Parameter(torch.ones(1))]).param_groups[0]["seed"] == 5
     assert AdamW([torch.nn.Parameter(torch.ones(1))], seed=2 ** 64 - 1).param_groups[0]["seed"] == -1
+    assert AdamW([{"params": torch.nn.Parameter(torch.ones(1)), "seed": 2 ** 64 - 1}]).param_groups[0]["seed"] == -1  # a group's, too
 
 
 def test_no_warning_in_an_ordinary_step():

@@ -39,6 +39,8 @@ class Sophia(AdamW):
 
     def check_group(self, group):
         super().check_group(group)
+        if group.get("projection") is not None:
+            raise ValueError("Sophia's Hessian is estimated weight by weight, so it takes no projection")
         if not 0.0 <= group["rho"]:
             raise ValueError(f"rho is {group['rho']}; it must be at least 0")
 
