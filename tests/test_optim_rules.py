@@ -459,6 +459,18 @@ def test_updating_the_hessian_leaves_weights_and_momentum_alone(states):
         torch.testing.assert_close(optimizer.state[p]["hessian"].float(), want, rtol=2.0 ** -8 if states == "int8" else 1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("given, match", [(dict(estimates=[torch.ones(3, 3), torch.ones(4)]), r"estimates\[1\] is float32 of shape \(4,\)"),
+                                          (dict(estimates=[torch.ones(3, 3), torch.ones(3).double()]), r"estimates\[1\] is float64"),
+                                          (dict(estimates=[torch.ones(3, 3).to_sparse(), None]), r"estimates\[0\].*must be dense"),
+                                          (dict(estimates=[None]), "1 estimates for 2"), (dict(samples=0), "samples is 0"), ({}, "either")])
+def test_a_refused_estimate_leaves_the_hessian_untouched(given, match):
+    params = [torch.nn.Parameter(torch.ones(3, 3)), torch.nn.Parameter(torch.ones(3))]
+    optimizer = optim.Sophia(params)
+    with pytest.raises(ValueError, match=match):
+        optimizer.update_hessian(**given)
+    assert not optimizer.state
+
+
 def test_adagrad_norm_has_one_step_size_for_the_whole_group_and_saves_it():
     params = [torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(2, 2))]
     optimizer = optim.AdaGradNorm(params, lr=1.0, b0=1.0)
