@@ -415,6 +415,33 @@ def test_zero_grad_hooks_and_repr():
     assert "AdamW" in repr(optimizer) and "states: fp32" in repr(optimizer)
 
 
+def test_parameters_that_join_after_a_load_or_a_copy_get_random_bits_of_their_own():
+    def parameters(count):
+        out = [torch.nn.Parameter(torch.ones(4096, dtype=torch.bfloat16)) for _ in range(count)]
+        for p in out:
+            p.grad = torch.ones_like(p)
+        return out
+    optimizer = AdamW([{"params": parameters(2)}, {"params": parameters(1)}], lr=1e-4, seed=1)
+    optimizer.step()
+    for p in optimizer.param_groups.pop(0)["params"]:  # what is left is number 2
+        del optimizer.state[p]
+    loaded = AdamW(parameters(1), lr=1e-4, seed=1)
+    loaded.load_state_dict(optimizer.state_dict())
+    for other in (loaded, copy.deepcopy(optimizer), optimizer):
+        other.add_param_group({"params": parameters(3)})
+        for p in other.param_groups[0]["params"]:
+            p.grad = torch.ones_like(p)
+        other.step()
+        ids = [other.state[p]["rng_id"] for group in other.param_groups for p in group["params"]]
+        assert ids[0] == 2 and len(set(ids)) == 4, ids
+
+
+def test_a_state_dict_hook_may_replace_it():
+    optimizer = AdamW([torch.nn.Parameter(torch.ones(3))])
+    optimizer.register_state_dict_post_hook(lambda o, d: {"mine": d["param_groups"][0]["lr"]})
+    assert optimizer.state_dict() == {"mine": 1e-3}
+
+
 def test_a_load_pre_hook_may_replace_the_state_dict():
     p = torch.nn.Parameter(torch.ones(3))
     optimizer = AdamW([p], lr=0.1)

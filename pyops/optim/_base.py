@@ -381,12 +381,15 @@ class FusedOptimizer(Optimizer):
         return torch.device("cpu") if group["offload"] and staging.staged(t.device) else t.device
 
     def _rng_id(self, p) -> int:
-        """The parameter's order of first appearance, which numbers its random bits."""
+        """The parameter's order of first appearance, which numbers its random bits; another where a state, a loaded one say, has that number."""
         ids = self.__dict__.setdefault("_ids", {})
         if p not in ids:
-            for group in self.param_groups:
-                for q in group["params"]:
-                    ids.setdefault(q, len(ids))
+            ids.update({q: state["rng_id"] for q, state in self.state.items() if "rng_id" in state})
+            taken = set(ids.values())
+            for i, q in enumerate(q for group in self.param_groups for q in group["params"]):
+                if q not in ids:
+                    ids[q] = i if i not in taken else max(taken) + 1
+                    taken.add(ids[q])
         return ids[p]
 
     def state_formats(self, group: dict, rows: int, columns: int, dims: int = 2) -> tuple[Format, ...]:
@@ -866,7 +869,7 @@ class FusedOptimizer(Optimizer):
         """torch's, a projection as a dict of its options."""
         self.settle()
         out = super().state_dict()
-        for group in out["param_groups"]:
+        for group in out.get("param_groups", ()):  # a hook may return something else
             if isinstance(group.get("projection"), Projection):
                 group["projection"] = asdict(group["projection"])
         return out
@@ -908,6 +911,7 @@ class FusedOptimizer(Optimizer):
             super().load_state_dict({**state_dict, "state": state, "param_groups": merged})
         finally:
             self._optimizer_load_state_dict_pre_hooks = hooks
+        self.__dict__.pop("_ids", None)  # the checkpoint's count now
 
     def __getstate__(self):
         self.settle()
