@@ -711,6 +711,22 @@ def test_xgrad_resumes_and_refuses():
         again.load_state_dict({"optimizer": optimizer.optimizer.state_dict(), "weights": [torch.ones(3)]})
 
 
+@pytest.mark.parametrize("name, options", [("SGD", {}), ("SGD", dict(momentum=0.9)), ("SGD", dict(momentum=0.9, nesterov=True)), ("Adagrad", {}), ("Adam", {}),
+                                           ("AdamW", {}), ("AdaBelief", {}), ("AdaBelief", dict(weight_decouple=False)), ("DiffGrad", {}), ("Grams", {}), ("Lion", {})],
+                         ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_mask_in_a_weight_stays(level, name, options, dtype):
+    """-inf with a gradient of 0, as attention's masks have it: without a decay it stays, as with torch; 0 times inf would be nan."""
+    mask = torch.randn(7, 9).masked_fill(torch.rand(7, 9) < 0.3, -math.inf).to(dtype)
+    p = torch.nn.Parameter(mask.clone())
+    optimizer = getattr(optim, name)([p], lr=0.01, **options)
+    for _ in range(3):
+        p.grad = torch.randn(7, 9).to(dtype).masked_fill(mask == -math.inf, 0.0)
+        optimizer.step()
+    assert torch.equal(p == -math.inf, mask == -math.inf) and not p.isnan().any()
+    assert (p != mask)[mask > -math.inf].any()
+
+
 # --- what every optimizer does ----------------------------------------------------------------------------
 EVERY = [cls for name in optim.__all__ if isinstance(cls := getattr(optim, name), type) and issubclass(cls, torch.optim.Optimizer)
          and name not in ("FusedOptimizer", "FedSpeed", "QGaLoreAdamW")]
