@@ -359,6 +359,25 @@ def test_24_bit_weights_move_by_updates_too_small_for_16(dtype):
     assert abs(float(moved.mean()) / want - 1) < 0.01 and (moved / want - 1).abs().max() < 0.5
 
 
+@pytest.mark.parametrize("bits", [24, 32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_weight_written_by_hand_keeps_its_low_bits(dtype, bits):
+    """As the docstring says: half a step of its dtype off at most, and exact once the low bits are zeroed."""
+    (p,) = params = parameters(dtype=dtype, shapes=[(70, 130)])
+    optimizer = AdamW(params, master_weight_bits=bits)
+    for step in range(3):
+        give_gradients(params, step)
+        optimizer.step()
+    written = torch.randn(70, 130).to(dtype)
+    with torch.no_grad():
+        p.copy_(written)
+    step_up = torch.nextafter(written.abs(), torch.full_like(written, float("inf"))).double() - written.abs().double()
+    off = (optimizer.value(p).detach().double() - written.double()).abs()
+    assert (off <= step_up / 2).all() and (off > 0).any()
+    optimizer.state[p]["low_bits"].zero_()
+    assert torch.equal(optimizer.value(p).detach(), written.float())
+
+
 def test_full_precision_state_dict_and_converting_low_bits_on_load():
     model = torch.nn.Sequential(torch.nn.Linear(66, 70), torch.nn.LayerNorm(70)).bfloat16()
     model[1].float()

@@ -242,7 +242,9 @@ class FusedOptimizer(Optimizer):
     a row; "fp8": float8_e4m3fn so, second moments as in "int8"; "int4": 4-bit codes, a scale per 128), ``min_quantized_numel``
     (smaller tensors keep fp32 states), ``master_weight_bits`` (None; 24 or 32: bf16 and fp16 parameters have 8 or 16 bits
     more in the state, ``low_bits``, and step as fp32: exactly with bf16 and 32, within 2^-15 of the value with bf16 and 24
-    and 2^-18 with fp16 and 24, rounded stochastically; fp16 and 32 are exact from 2^-17 on), ``maximize``, ``seed`` (default
+    and 2^-18 with fp16 and 24, rounded stochastically; fp16 and 32 are exact from 2^-17 on; a weight that is written between two
+    steps, by a clamp or the model's load_state_dict, keeps its low bits, and so steps on from half a step of its dtype off at most:
+    zero ``state["low_bits"]`` where it must be exact), ``maximize``, ``seed`` (default
     ``torch.initial_seed()``), ``projection`` (None or a :class:`gradmill.optim.Projection`: matrices take the rule's step in a
     subspace, and their weight decay is decoupled whatever the rule; a group may give ``rank`` and other options of Projection instead),
     ``capturable`` (as in torch: a step on a GPU can be captured in a CUDA graph, after one outside of it; steps are counted in device memory,
