@@ -117,6 +117,11 @@ def power(x, y):
 
 
 @triton.jit
+def with_decay(g, decay, p):
+    return tl.where(decay != 0.0, g + decay * p, g)  # 0 times a weight of inf is nan
+
+
+@triton.jit
 def adam(p, g, m, v, unused, h):
     return adamw(p, g + tl.load(h + 8) * p, m, v, unused, h)
 
@@ -128,13 +133,13 @@ def adam_amsgrad(p, g, m, v, vmax, h):
 
 @triton.jit
 def sgd(p, g, unused0, unused1, unused2, h):
-    return p * tl.load(h + 1) - tl.load(h + 2) * (g + tl.load(h + 3) * p), unused0, unused1, unused2
+    return p * tl.load(h + 1) - tl.load(h + 2) * with_decay(g, tl.load(h + 3), p), unused0, unused1, unused2
 
 
 @triton.jit
 def sgd_momentum(p, g, b, unused1, unused2, h):
     momentum, nesterov = tl.load(h + 4), tl.load(h + 6)
-    g = g + tl.load(h + 3) * p
+    g = with_decay(g, tl.load(h + 3), p)
     b = momentum * b + tl.load(h + 5) * g
     p = p * tl.load(h + 1) - tl.load(h + 2) * tl.where(nesterov != 0.0, nesterov * g + momentum * b, b)
     return p, b, unused1, unused2
@@ -142,7 +147,7 @@ def sgd_momentum(p, g, b, unused1, unused2, h):
 
 @triton.jit
 def adagrad(p, g, total, unused1, unused2, h):
-    g = g + tl.load(h + 2) * p
+    g = with_decay(g, tl.load(h + 2), p)
     total = total + g * g
     p = p - tl.load(h + 1) * tl.div_rn(g, tl.sqrt_rn(total) + tl.load(h + 3))
     return p, total, unused1, unused2
@@ -150,7 +155,7 @@ def adagrad(p, g, total, unused1, unused2, h):
 
 @triton.jit
 def adabelief(p, g, m, s, unused, h):
-    g = g + tl.load(h + 9) * p
+    g = with_decay(g, tl.load(h + 9), p)
     m = m + tl.load(h + 2) * (g - m)
     d = g - m
     s = (s * tl.load(h + 3) + (tl.load(h + 4) * d) * d) + tl.load(h + 8)
@@ -160,7 +165,7 @@ def adabelief(p, g, m, s, unused, h):
 
 @triton.jit
 def diffgrad(p, g, m, v, previous, h):
-    g = g + tl.load(h + 1) * p
+    g = with_decay(g, tl.load(h + 1), p)
     m = m + tl.load(h + 2) * (g - m)
     v = v * tl.load(h + 3) + (tl.load(h + 4) * g) * g
     friction = tl.div_rn(tl.full(g.shape, 1.0, tl.float32), 1.0 + exp2_of(magnitude(previous - g) * -1.44269504))

@@ -415,6 +415,33 @@ def test_zero_grad_hooks_and_repr():
     assert "AdamW" in repr(optimizer) and "states: fp32" in repr(optimizer)
 
 
+def test_parameters_that_join_after_a_load_or_a_copy_get_random_bits_of_their_own():
+    def parameters(count):
+        out = [torch.nn.Parameter(torch.ones(4096, dtype=torch.bfloat16)) for _ in range(count)]
+        for p in out:
+            p.grad = torch.ones_like(p)
+        return out
+    optimizer = AdamW([{"params": parameters(2)}, {"params": parameters(1)}], lr=1e-4, seed=1)
+    optimizer.step()
+    for p in optimizer.param_groups.pop(0)["params"]:  # what is left is number 2
+        del optimizer.state[p]
+    loaded = AdamW(parameters(1), lr=1e-4, seed=1)
+    loaded.load_state_dict(optimizer.state_dict())
+    for other in (loaded, copy.deepcopy(optimizer), optimizer):
+        other.add_param_group({"params": parameters(3)})
+        for p in other.param_groups[0]["params"]:
+            p.grad = torch.ones_like(p)
+        other.step()
+        ids = [other.state[p]["rng_id"] for group in other.param_groups for p in group["params"]]
+        assert ids[0] == 2 and len(set(ids)) == 4, ids
+
+
+def test_a_state_dict_hook_may_replace_it():
+    optimizer = AdamW([torch.nn.Parameter(torch.ones(3))])
+    optimizer.register_state_dict_post_hook(lambda o, d: {"mine": d["param_groups"][0]["lr"]})
+    assert optimizer.state_dict() == {"mine": 1e-3}
+
+
 def test_a_load_pre_hook_may_replace_the_state_dict():
     p = torch.nn.Parameter(torch.ones(3))
     optimizer = AdamW([p], lr=0.1)
@@ -564,6 +591,7 @@ def test_a_refused_gradient_leaves_weights_and_state_untouched(make):
 @pytest.mark.parametrize("options, error, match", [
     (dict(lr=-1.0), ValueError, "learning rate"), (dict(eps=-1.0), ValueError, "epsilon"), (dict(betas=(1.0, 0.9)), ValueError, "index 0"),
     (dict(betas=(0.9, -0.1)), ValueError, "index 1"), (dict(weight_decay=-1), ValueError, "weight_decay"), (dict(states="int3"), ValueError, "states"),
+    (dict(min_quantized_numel=None), TypeError, "min_quantized_numel is None"),
     (dict(seed="x"), TypeError, "seed"), (dict(differentiable=True), ValueError, "differentiable"),
     (dict(lr=torch.ones(2)), ValueError, "1-element"), (dict(lr=float("nan")), ValueError, "learning rate"),
 ])
@@ -746,7 +774,11 @@ DAMAGE = {
     "codes not a tensor": lambda d: d["state"][0].update(exp_avg_codes=[1, 2]),
     "step not a number": lambda d: d["state"][0].update(step="three"),
     "step of two elements": lambda d: d["state"][0].update(step=torch.zeros(2)),
+    "step of inf": lambda d: d["state"][0].update(step=torch.tensor(float("inf"))),
+    "step of nan": lambda d: d["state"][0].update(step=float("nan")),
     "rng_id not an int": lambda d: d["state"][0].update(rng_id="x"),
+    "rng_id too large": lambda d: d["state"][0].update(rng_id=1 << 40),
+    "seed not an int": lambda d: d["param_groups"][0].update(seed="x"),
     "fewer parameters": lambda d: d["param_groups"][0]["params"].pop(),
     "more groups": lambda d: d["param_groups"].append(d["param_groups"][0]),
     "negative lr": lambda d: d["param_groups"][0].update(lr=-1.0),
@@ -768,13 +800,20 @@ def test_a_damaged_checkpoint_is_refused_and_changes_nothing(damage):
     train(params, optimizer, 2, 3)
 
 
-def test_changing_the_states_option_of_a_live_group_keeps_what_is_stored():
-    params = weights_of("fp32")
-    optimizer = AdamW(params, states="int8", min_quantized_numel=1)
-    train(params, optimizer, 0, 2)
-    optimizer.param_groups[0]["states"] = "fp32"
-    train(params, optimizer, 2, 4)
+@pytest.mark.parametrize("cls", [AdamW, gradmill.optim.STEPAdam])
+@pytest.mark.parametrize("states", ["fp32", "int4"])
+def test_changing_the_states_option_of_a_live_group_keeps_what_is_stored(cls, states):
+    sides = []
+    for changed in (False, True):
+        params = weights_of("fp32")
+        optimizer = cls(params, states="int8", min_quantized_numel=1)
+        train(params, optimizer, 0, 2)
+        if changed:
+            optimizer.param_groups[0]["states"] = states
+        train(params, optimizer, 2, 4)
+        sides.append(params)
     assert "exp_avg_codes" in optimizer.state[params[0]]
+    assert_same_bits([p.detach() for p in sides[0]], [p.detach() for p in sides[1]])
 
 
 def test_the_parameters_place_numbers_its_random_bits_and_the_seed_matters():
@@ -792,6 +831,7 @@ def test_the_parameters_place_numbers_its_random_bits_and_the_seed_matters():
     torch.manual_seed(5)
     assert AdamW([torch.nn.Parameter(torch.ones(1))]).param_groups[0]["seed"] == 5
     assert AdamW([torch.nn.Parameter(torch.ones(1))], seed=2 ** 64 - 1).param_groups[0]["seed"] == -1
+    assert AdamW([{"params": torch.nn.Parameter(torch.ones(1)), "seed": 2 ** 64 - 1}]).param_groups[0]["seed"] == -1  # a group's, too
 
 
 def test_no_warning_in_an_ordinary_step():

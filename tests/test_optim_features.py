@@ -7,6 +7,7 @@ from math import sqrt
 
 import pytest
 import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
 from gradmill import QuantizedWeight, optim
 from gradmill.formats import FLOAT_DTYPES, SPLIT
@@ -105,8 +106,12 @@ def test_bad_options_are_refused_by_name(options, match):
 
 def test_copies_keep_the_optimizers_own_options():
     optimizer = AdamW(parameters(), max_grad_norm=2.0, on_nonfinite="skip")
-    for other in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
-        assert (other.max_grad_norm, other.on_nonfinite) == (2.0, "skip")
+    for _ in range(2):
+        for other in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+            assert (other.max_grad_norm, other.on_nonfinite, other.grad_norm) == (2.0, "skip", optimizer.grad_norm)
+            assert {k for k in vars(other) if k[0] != "_"} == {k for k in vars(optimizer) if k[0] != "_"}  # as torch's own test wants
+        give_gradients([p for group in optimizer.param_groups for p in group["params"]], 1)
+        optimizer.step()
 
 
 # --- rules with norms -------------------------------------------------------------------------------------
@@ -220,6 +225,8 @@ def test_vrgd_weighs_by_what_shards_agree_on(ema):
         optimizer.step()
         want = before - 0.1 * (ratio if ema is None else average / (1 - 0.9 ** step)) * g.mean(0)
         torch.testing.assert_close(p.detach().double(), want, rtol=1e-4, atol=1e-5)
+    for other in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        assert_same_bits(other.state_dict(), optimizer.state_dict())
         if step == 2:
             again = VRGD(torch.optim.SGD([p], lr=0.1), ema=ema)
             again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
@@ -350,6 +357,25 @@ def test_24_bit_weights_move_by_updates_too_small_for_16(dtype):
     moved = optimizer.value(p).double() - 1
     want = 100 * optimizer.param_groups[0]["lr"]
     assert abs(float(moved.mean()) / want - 1) < 0.01 and (moved / want - 1).abs().max() < 0.5
+
+
+@pytest.mark.parametrize("bits", [24, 32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_weight_written_by_hand_keeps_its_low_bits(dtype, bits):
+    """As the docstring says: half a step of its dtype off at most, and exact once the low bits are zeroed."""
+    (p,) = params = parameters(dtype=dtype, shapes=[(70, 130)])
+    optimizer = AdamW(params, master_weight_bits=bits)
+    for step in range(3):
+        give_gradients(params, step)
+        optimizer.step()
+    written = torch.randn(70, 130).to(dtype)
+    with torch.no_grad():
+        p.copy_(written)
+    step_up = torch.nextafter(written.abs(), torch.full_like(written, float("inf"))).double() - written.abs().double()
+    off = (optimizer.value(p).detach().double() - written.double()).abs()
+    assert (off <= step_up / 2).all() and (off > 0).any()
+    optimizer.state[p]["low_bits"].zero_()
+    assert torch.equal(optimizer.value(p).detach(), written.float())
 
 
 def test_full_precision_state_dict_and_converting_low_bits_on_load():
@@ -563,6 +589,9 @@ def test_what_released_gradients_cannot_be_combined_with():
             release_gradients(model, AdamW(model.parameters(), **options))
     with pytest.raises(TypeError, match="SGD"):
         release_gradients(model, torch.optim.SGD(model.parameters()))
+    for name in ("AdaGradNorm", "STEPAdam", "FedSpeed"):  # what they decide, they decide for a group
+        with pytest.raises(ValueError, match=f"release_gradients cannot be combined with {name}"):
+            release_gradients(model, getattr(optim, name)(model.parameters()))
     optimizer = AdamW(model.parameters())
     handle = release_gradients(model, optimizer)
     with pytest.raises(ValueError, match="already"):
@@ -617,6 +646,50 @@ def test_a_safetensors_file_resumes_bit_equal(name, states, tmp_path):
         give_gradients(params, step), give_gradients(others, step)
         optimizer.step(), other.step()
     assert_same_bits([p.detach() for p in others], [p.detach() for p in params])
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
+@pytest.mark.parametrize("name", (*CLASSES, *OTHERS, "FiraAdamW", "moments reset"))
+def test_torchs_distributed_state_dicts_resume_bit_equal(name, flat):
+    """set_optimizer_state_dict takes a first step at lr 0 and asks a flattened checkpoint for the names found then: none may come later."""
+    options, model_options = dict(OTHERS.get(name, {})), StateDictOptions(flatten_optimizer_state_dict=flat)
+    if name == "SWATS":
+        options["tolerance"] = 1e9  # switches at once
+    extra = {"rank": 4} if name in ("FiraAdamW", "QGaLoreAdamW") else {}
+    if name == "moments reset":
+        extra = {"projection": Projection(rank=4, refresh_every=2, moments="reset")}
+
+    def make(seed, lr):
+        model = torch.nn.Sequential(torch.nn.Linear(70, 64, bias=False), torch.nn.Linear(64, 30, bias=False))
+        cls = getattr(optim, "AdamW" if name == "moments reset" else name)
+        return model, cls([{"params": list(model.parameters()), **extra}], lr=lr, seed=seed, states="int8", min_quantized_numel=1, **options)
+
+    def train(model, optimizer, x):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+
+    (model, optimizer), (other, again), xs = make(1, 0.01), make(2, 0.5), torch.randn(8, 9, 70)
+    for x in xs[:5]:
+        train(model, optimizer, x)
+    other.load_state_dict(model.state_dict())
+    before = [p.detach().clone() for p in other.parameters()]
+    set_optimizer_state_dict(other, again, copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=model_options)), options=model_options)
+    assert_same_bits([p.detach() for p in other.parameters()], before)
+    for x in xs[5:]:
+        train(model, optimizer, x), train(other, again, x)
+    assert_same_bits([p.detach() for p in other.parameters()], [p.detach() for p in model.parameters()])
+
+
+def test_a_file_holds_every_option_that_is_documented(tmp_path):
+    options = dict(ns_dtype=torch.float32, ns_coefficients=(3.0, -4.0, 2.0), adjust_lr_fn="match_rms_adamw", lr=torch.tensor(0.1))
+    p = torch.nn.Parameter(torch.ones(3, 3))
+    p.grad = torch.randn(3, 3)
+    optimizer, other = optim.Muon([("w", p)], **options), optim.Muon([p])
+    optimizer.step()
+    optim.save_optimizer(optimizer, tmp_path / "o.safetensors")
+    optim.load_optimizer(other, tmp_path / "o.safetensors")
+    assert other.state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]
 
 
 def test_bad_files_are_refused_and_change_nothing(tmp_path, monkeypatch):

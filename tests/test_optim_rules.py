@@ -1,5 +1,6 @@
 """optim: each rule against torch.optim where torch has it, else against its paper's formula in float64; the first steps by
 hand; the traps of the official codes. tests/test_optim.py has what all rules share: formats, backends, checkpoints."""
+import contextlib
 import copy
 import math
 from math import sqrt
@@ -436,6 +437,12 @@ def test_sophias_estimators_find_the_diagonal():
             optimizer.update_hessian(**bad)
 
 
+def test_sophia_takes_no_projection():
+    """Its estimates are of weights: update_hessian would look for states of the gradient's shape."""
+    with pytest.raises(ValueError, match="Sophia.* no projection"):
+        optim.Sophia([torch.nn.Parameter(torch.ones(64, 64))], projection=optim.Projection(rank=4))
+
+
 @pytest.mark.parametrize("states", ["fp32", "int8"])
 def test_updating_the_hessian_leaves_weights_and_momentum_alone(states):
     weights = [torch.randn(66, 300), torch.randn(66, 300).bfloat16(), gradmill.QuantizedWeight.quantize(torch.randn(66, 300))]
@@ -450,6 +457,18 @@ def test_updating_the_hessian_leaves_weights_and_momentum_alone(states):
     for p in params:
         want = 0.01 * 8 * p.grad.float() ** 2
         torch.testing.assert_close(optimizer.state[p]["hessian"].float(), want, rtol=2.0 ** -8 if states == "int8" else 1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("given, match", [(dict(estimates=[torch.ones(3, 3), torch.ones(4)]), r"estimates\[1\] is float32 of shape \(4,\)"),
+                                          (dict(estimates=[torch.ones(3, 3), torch.ones(3).double()]), r"estimates\[1\] is float64"),
+                                          (dict(estimates=[torch.ones(3, 3).to_sparse(), None]), r"estimates\[0\].*must be dense"),
+                                          (dict(estimates=[None]), "1 estimates for 2"), (dict(samples=0), "samples is 0"), ({}, "either")])
+def test_a_refused_estimate_leaves_the_hessian_untouched(given, match):
+    params = [torch.nn.Parameter(torch.ones(3, 3)), torch.nn.Parameter(torch.ones(3))]
+    optimizer = optim.Sophia(params)
+    with pytest.raises(ValueError, match=match):
+        optimizer.update_hessian(**given)
+    assert not optimizer.state
 
 
 def test_adagrad_norm_has_one_step_size_for_the_whole_group_and_saves_it():
@@ -554,7 +573,7 @@ def test_swats_switches_each_tensor_to_its_own_sgd():
         for p, want in zip(params, x):
             torch.testing.assert_close(p.detach().double(), want, rtol=0, atol=t * 2.0 ** -20)
     assert switched[0] is not None and switched[1] is None
-    assert ["sgd_lr" in optimizer.state[p] for p in params] == [True, False]
+    assert [optimizer.state[p]["sgd_lr"] > 0 for p in params] == [True, False]
     copies = [torch.nn.Parameter(p.detach().clone()) for p in params]
     again = optim.SWATS(copies, **options)
     again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
@@ -692,6 +711,22 @@ def test_xgrad_resumes_and_refuses():
         again.load_state_dict({"optimizer": optimizer.optimizer.state_dict(), "weights": [torch.ones(3)]})
 
 
+@pytest.mark.parametrize("name, options", [("SGD", {}), ("SGD", dict(momentum=0.9)), ("SGD", dict(momentum=0.9, nesterov=True)), ("Adagrad", {}), ("Adam", {}),
+                                           ("AdamW", {}), ("AdaBelief", {}), ("AdaBelief", dict(weight_decouple=False)), ("DiffGrad", {}), ("Grams", {}), ("Lion", {})],
+                         ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_mask_in_a_weight_stays(level, name, options, dtype):
+    """-inf with a gradient of 0, as attention's masks have it: without a decay it stays, as with torch; 0 times inf would be nan."""
+    mask = torch.randn(7, 9).masked_fill(torch.rand(7, 9) < 0.3, -math.inf).to(dtype)
+    p = torch.nn.Parameter(mask.clone())
+    optimizer = getattr(optim, name)([p], lr=0.01, **options)
+    for _ in range(3):
+        p.grad = torch.randn(7, 9).to(dtype).masked_fill(mask == -math.inf, 0.0)
+        optimizer.step()
+    assert torch.equal(p == -math.inf, mask == -math.inf) and not p.isnan().any()
+    assert (p != mask)[mask > -math.inf].any()
+
+
 # --- what every optimizer does ----------------------------------------------------------------------------
 EVERY = [cls for name in optim.__all__ if isinstance(cls := getattr(optim, name), type) and issubclass(cls, torch.optim.Optimizer)
          and name not in ("FusedOptimizer", "FedSpeed", "QGaLoreAdamW")]
@@ -723,6 +758,35 @@ def test_any_layout_shape_dtype_and_missing_gradient(cls):
         ours[1].step(), optimizer.step()
         assert_same_bits([p.detach() for p in params], [q.detach() for q in b])
         assert any((q.detach().float() != v.to(dtype).float()).any() for q, v in zip(b, values))
+
+
+@contextlib.contextmanager
+def float64_by_default():
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("around", [lambda: torch.autocast("cpu", torch.bfloat16), lambda: torch.device("meta"), float64_by_default, torch.inference_mode],
+                         ids=["autocast", "default device", "default dtype", "inference mode"])
+@pytest.mark.parametrize("cls", [*EVERY, optim.QGaLoreAdamW], ids=lambda c: c.__name__)
+def test_a_step_is_the_same_whatever_mode_it_is_taken_in(cls, around):
+    """A step inside ``with torch.autocast`` is common, and Newton-Schulz and projections are matmuls."""
+    sides = []
+    for mode in (contextlib.nullcontext, around):
+        params = [torch.nn.Parameter(torch.randn(s, generator=torch.Generator().manual_seed(1))) for s in ((90, 70), (70, 128))]
+        options = {"ns_dtype": torch.float32} if cls.__name__ in ("Muon", "HybridAuON") else {"rank": 8} if "GaLore" in cls.__name__ else {}
+        groups = [{"params": params, **({"rank": options.pop("rank")} if "rank" in options else {})}]
+        optimizer = cls(groups, lr=0.01, states="int8", min_quantized_numel=1, seed=3, max_grad_norm=5.0, **options)
+        for step in range(3):
+            for i, p in enumerate(params):
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(9 * step + i))
+            with mode():
+                optimizer.step()
+        sides.append([p.detach() for p in params])
+    assert_same_bits(*sides)
 
 
 @pytest.mark.parametrize("cls", EVERY, ids=lambda c: c.__name__)

@@ -31,6 +31,12 @@ GM_HD T magnitude(T x) {
   return x < T{} ? -x : x;
 }
 
+// The gradient with a decay in it, and as it is where there is none: 0 times a weight of inf (a mask, say) is nan.
+template <class T>
+GM_HD T with_decay(T g, float decay, T p) {
+  return decay != 0.0f ? g + decay * p : g;
+}
+
 // 2^x and log2(x) by polynomials (least squares on Chebyshev nodes, relative errors 2e-9 and 7e-10), so that every backend
 // has the same bits. exp2_of saturates at 2^-126 and 2^127.75; log2_of wants a normal x > 0. A nan or an inf gives any number.
 template <class T>
@@ -117,7 +123,7 @@ struct Sgd {
   static constexpr int states = 0;
   template <class T>
   GM_HD static void apply(T& p, T g, T&, T&, T&, const float* h) {
-    p = p * h[1] - h[2] * (g + h[3] * p);
+    p = p * h[1] - h[2] * with_decay(g, h[3], p);
   }
 };
 
@@ -127,7 +133,7 @@ struct SgdMomentum {
   static constexpr int states = 1;
   template <class T>
   GM_HD static void apply(T& p, T g, T& b, T&, T&, const float* h) {
-    g = g + h[3] * p;
+    g = with_decay(g, h[3], p);
     b = h[4] * b + h[5] * g;
     p = p * h[1] - h[2] * (h[6] != 0.0f ? h[6] * g + h[4] * b : b);
   }
@@ -139,7 +145,7 @@ struct Adagrad {
   static constexpr int states = 1;
   template <class T>
   GM_HD static void apply(T& p, T g, T& sum, T&, T&, const float* h) {
-    g = g + h[2] * p;
+    g = with_decay(g, h[2], p);
     sum = sum + g * g;
     p = p - h[1] * (g / (root(sum) + h[3]));
   }
@@ -151,7 +157,7 @@ struct AdaBelief {
   static constexpr int states = 2;
   template <class T>
   GM_HD static void apply(T& p, T g, T& m, T& s, T&, const float* h) {
-    g = g + h[9] * p;
+    g = with_decay(g, h[9], p);
     m = m + h[2] * (g - m);
     const T d = g - m;
     s = (s * h[3] + (h[4] * d) * d) + h[8];
@@ -165,7 +171,7 @@ struct DiffGrad {
   static constexpr int states = 3;
   template <class T>
   GM_HD static void apply(T& p, T g, T& m, T& v, T& previous, const float* h) {
-    g = g + h[1] * p;
+    g = with_decay(g, h[1], p);
     m = m + h[2] * (g - m);
     v = v * h[3] + (h[4] * g) * g;
     const T x = magnitude(previous - g);

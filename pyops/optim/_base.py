@@ -1,6 +1,8 @@
 """FusedOptimizer: what every gradmill optimizer shares. A subclass names its rule and its hyperparameters."""
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import weakref
 from collections import defaultdict
@@ -162,6 +164,15 @@ def repeatable(p, item) -> bool:
             and all(t.is_contiguous() and not t.is_neg() for t in (p, item.grad, *item.state.values()) if isinstance(t, torch.Tensor)))
 
 
+def plain_precision():
+    """Autocast off, where it is on: it would round the matmuls of a step (projections, Newton-Schulz) to bf16."""
+    stack = contextlib.ExitStack()
+    for kind in ("cpu", "cuda"):
+        if torch.is_autocast_enabled(kind):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+    return stack
+
+
 def padded(scalars) -> tuple[float, ...]:
     """scalars as fused_step takes a row of them."""
     return (*scalars, *[0.0] * (MAX_SCALARS - len(scalars)))
@@ -231,7 +242,9 @@ class FusedOptimizer(Optimizer):
     a row; "fp8": float8_e4m3fn so, second moments as in "int8"; "int4": 4-bit codes, a scale per 128), ``min_quantized_numel``
     (smaller tensors keep fp32 states), ``master_weight_bits`` (None; 24 or 32: bf16 and fp16 parameters have 8 or 16 bits
     more in the state, ``low_bits``, and step as fp32: exactly with bf16 and 32, within 2^-15 of the value with bf16 and 24
-    and 2^-18 with fp16 and 24, rounded stochastically; fp16 and 32 are exact from 2^-17 on), ``maximize``, ``seed`` (default
+    and 2^-18 with fp16 and 24, rounded stochastically; fp16 and 32 are exact from 2^-17 on; a weight that is written between two
+    steps, by a clamp or the model's load_state_dict, keeps its low bits, and so steps on from half a step of its dtype off at most:
+    zero ``state["low_bits"]`` where it must be exact), ``maximize``, ``seed`` (default
     ``torch.initial_seed()``), ``projection`` (None or a :class:`gradmill.optim.Projection`: matrices take the rule's step in a
     subspace, and their weight decay is decoupled whatever the rule; a group may give ``rank`` and other options of Projection instead),
     ``capturable`` (as in torch: a step on a GPU can be captured in a CUDA graph, after one outside of it; steps are counted in device memory,
@@ -256,6 +269,7 @@ class FusedOptimizer(Optimizer):
     steps_shards = True  #: False in a subclass whose step is not a function of each row and of norms that ``measured`` takes
     host_decides = ""    #: why the host takes part in every step, where it does: what capturable=True is refused with
     offloads_not = ""    #: why offload=True is refused, where it is
+    releases_not = ""    #: why release_gradients is
     max_grad_norm, on_nonfinite, grad_norm = None, "propagate", None
     _projection_options: dict = {}  # what a group's ``rank`` alone means (galore.py)
     _step_supports_amp_scaling = True  # GradScaler hands us grad_scale and found_inf instead of unscaling itself
@@ -269,14 +283,10 @@ class FusedOptimizer(Optimizer):
             raise ValueError(f"max_grad_norm is {max_grad_norm!r}; it must be None or positive")
         if on_nonfinite not in ON_NONFINITE:
             raise ValueError(f"on_nonfinite is {on_nonfinite!r}; it must be one of {', '.join(ON_NONFINITE)}")
-        self.max_grad_norm, self.on_nonfinite = max_grad_norm, on_nonfinite
-        seed = torch.initial_seed() if seed is None else seed
-        if not isinstance(seed, int):
-            raise TypeError(f"seed is {seed!r}; it must be an int or None")
-        seed = (seed & 0xFFFFFFFFFFFFFFFF) - (1 << 64 if seed & (1 << 63) else 0)  # as an int64 holds it
+        self.max_grad_norm, self.on_nonfinite, self.grad_norm = max_grad_norm, on_nonfinite, None
         defaults = {**defaults, "states": states, "min_quantized_numel": min_quantized_numel, "master_weight_bits": master_weight_bits,
                     "maximize": maximize, "seed": seed, "projection": projection, "capturable": capturable, "offload": offload}
-        self._check_options(dict(defaults))  # before params are looked at, as torch does
+        self._check_options(defaults)  # before params are looked at, as torch does
         super().__init__(params, defaults)
 
     # --- what a subclass says -----------------------------------------------------------------------------
@@ -326,6 +336,12 @@ class FusedOptimizer(Optimizer):
     def _check_options(self, group):
         if group["states"] not in STATES:
             raise ValueError(f"states is {group['states']!r}; it must be one of {', '.join(STATES)}")
+        if not isinstance(group["min_quantized_numel"], (int, float)):
+            raise TypeError(f"min_quantized_numel is {group['min_quantized_numel']!r}; it must be a number")
+        seed = torch.initial_seed() if group["seed"] is None else group["seed"]
+        if not isinstance(seed, int):
+            raise TypeError(f"seed is {seed!r}; it must be an int or None")
+        group["seed"] = (seed & 0xFFFFFFFFFFFFFFFF) - (1 << 64 if seed & (1 << 63) else 0)  # as an int64 holds it
         if group.setdefault("master_weight_bits") not in (None, 24, 32):
             raise ValueError(f"master_weight_bits is {group['master_weight_bits']!r}; it must be None, 24 or 32")
         projection = group.setdefault("projection")
@@ -367,12 +383,15 @@ class FusedOptimizer(Optimizer):
         return torch.device("cpu") if group["offload"] and staging.staged(t.device) else t.device
 
     def _rng_id(self, p) -> int:
-        """The parameter's order of first appearance, which numbers its random bits."""
+        """The parameter's order of first appearance, which numbers its random bits; another where a state, a loaded one say, has that number."""
         ids = self.__dict__.setdefault("_ids", {})
         if p not in ids:
-            for group in self.param_groups:
-                for q in group["params"]:
-                    ids.setdefault(q, len(ids))
+            ids.update({q: state["rng_id"] for q, state in self.state.items() if "rng_id" in state})
+            taken = set(ids.values())
+            for i, q in enumerate(q for group in self.param_groups for q in group["params"]):
+                if q not in ids:
+                    ids[q] = i if i not in taken else max(taken) + 1
+                    taken.add(ids[q])
         return ids[p]
 
     def state_formats(self, group: dict, rows: int, columns: int, dims: int = 2) -> tuple[Format, ...]:
@@ -428,6 +447,11 @@ class FusedOptimizer(Optimizer):
         if projection is not None:
             state["refresh_interval"], state["next_refresh"] = projection.refresh_every, 1
             state["cosines"] = torch.zeros(0, dtype=torch.float32, device="cpu")
+            # From the first step on, although they are needed later: loading a flattened checkpoint takes the names that a first step made.
+            if projection.residual == "fira":
+                state["residual_norm"] = 0.0
+            if projection.moments == "reset":
+                state["moments_since"] = 0
         elif group["master_weight_bits"] is not None and p.dtype in LOW_BITS and not isinstance(p, QuantizedWeight):
             state["low_bits"] = self._no_low_bits(p, group)
 
@@ -528,34 +552,38 @@ class FusedOptimizer(Optimizer):
 
     def _step_work(self, work, factor, live=None):
         """Steps [(group, its parameters with gradients)]; ``live``: a tensor that says whether."""
-        for group, params in work:
-            counted = self._is_counted_there(group, params, factor, live)
-            if self._repeat(group, params, factor, live, counted):
-                continue
-            if counted and not all([counts_on(p.device) and p.device == params[0].device for p in params]):
-                raise AssertionError("If capturable=True, params and state_steps must be on supported devices: ['cuda'], all of a group on one.")
-            states = [self.state[p] for p in params]
-            for p, state in zip(params, states):
-                if not state:
-                    self._init_state(p, group)
-                elif group["master_weight_bits"] is not None and p.dtype in LOW_BITS and "low_bits" not in state:  # it was fp32 before
-                    if not isinstance(p, QuantizedWeight) and "next_refresh" not in state:
-                        state["low_bits"] = self._no_low_bits(p, group)
-            if counted or params and staging.staged(params[0].device):
-                self._bring_home(group, params, counted)
-            steps = [state["step"] for state in states]
-            if steps:
-                torch._foreach_add_(steps, 1 if live is None else [live.to(torch.float32)] * len(steps))
-            if counted:
-                counts = list(self._numbers(steps, live))
-            else:
-                counts = list(map(int, torch.stack(steps).tolist())) if steps else []  # one call, not one .item() each
-            items = [Item(local(p), local(p.grad), state, count, offset=shard_offset(p) if is_sharded(p) else 0, owner=p)
-                     for p, state, count in zip(params, states, counts)]
-            self._step_group(group, items, factor)
-            self._prepare(group, params, items)
-            if params:
-                torch.autograd.graph.increment_version([local(p) for p in params])  # so that autograd refuses a stale saved weight
+        with plain_precision():
+            for group, params in work:
+                self._step_params(group, params, factor, live)
+
+    def _step_params(self, group, params, factor, live):
+        counted = self._is_counted_there(group, params, factor, live)
+        if self._repeat(group, params, factor, live, counted):
+            return
+        if counted and not all([counts_on(p.device) and p.device == params[0].device for p in params]):
+            raise AssertionError("If capturable=True, params and state_steps must be on supported devices: ['cuda'], all of a group on one.")
+        states = [self.state[p] for p in params]
+        for p, state in zip(params, states):
+            if not state:
+                self._init_state(p, group)
+            elif group["master_weight_bits"] is not None and p.dtype in LOW_BITS and "low_bits" not in state:  # it was fp32 before
+                if not isinstance(p, QuantizedWeight) and "next_refresh" not in state:
+                    state["low_bits"] = self._no_low_bits(p, group)
+        if counted or params and staging.staged(params[0].device):
+            self._bring_home(group, params, counted)
+        steps = [state["step"] for state in states]
+        if steps:
+            torch._foreach_add_(steps, 1 if live is None else [live.to(torch.float32)] * len(steps))
+        if counted:
+            counts = list(self._numbers(steps, live))
+        else:
+            counts = list(map(int, torch.stack(steps).tolist())) if steps else []  # one call, not one .item() each
+        items = [Item(local(p), local(p.grad), state, count, offset=shard_offset(p) if is_sharded(p) else 0, owner=p)
+                 for p, state, count in zip(params, states, counts)]
+        self._step_group(group, items, factor)
+        self._prepare(group, params, items)
+        if params:
+            torch.autograd.graph.increment_version([local(p) for p in params])  # so that autograd refuses a stale saved weight
 
     def _bring_home(self, group, params, counted):
         """Moves states of a live group whose offload was changed, and steps that are counted elsewhere from now on."""
@@ -682,8 +710,9 @@ class FusedOptimizer(Optimizer):
         if projection is None or not state:
             return None
         part = Projected(projection, Item(p, local(p.grad), state, int(state["step"]) + 1, offset=shard_offset(p) if is_sharded(p) else 0, owner=p), group)
-        part.adopt(self)
-        return None if part.due else part.project()
+        with plain_precision():
+            part.adopt(self)
+            return None if part.due else part.project()
 
     def zero_grad(self, set_to_none: bool = True):
         super().zero_grad(set_to_none)
@@ -844,7 +873,7 @@ class FusedOptimizer(Optimizer):
         """torch's, a projection as a dict of its options."""
         self.settle()
         out = super().state_dict()
-        for group in out["param_groups"]:
+        for group in out.get("param_groups", ()):  # a hook may return something else
             if isinstance(group.get("projection"), Projection):
                 group["projection"] = asdict(group["projection"])
         return out
@@ -886,10 +915,11 @@ class FusedOptimizer(Optimizer):
             super().load_state_dict({**state_dict, "state": state, "param_groups": merged})
         finally:
             self._optimizer_load_state_dict_pre_hooks = hooks
+        self.__dict__.pop("_ids", None)  # the checkpoint's count now
 
     def __getstate__(self):
         self.settle()
-        return {**super().__getstate__(), "max_grad_norm": self.max_grad_norm, "on_nonfinite": self.on_nonfinite}
+        return {**super().__getstate__(), "max_grad_norm": self.max_grad_norm, "on_nonfinite": self.on_nonfinite, "grad_norm": self.grad_norm}
 
     def __setstate__(self, state):
         for values in state.get("state", {}).values():
@@ -906,13 +936,13 @@ class FusedOptimizer(Optimizer):
 
         saved = foreign_state(saved, RULES[self.rule(group)].states, p.shape, index)
         rng_id = saved.setdefault("rng_id", self._rng_id(p))
-        if not isinstance(rng_id, int) or rng_id < 0:
-            raise CheckpointError(f"state {index}: rng_id is {rng_id!r}; it must be an int of at least 0")
+        if not isinstance(rng_id, int) or not 0 <= rng_id < 1 << 24:
+            raise CheckpointError(f"state {index}: rng_id is {rng_id!r}; it must be an int of at least 0, below 2^24")
         try:
             step = float(saved.get("step", 0.0))
         except (TypeError, ValueError, RuntimeError):
             step = -1.0
-        if not step >= 0:
+        if not 0 <= step < math.inf:
             raise CheckpointError(f"state {index}: step is {saved['step']!r}; it must be one number of at least 0")
         saved["step"] = torch.tensor(step, dtype=torch.float32, device=p.device if group["capturable"] else "cpu")
         projection = self._projection(p, group)
@@ -944,6 +974,14 @@ class FusedOptimizer(Optimizer):
         elif is_sharded(value):
             value = value.full_tensor()
         return value.to(place if like is None else like.device, copy=True)
+
+    @staticmethod
+    def _adopt_numbers(saved: dict, names, index):
+        """Names that must hold numbers of at least 0; 0 where the checkpoint has none."""
+        for name in names:
+            value = saved.setdefault(name, 0)
+            if not isinstance(value, (int, float)) or not value >= 0:
+                raise CheckpointError(f"state {index}: {name} is {value!r}; it must be a number of at least 0")
 
     def _place(self, like, group):
         """Where what is adopted for ``like`` goes, as _adopt_tensor takes it."""
@@ -990,6 +1028,7 @@ class FusedOptimizer(Optimizer):
                 saved[COMING + name] = self._adopt_tensor(saved, COMING + name, dtypes, shape, p.device, index)
         if COMING + "cosine" in saved:
             saved[COMING + "cosine"] = self._adopt_tensor(saved, COMING + "cosine", (torch.float32,), (), "cpu", index)
+        self._adopt_numbers(saved, ["residual_norm"] if projection.residual == "fira" else [], index)
         cosines = saved.get("cosines")
         length = min(len(cosines), QUEUE) if isinstance(cosines, torch.Tensor) and cosines.dim() == 1 else 0
         saved["cosines"] = self._adopt_tensor(saved, "cosines", (torch.float32,), (length,), "cpu", index)

@@ -77,6 +77,7 @@ class AdaGradNorm(FusedOptimizer):
 
     steps_shards = False
     host_decides = "whose norm the host keeps"
+    releases_not = "whose one norm is that of all gradients together"
 
     def __init__(self, params, lr=1e-2, b0=1e-2, **options):
         super().__init__(params, dict(lr=lr, b0=b0, weight_decay=0.0), **options)

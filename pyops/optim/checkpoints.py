@@ -15,16 +15,18 @@ VERSION = "1"  #: of what save_optimizer writes: gradmill_format in the file's m
 
 # --- files ------------------------------------------------------------------------------------------------
 def _plain(x):
-    """x as JSON holds it: tuples and tensors of one element (lr, betas) are marked."""
+    """x as JSON holds it: tuples, dtypes and tensors of one element (lr, betas) are marked."""
     if isinstance(x, torch.Tensor):
         return {"tensor": x.tolist(), "dtype": str(x.dtype).removeprefix("torch.")}
+    if isinstance(x, torch.dtype):
+        return {"dtype": str(x).removeprefix("torch.")}
     if isinstance(x, tuple):
         return {"tuple": [_plain(v) for v in x]}
     if isinstance(x, (list, dict)):
         return [_plain(v) for v in x] if isinstance(x, list) else {"dict": {k: _plain(v) for k, v in x.items()}}
     if x is None or isinstance(x, (bool, int, float, str)):
         return x
-    raise TypeError(f"an option of the optimizer is {x!r}; save_optimizer stores numbers, strings, None, tensors and tuples, lists and dicts of them")
+    raise TypeError(f"an option of the optimizer is {x!r}; save_optimizer stores numbers, strings, None, dtypes, tensors and tuples, lists and dicts of them")
 
 
 def _restored(x):
@@ -34,6 +36,8 @@ def _restored(x):
         return x
     if "tensor" in x:
         return torch.tensor(x["tensor"], dtype=getattr(torch, x["dtype"]))
+    if "dtype" in x:
+        return getattr(torch, x["dtype"])
     return tuple(_restored(v) for v in x["tuple"]) if "tuple" in x else {k: _restored(v) for k, v in x["dict"].items()}
 
 

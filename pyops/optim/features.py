@@ -93,8 +93,8 @@ def release_gradients(model: torch.nn.Module, optimizer: FusedOptimizer, accumul
 
     Raises:
         TypeError: for another optimizer. ValueError: with max_grad_norm or on_nonfinite (both need all gradients before the
-            first step), a DistributedDataParallel model (its gradients arrive before they are averaged), twice, or with accumulate
-            where a projection has a residual (which is made of the whole gradient).
+            first step), AdaGradNorm, STEPAdam and FedSpeed (a step of theirs is a whole group's), a DistributedDataParallel model (its
+            gradients arrive before they are averaged), twice, or with accumulate where a projection has a residual (which is made of the whole gradient).
         RuntimeError: in backward, where more gradients of one parameter than ``accumulate`` arrive between two ``step()``; at
             step with a GradScaler (its scale and its check for inf come after backward).
     """
@@ -104,6 +104,8 @@ def release_gradients(model: torch.nn.Module, optimizer: FusedOptimizer, accumul
         raise ValueError("release_gradients steps before all gradients are there: set max_grad_norm to None and on_nonfinite to 'propagate'")
     if isinstance(model, torch.nn.parallel.DistributedDataParallel):
         raise ValueError("release_gradients would step before DistributedDataParallel has averaged the gradients")
+    if optimizer.releases_not:
+        raise ValueError(f"release_gradients cannot be combined with {type(optimizer).__name__}, {optimizer.releases_not}")
     if getattr(optimizer, "_released", None) is not None:
         raise ValueError("this optimizer's gradients are released already; call remove() on that handle first")
     if not isinstance(accumulate, int) or accumulate < 1:

@@ -32,6 +32,7 @@ class FedSpeed(FusedOptimizer):
 
     steps_shards = False
     host_decides = "whose step is made of two gradients"
+    releases_not = "whose step is made of two gradients"
     offloads_not = "whose two fp32 states are read with the weights between its two gradients; leave it out"
 
     def __init__(self, params, lr=0.1, rho=0.1, alpha=1.0, prox=0.1, weight_decay=0.0, **options):

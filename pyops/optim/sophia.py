@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import torch
 
+from gradmill.ops._registry import describe, short
+from gradmill.ops.quant import FLOATS
 from gradmill.optim._base import FusedOptimizer, Item
 from gradmill.optim.adamw import AdamW
 
@@ -39,6 +41,8 @@ class Sophia(AdamW):
 
     def check_group(self, group):
         super().check_group(group)
+        if group.get("projection") is not None:
+            raise ValueError("Sophia's Hessian is estimated weight by weight, so it takes no projection")
         if not 0.0 <= group["rho"]:
             raise ValueError(f"rho is {group['rho']}; it must be at least 0")
 
@@ -59,6 +63,11 @@ class Sophia(AdamW):
         estimates = [p.grad for p in params] if estimates is None else list(estimates)
         if len(estimates) != len(params):
             raise ValueError(f"update_hessian: {len(estimates)} estimates for {len(params)} parameters")
+        if samples is not None and not samples > 0:
+            raise ValueError(f"update_hessian: samples is {samples!r}; it must be above 0")
+        for i, (p, e) in enumerate(zip(params, estimates)):  # before anything is changed
+            if e is not None and (e.shape != p.shape or e.dtype not in FLOATS or e.layout != torch.strided):
+                raise ValueError(f"update_hessian: estimates[{i}] is {describe(e)}; it must be dense {short(FLOATS)} of its parameter's shape {tuple(p.shape)}")
         of = dict(zip(params, estimates))
         for group in self.param_groups:
             items = []

@@ -5,7 +5,7 @@ from math import cos, inf, pi, sqrt
 
 import torch
 
-from gradmill.optim._base import CheckpointError, FusedOptimizer, local, measured
+from gradmill.optim._base import FusedOptimizer, local, measured
 from gradmill.optim.adamw import check_betas, check_eps, check_lr_and_decay
 
 
@@ -58,16 +58,13 @@ class StableSPAM(FusedOptimizer):
     def _adopt_states(self, saved, like, group, index):
         super()._adopt_states(saved, like, group, index)
         saved.setdefault("adam_step", int(saved["step"]))  # AdamW's checkpoint: its moments go on, the norms start anew
-        for name in ("adam_step", "norm_step", "largest", "norm", "norm_sq"):
-            value = saved.setdefault(name, 0)
-            if not isinstance(value, (int, float)) or not value >= 0:
-                raise CheckpointError(f"state {index}: {name} is {value!r}; it must be a number of at least 0")
+        self._adopt_numbers(saved, ("adam_step", "norm_step", "largest", "norm", "norm_sq"), index)
 
     def _step_group(self, group, items, factor):
         theta, (gamma1, gamma2), (beta1, beta2) = group["theta"], group["gammas"], map(float, group["betas"])
         grads, size = [item.owner.grad for item in items], abs(factor)
         found = measured(grads)
-        limits = torch.full((len(items), 2), inf)
+        limits = torch.full((len(items), 2), inf, dtype=torch.float32, device="cpu")
         plans = []
         for i, item in enumerate(items):
             state, largest = item.state, size * float(found[i, 1])
@@ -81,7 +78,7 @@ class StableSPAM(FusedOptimizer):
             state["largest"] = theta * state["largest"] + (1 - theta) * largest
             limit = state["largest"] / (1 - theta ** state["norm_step"])
             plans.append((limit, limit / largest) if largest > limit else (inf, 1.0))
-            limits[i] = torch.tensor([plans[-1][0] / size if size else inf, plans[-1][1]])
+            limits[i, 0], limits[i, 1] = plans[-1][0] / size if size else inf, plans[-1][1]
         clipped = [i for i, (limit, _) in enumerate(plans) if limit < inf]
         if clipped:
             found[clipped] = measured([grads[i] for i in clipped], limits[clipped])

@@ -6,9 +6,8 @@ from math import sqrt
 import torch
 
 from gradmill.ops.quant import dequantize
-from gradmill.optim._base import FusedOptimizer, Item
+from gradmill.optim._base import CheckpointError, FusedOptimizer, Item, stored_format
 from gradmill.optim.adamw import AdamW
-from gradmill.optim.rules import RULES
 from gradmill.reference.optim import as_matrix
 
 
@@ -20,7 +19,7 @@ class SWATS(AdamW):
     and lambda > 0: v = beta1 v + g, theta <- theta - (1-beta1) (lambda/bc2) v from then on. The paper's Algorithm does this for
     all weights at once; here, as its text suggests, each tensor has its own rate and switches by itself. (Other
     implementations scale the momentum buffer in place, or switch a whole group with its first tensor.) v takes exp_avg's
-    place; state: "gamma_avg" (lambda) and, once switched, "sgd_lr". lr schedules scale both phases' rates.
+    place; state: "gamma_avg" (lambda) and "sgd_lr" (0 until switched). lr schedules scale both phases' rates.
 
     Args:
         params, lr, betas, eps: (1e-3, (.9, .999), 1e-9); eps is added to the uncorrected root.
@@ -39,13 +38,23 @@ class SWATS(AdamW):
         if group["weight_decay"]:
             raise ValueError("weight_decay: SWATS has none")
 
+    def _init_state(self, p, group):
+        super()._init_state(p, group)
+        self.state[p].update(gamma_avg=0.0, sgd_lr=0.0)
+
+    def _adopt(self, saved, p, group, index):
+        for name in ("gamma_avg", "sgd_lr"):  # an AdamW checkpoint has none
+            if not isinstance(saved.setdefault(name, 0.0), (int, float)):
+                raise CheckpointError(f"state {index}: {name} is {saved[name]!r}; it must be a number")
+        return super()._adopt(saved, p, group, index)
+
     def _step_group(self, group, items, factor):
         beta1, beta2 = map(float, group["betas"])
         lr, plain = float(group["lr"]), {**group, "maximize": False}
         sgd = {**group, "momentum": beta1, "dampening": 0.0, "nesterov": False}
         for item in items:
             state = item.state
-            if "sgd_lr" in state:
+            if state["sgd_lr"]:
                 buffer = {k.replace("exp_avg", "momentum_buffer"): v for k, v in state.items() if not k.startswith("exp_avg_sq")}
                 self.apply_rule(sgd, [item._replace(state=buffer)], factor, rule="sgd_momentum", lr=(1 - beta1) * lr * state["sgd_lr"])
                 continue
@@ -57,7 +66,7 @@ class SWATS(AdamW):
             if along == 0:
                 continue
             gamma = float(step.square().sum()) / -along
-            state["gamma_avg"] = beta2 * state.get("gamma_avg", 0.0) + (1 - beta2) * gamma
+            state["gamma_avg"] = beta2 * state["gamma_avg"] + (1 - beta2) * gamma
             settled = state["gamma_avg"] / bc2
             if item.step > 1 and abs(settled - gamma) < group["tolerance"] and settled > 0 and lr > 0:
                 state["sgd_lr"] = settled / lr
@@ -83,6 +92,7 @@ class STEPAdam(AdamW):
 
     steps_shards = False
     host_decides = "of whose second moment the host decides when it settles"
+    releases_not = "whose second moments settle together"
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, threshold=1e-8, min_steps=0, **options):
         FusedOptimizer.__init__(self, params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, threshold=threshold,
@@ -99,7 +109,7 @@ class STEPAdam(AdamW):
             return super()._step_group({**group, "betas": (beta1, 1.0)}, items, factor)
         total = 0.0
         for item in items:
-            variance = self._variance(item, group)  # in CPU memory with offload=True
+            variance = self._variance(item)  # in CPU memory with offload=True
             total += float((variance - as_matrix(item.grad).to(variance).mul(factor).square()).abs().sum())
         count = sum(item.grad.numel() for item in items)
         super()._step_group(group, items, factor)
@@ -111,11 +121,12 @@ class STEPAdam(AdamW):
         if len(group["changes"]) == window and step > group["min_steps"] and sum(group["changes"]) / window < group["threshold"]:
             group["frozen_at"], group["changes"] = step, []
 
-    def _variance(self, item, group):
+    @staticmethod
+    def _variance(item):
         """exp_avg_sq as an fp32 matrix."""
         state = item.state
         if "exp_avg_sq" in state:
             return as_matrix(state["exp_avg_sq"]).to(torch.float32)
-        format = self._formats_like(group, item.param)[RULES["adamw"].states.index("exp_avg_sq")]
-        codes, scales = state["exp_avg_sq_codes"], state["exp_avg_sq_scales"]
-        return dequantize(codes, scales, scales.new_empty(0, dtype=torch.uint8), format.code, format.block, as_matrix(item.grad).shape[1], torch.float32)
+        codes, scales, columns = state["exp_avg_sq_codes"], state["exp_avg_sq_scales"], as_matrix(item.grad).shape[1]
+        format = stored_format("square8", codes, columns)  # what is stored, not the group's option, which may have changed
+        return dequantize(codes, scales, scales.new_empty(0, dtype=torch.uint8), format.code, format.block, columns, torch.float32)

@@ -37,6 +37,8 @@ class VRGD:
         self._shards = self._steps = 0
 
     def __getattr__(self, name):
+        if name.startswith("__"):  # copy and pickle ask, before there is an optimizer
+            raise AttributeError(name)
         return getattr(self.__dict__["optimizer"], name)
 
     def _params(self):

@@ -88,17 +88,22 @@ def adam_amsgrad(p, g, states, h):
     return adamw_amsgrad(p, g + h[8] * p, states, h)
 
 
+def with_decay(g, decay, p):
+    """The gradient with a decay in it, and as it is where there is none: 0 times a weight of inf (a mask, say) is nan."""
+    return g + decay * p if decay else g
+
+
 def sgd(p, g, states, h):
     """torch.optim.SGD without momentum; h[1] multiplies p."""
     _, factor, lr, decay = h[:4]
-    return p * factor - lr * (g + decay * p), []
+    return p * factor - lr * with_decay(g, decay, p), []
 
 
 def sgd_momentum(p, g, states, h):
     """torch.optim.SGD; with dampening = momentum the moving average of Muon and AuON."""
     (b,) = states
     _, factor, lr, decay, momentum, one_minus_dampening, nesterov = h[:7]
-    g = g + decay * p
+    g = with_decay(g, decay, p)
     b = momentum * b + one_minus_dampening * g
     return p * factor - lr * (nesterov * g + momentum * b if nesterov else b), [b]
 
@@ -107,7 +112,7 @@ def adagrad(p, g, states, h):
     """Duchi, Hazan and Singer, "Adaptive Subgradient Methods", in torch.optim.Adagrad's form."""
     (total,) = states
     _, lr, decay, eps = h[:4]
-    g = g + decay * p
+    g = with_decay(g, decay, p)
     total = total + g * g
     return p - lr * (g / (quant.sqrt(total) + eps)), [total]
 
@@ -116,7 +121,7 @@ def adabelief(p, g, states, h):
     """Zhuang et al., "AdaBelief Optimizer: Adapting Stepsizes by the Belief in Observed Gradients"."""
     m, s = states
     _, factor, one_minus_beta1, beta2, one_minus_beta2, step_size, root_factor, rest, eps, decay = h[:10]
-    g = g + decay * p
+    g = with_decay(g, decay, p)
     m = m + one_minus_beta1 * (g - m)
     d = g - m
     s = (s * beta2 + (one_minus_beta2 * d) * d) + eps
@@ -127,7 +132,7 @@ def diffgrad(p, g, states, h):
     """Dubey et al., "diffGrad: An Optimization Method for Convolutional Neural Networks"."""
     m, v, previous = states
     _, decay, one_minus_beta1, beta2, one_minus_beta2, step_size, eps = h[:7]
-    g = g + decay * p
+    g = with_decay(g, decay, p)
     m = m + one_minus_beta1 * (g - m)
     v = v * beta2 + (one_minus_beta2 * g) * g
     friction = 1 / (1 + exp2(magnitude(previous - g) * -1.44269504))
