@@ -254,29 +254,87 @@ def _amortised(step, refresh):
     return {"step": ((EVERY - 1) / EVERY, step), "refresh": (1 / EVERY, refresh)}
 
 
-@case("projection", goal=("torch", 4.0))
-def qgalore_step(ctx):
-    rows, side, rank, group = ctx.pick((4 * SIDE, SIDE, RANK, GROUP), (512, 256, 32, 64))
-    grads = ctx.rotate(lambda: ctx.randn(rows, side))
-    start = ctx.once(lambda: ctx.randn(rows, side) / side ** 0.5)
-    real = ctx.once(lambda: (_decaying(ctx, rows, side, 2), _decaying(ctx, rows, side, 2)))   # what the first and a later refresh see
+class Amortised:
+    """A weight (rows, side) whose steps and refreshes are timed apart and mixed as they come, once in EVERY."""
 
-    def make_ours():
+    def __init__(self, ctx):
+        self.ctx, (self.rows, self.side, self.rank, self.group) = ctx, ctx.pick((4 * SIDE, SIDE, RANK, GROUP), (512, 256, 32, 64))
+        shape = self.rows, self.side
+        self.grads = ctx.rotate(lambda: ctx.randn(*shape))
+        self.start = ctx.once(lambda: ctx.randn(*shape) / self.side ** 0.5)
+        self.real = ctx.once(lambda: (_decaying(ctx, *shape, 2), _decaying(ctx, *shape, 2)))   # what the first and a later refresh see
+        self.title = f"{self.rows}x{self.side}, rank {self.rank}, refreshed every {EVERY} steps"
+
+    def ours(self, make, nbytes):
+        """make() -> (parameter, optimizer), nbytes of them."""
         def one():
-            p = torch.nn.Parameter(QuantizedWeight.quantize(start(), gradmill.formats.Format("uint8", group)))
-            optimizer = gradmill.optim.QGaLoreAdamW([p], lr=1e-3, rank=rank, refresh_every=EVERY, adaptive=False, group_size=group,
-                                                    states="int8")
-            p.grad = real()[0]
+            p, optimizer = make()
+            p.grad = self.real()[0]
             optimizer.step()
             return p, optimizer
-        many = [one() for _ in range(_copies(ctx, rows * side * 1.02 + rows * rank * 2.6))]
 
-        def run(i, due):
-            p, optimizer = many[i % len(many)]
-            p.grad = real()[1] if due else grads(i)
-            optimizer.state[p]["next_refresh"] = int(optimizer.state[p]["step"]) + (1 if due else 1000)
+        def made():
+            many = [one() for _ in range(_copies(self.ctx, nbytes))]
+
+            def run(i, due):
+                p, optimizer = many[i % len(many)]
+                p.grad = self.real()[1] if due else self.grads(i)
+                optimizer.state[p]["next_refresh"] = int(optimizer.state[p]["step"]) + (1 if due else 1000)
+                optimizer.step()
+            return _amortised(lambda i: run(i, False), lambda i: run(i, True))
+        return made
+
+    def galore_torch(self, name):
+        def make(m):
+            p = torch.nn.Parameter(self.start().clone())
+            quantised = name.startswith("Q")
+            more = {**GALORE_QUANTISED, "quant_group_size": self.group} if quantised else {}
+            optimizer = getattr(m, name)([{"params": [p], "rank": self.rank, "update_proj_gap": EVERY, "scale": 0.25, "proj_type": "std", **more}], lr=1e-3,
+                                         **({} if quantised else {"no_deprecation_warning": True}))
+            p.grad = self.real()[0]
             optimizer.step()
-        return _amortised(lambda i: run(i, False), lambda i: run(i, True))
+
+            def run(i, due):
+                p.grad = self.real()[1] if due else self.grads(i)
+                optimizer.state[p]["projector"].update_proj_gap = 1 if due else 1 << 60
+                optimizer.step()
+            return _amortised(lambda i: run(i, False), lambda i: run(i, True))
+        return make
+
+
+@case("projection")
+def galore_amortised(ctx):
+    """GaLore as galore-torch has it, nothing quantised, its refreshes included, beside full-rank AdamW."""
+    a = Amortised(ctx)
+    n, r = a.rows * a.side, a.rows * a.rank
+
+    def make():
+        p = torch.nn.Parameter(a.start().clone())
+        return p, gradmill.optim.GaLoreAdamW([p], lr=1e-3, rank=a.rank, refresh_every=EVERY)
+
+    def full_rank():
+        p = torch.nn.Parameter(a.start().clone())
+        optimizer = torch.optim.AdamW([p], lr=1e-3, fused=True)
+
+        def run(i):
+            p.grad = a.grads(i)
+            optimizer.step()
+        return run
+    work = Work(12.0 * n + 8.0 * r + 16.0 * r + 8.0 * a.side * a.rank, 2 * 2.0 * n * a.rank * (1 + 1 / EVERY), "fp32")
+    return Bench(f"GaLore step {a.title}", work, [
+        ours(a.ours(make, 4.0 * (n + 2 * r)), "gradmill GaLoreAdamW"), baseline("torch AdamW(fused=True), full rank", full_rank),
+        peer("galore_torch", "galore-torch GaLoreAdamW", a.galore_torch("GaLoreAdamW"))],
+        "besides the products it packs G for the first and steps R and W")
+
+
+@case("projection", goal=("torch", 4.0))
+def qgalore_step(ctx):
+    a = Amortised(ctx)
+    rows, side, rank, group, grads, start, real = a.rows, a.side, a.rank, a.group, a.grads, a.start, a.real
+
+    def make_ours():
+        p = torch.nn.Parameter(QuantizedWeight.quantize(start(), gradmill.formats.Format("uint8", group)))
+        return p, gradmill.optim.QGaLoreAdamW([p], lr=1e-3, rank=rank, refresh_every=EVERY, adaptive=False, group_size=group, states="int8")
 
     def make_torch(cls):
         def make():
@@ -292,32 +350,15 @@ def qgalore_step(ctx):
             return _amortised(lambda i: run(i, False), lambda i: run(i, True))
         return make
 
-    def galore(name):
-        def make(m):
-            p = torch.nn.Parameter(start().clone())
-            quantised = name.startswith("Q")
-            more = {**GALORE_QUANTISED, "quant_group_size": group} if quantised else {}
-            optimizer = getattr(m, name)([{"params": [p], "rank": rank, "update_proj_gap": EVERY, "scale": 0.25, "proj_type": "std", **more}], lr=1e-3,
-                                         **({} if quantised else {"no_deprecation_warning": True}))
-            p.grad = real()[0]
-            optimizer.step()
-
-            def run(i, due):
-                p.grad = real()[1] if due else grads(i)
-                optimizer.state[p]["projector"].update_proj_gap = 1 if due else 1 << 60
-                optimizer.step()
-            return _amortised(lambda i: run(i, False), lambda i: run(i, True))
-        return make
-
     # A plain step: gradient in, projected gradient out and in, two 8-bit states, 8-bit weight in and out, basis twice; two
     # products. A refresh adds about as much as two products, once in EVERY steps.
     n, r = rows * side, rows * rank
     work = Work(4.0 * n + 2.0 * n + 8.0 * r + 4.0 * r + side * rank, 2 * 2.0 * n * rank * (1 + 1 / EVERY), "fp32")
-    return Bench(f"Q-GaLore step {rows}x{side}, rank {rank}, refreshed every {EVERY} steps", work, [
-        ours(make_ours), baseline("plain torch, the official code's passes", make_torch(TorchQGaLore)),
+    return Bench(f"Q-GaLore step {a.title}", work, [
+        ours(a.ours(make_ours, rows * side * 1.02 + rows * rank * 2.6)), baseline("plain torch, the official code's passes", make_torch(TorchQGaLore)),
         rival("plain torch without needless copies", make_torch(LeanTorchQGaLore)),
-        peer("galore_torch", "galore-torch AdamW, nothing quantised", galore("GaLoreAdamW")),
-        peer("q_galore_torch", "q-galore-torch AdamW8bit", galore("QGaLoreAdamW8bit"))],
+        peer("galore_torch", "galore-torch AdamW, nothing quantised", a.galore_torch("GaLoreAdamW")),
+        peer("q_galore_torch", "q-galore-torch AdamW8bit", a.galore_torch("QGaLoreAdamW8bit"))],
         "besides the products, at their peak, it packs G for the first and makes random words and codes for the INT8 weight: a fifth of one thread's time")
 
 
