@@ -92,6 +92,7 @@ def kernels():
         w, r, basis, scalars = randn(n, COLUMNS), randn(n, 128), ops.quantize(randn(128, COLUMNS), "uint4", 256), torch.tensor([0.999, -1e-4])
         return lambda: ops.project_back(w, None, None, "fp32", 0, COLUMNS, r, *basis, "uint4", 256, False, scalars, key, 0)
     add("project_back from rank 128, INT4 basis", "weight", project_back)
+    add("dct of rows of 1024", "value", lambda n: (lambda x: lambda: ops.dct(x, False))(randn(n, COLUMNS)))
     optimizers = {"adamw": "AdamW", "lion": "Lion", "sgd": "SGD", "adagrad": "Adagrad", "adabelief": "AdaBelief", "diffgrad": "DiffGrad", "grams": "Grams", "sophia": "Sophia",
                   "classp": "CLASSP"}
     for rule in RULES:
