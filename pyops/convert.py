@@ -158,7 +158,7 @@ def convert(model: torch.nn.Module, recipe: str | recipes.Recipe = "int8",
     if report.slower:
         worst = min(report.slower, key=report.slower.get)
         warnings.warn(f"recipe {recipe.name} trains slower than torch's fp32 at {len(report.slower)} of the {len(report.layers)} layers on this kind of "
-                      f"CPU, by measurements of layers of like size: {report.slower[worst]:.2g}x at {worst}. It saves memory there, not time: "
+                      f"CPU, by measurements of layers of like size: {report.slower[worst]:.2g} times as fast at layer {worst!r}. What it may save there is memory: "
                       "convert with another recipe, or leave layers out with filter=.", stacklevel=2)
     return report
 

@@ -36,7 +36,7 @@ class XGrad:
         if s < 0:
             raise ValueError(f"s is {s}; it must be at least 0")
         if decoupled is None and any(float(g.get("weight_decay", 0)) for g in optimizer.param_groups):
-            raise ValueError("decoupled: say whether weight_decay multiplies the weights (True, as in AdamW) or is part of the gradient (False)")
+            raise ValueError("the optimizer has weight_decay: pass XGrad(optimizer, decoupled=True) where it multiplies the weights, as in AdamW, or decoupled=False where it is part of the gradient")
         if any(isinstance(p, QuantizedWeight) for g in optimizer.param_groups for p in g["params"]):
             raise TypeError("XGrad does not predict a QuantizedWeight")
         self.optimizer, self.s, self.decoupled = optimizer, s, bool(decoupled)
