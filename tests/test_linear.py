@@ -833,7 +833,7 @@ def test_convert_warns_where_a_recipe_was_measured_slower(monkeypatch):
     from gradmill import _C, speeds
     monkeypatch.setattr(speeds, "_table", lambda: {_C.isa(): {"fp4": {"64x64": 0.5, "1024x1024": 2.0}, "int8": {"64x64": 0.98}}})
     model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 8), torch.nn.Linear(64, 16384), torch.nn.Linear(64, 4))
-    with pytest.warns(UserWarning, match="fp4 trains slower .* 2 of the 4 layers .* 0.5x at 0"):
+    with pytest.warns(UserWarning, match="fp4 trains slower .* 2 of the 4 layers .* 0.5 times as fast at layer '0'"):
         report = gradmill.convert(model, "fp4")
     assert report.slower == {"0": 0.5, "1": 0.5} and "0.5x fp32" in str(report)  # 64 -> 4 is 16 times smaller than any measured
     with warnings.catch_warnings():
