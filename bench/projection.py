@@ -308,9 +308,10 @@ def galore_amortised(ctx):
     a = Amortised(ctx)
     n, r = a.rows * a.side, a.rows * a.rank
 
-    def make():
+    def make(basis):
         p = torch.nn.Parameter(a.start().clone())
-        return p, gradmill.optim.GaLoreAdamW([p], lr=1e-3, rank=a.rank, refresh_every=EVERY)
+        return p, gradmill.optim.GaLoreAdamW([p], lr=1e-3, rank=a.rank, refresh_every=EVERY, basis=basis)
+    nbytes = 4.0 * (n + 2 * r)
 
     def full_rank():
         p = torch.nn.Parameter(a.start().clone())
@@ -322,7 +323,8 @@ def galore_amortised(ctx):
         return run
     work = Work(12.0 * n + 8.0 * r + 16.0 * r + 8.0 * a.side * a.rank, 2 * 2.0 * n * a.rank * (1 + 1 / EVERY), "fp32")
     return Bench(f"GaLore step {a.title}", work, [
-        ours(a.ours(make, 4.0 * (n + 2 * r)), "gradmill GaLoreAdamW"), baseline("torch AdamW(fused=True), full rank", full_rank),
+        ours(a.ours(lambda: make("subspace"), nbytes), "gradmill GaLoreAdamW, basis='subspace'"),
+        rival("gradmill GaLoreAdamW, exact SVD", a.ours(lambda: make("svd"), nbytes)), baseline("torch AdamW(fused=True), full rank", full_rank),
         peer("galore_torch", "galore-torch GaLoreAdamW", a.galore_torch("GaLoreAdamW"))],
         "besides the products it packs G for the first and steps R and W")
 
