@@ -1,6 +1,6 @@
 """Writes pyops/speeds.json, from which gradmill.convert warns, from committed results of the linear_training cases.
 
-    python bench/speeds.py bench/results/*.json
+    python bench/speeds.py bench/results/cpu-*.json
 """
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ def main(files):
                 for label, time in times.items():
                     if label.startswith("gradmill, recipe "):
                         isa.setdefault(label.removeprefix("gradmill, recipe "), {})[shape] = round(times["torch fp32"] / time, 2)
+    if not table:  # an empty one would be written over the warnings that convert gives
+        sys.exit(f"no case linear_training in {', '.join(files) or 'no file'}")
     with replacing(OUT) as temporary:
         temporary.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
 

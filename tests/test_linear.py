@@ -843,6 +843,7 @@ def test_convert_warns_where_a_recipe_was_measured_slower(monkeypatch):
 
 def test_the_table_of_speeds_is_of_this_packages_recipes():
     from gradmill import speeds
+    assert set(speeds._table()) == {"avx2", "avx512_vnni"} and all({"int8", "fp4", "one_bit_fqt"} <= set(recipes) for recipes in speeds._table().values())
     for isa, recipes in speeds._table().items():
         assert isa in ("portable", "avx2", "avx512", "avx512_vnni") and set(recipes) <= set(gradmill.recipes.RECIPES)
         assert all(0 < ratio < 100 for shapes in recipes.values() for ratio in shapes.values())
