@@ -37,8 +37,9 @@ def made(kind, channels=None, cap=None, **options):
 
 
 def rounded(x, scales):
-    """The integers nearest to x / scales, in fp64."""
-    return torch.round((x / scales).double()).clamp(-127, 127)
+    """The integers nearest to the fp32 quotient of x and fp32 scales, in fp64: a quotient of doubles falls on the other side of a tie now and then."""
+    assert scales.dtype == torch.float32
+    return torch.round(x / scales).double().clamp(-127, 127)
 
 
 def rows8(d):
@@ -53,7 +54,7 @@ def by_definition(plain, x, x_scale, dy, cap):
     weight = plain.weight.detach()
     s_w = weight.flatten(1).abs().amax(1, keepdim=True) / 127
     w = rounded(weight.flatten(1), s_w) * s_w.double()
-    q = rounded(x.detach(), x_scale) * x_scale
+    q = rounded(x.detach(), x_scale) * x_scale.double()
     if conv:
         padding = plain.padding if isinstance(plain.padding, tuple) else tuple(d * (k - 1) // 2 for d, k in zip(plain.dilation, plain.kernel_size))
         geometry = dict(kernel_size=plain.kernel_size, stride=plain.stride, padding=padding, dilation=plain.dilation)
@@ -80,7 +81,7 @@ def by_definition(plain, x, x_scale, dy, cap):
 def test_the_products_are_the_definition(kind, cap):
     plain, layer, x = made(kind, cap=cap)
     dy = torch.randn_like(plain(x))
-    want = by_definition(plain, x, layer.x_scale.double(), dy, cap)
+    want = by_definition(plain, x, layer.x_scale, dy, cap)
     y = layer(x)
     got = [y, *torch.autograd.grad(y, [x, layer.weight] + [layer.bias] * (plain.bias is not None), dy)]
     for g, w in zip(got, want):
