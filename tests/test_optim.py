@@ -138,6 +138,17 @@ def test_a_step_scaled_by_norms_of_a_tensor_beyond_one_run(rule):
         check(ScaledWork(rule, [(64,)] * 40 + [(600, 512)] + [(7, 64)] * 30, weight, state))
 
 
+@pytest.mark.parametrize("rule", ["lamb", "lars"])
+def test_a_scaled_step_of_many_threads_waits_for_every_norm(rule):
+    """More threads than processors, several runs one after the other in the same room: who begins a piece when differs in every call."""
+    work = ScaledWork(rule, [(300, 1024), (1,), (270_001,), (0,), (64, 64), (280, 1000)], ("fp32", 0), "fp32")
+    want = work.run()
+    for count in (2, 3, 7):
+        with threads(count):
+            for _ in range(5):
+                assert_same_bits(work.run(), want, f"threads {count}")
+
+
 def test_a_scaled_step_by_hand():
     """LAMB's first step with eps 0 and no decay: the update is the gradient's sign, its norm sqrt(n)."""
     w, g = torch.tensor([3.0, 0.0, 0.0, 4.0]), torch.tensor([1.0, -2.0, 3.0, 4.0])
