@@ -2,7 +2,9 @@
 width without scaling its text; colours are the reader's light or dark scheme. No script, no network."""
 from __future__ import annotations
 
+import itertools
 import math
+import re
 from html import escape
 
 from . import report
@@ -22,14 +24,15 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem; } h3 {
 p, pre, figcaption { color: var(--soft); } pre { overflow-x: auto; font-size: 13px; } .warn { color: var(--bad); font-weight: 600; }
 figure { margin: 0; } figure p { margin: .15rem 0; } .roofline { margin-top: 2rem; } figcaption { margin-bottom: .5rem; }
 .bar { display: grid; grid-template-columns: 17rem minmax(0, 1fr) 15.5rem; gap: 0 .75rem; align-items: center; padding: .1rem 0; line-height: 1.3; }
-.bar > :first-child { overflow-wrap: anywhere; } .bar > :last-child { text-align: right; font-variant-numeric: tabular-nums; }
+.bar > :first-child { overflow-wrap: anywhere; } .bar > :last-child { margin-left: auto; text-align: right; font-variant-numeric: tabular-nums; }
+.limits .bar { grid-template-columns: 27rem minmax(0, 1fr) 8rem; } .memory .bar { grid-template-columns: 22rem minmax(0, 1fr) 6rem; } .whole { white-space: nowrap; } .narrow { display: none; }
 svg { display: block; width: 100%; overflow: visible; } .row { height: 20px; } .roof { height: 24rem; margin: 1rem 0 2.5rem; }
 svg text { fill: var(--soft); font-size: 12px; paint-order: stroke; stroke: var(--paper); stroke-width: 3px; }
 .good { fill: var(--good); } .bad { fill: var(--bad); } .even { fill: var(--even); } .track { fill: var(--line); }
 .grid { stroke: var(--line); } .axis, .whisker { stroke: var(--ink); } .limit { stroke: var(--even); stroke-width: 2; }
 .point { fill: var(--good); stroke: var(--paper); stroke-width: 2; } svg .number { fill: var(--ink); font-weight: 600; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1.5rem 2.5rem; }
-.plot { height: 15rem; margin: .75rem 0 1.75rem; } .key { display: flex; flex-wrap: wrap; gap: .1rem 1rem; font-size: 13px; }
+.plot { height: 15rem; margin: 1.1rem 0 1.75rem; } .key { display: flex; flex-wrap: wrap; gap: .1rem 1rem; font-size: 13px; }
 .key svg { display: inline-block; width: 22px; height: 10px; margin-right: .35rem; }
 .l0 { stroke: var(--good); stroke-width: 3; } .l1 { stroke: var(--c1); stroke-width: 1.5; } .l2 { stroke: var(--c2); stroke-width: 1.5; }
 .l3 { stroke: var(--c3); stroke-width: 1.5; } .l4 { stroke: var(--c4); stroke-width: 1.5; }
@@ -38,7 +41,7 @@ svg text { fill: var(--soft); font-size: 12px; paint-order: stroke; stroke: var(
 th { color: var(--soft); font-weight: 400; } th:first-child, td:first-child { text-align: left; }
 @media (max-width: 40rem) {
   .bar { display: flex; flex-wrap: wrap; justify-content: space-between; margin-top: .35rem; } .bar > svg { order: 3; flex: 0 0 100%; }
-  .roof { height: 20rem; }
+  .roof { height: 20rem; } .wide { display: none; } .narrow { display: inline; } body > pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: 12px; }
 }
 """
 
@@ -74,8 +77,13 @@ def disturbed(result: dict) -> bool:
     return result["others_cpu"] is not None and result["others_cpu"] > DISTURBED
 
 
+def shown(text: str) -> str:
+    """Text as HTML in which no line breaks within 1024->4096."""
+    return re.sub(r"\S+-&gt;\w+", r'<span class="whole">\g<0></span>', escape(text))
+
+
 def bar(label: str, drawing: str, said: str) -> str:
-    return f'<div class="bar"><span>{escape(label)}</span><svg class="row" role="img" aria-label="{escape(said)}">{drawing}</svg><span>{escape(said)}</span></div>'
+    return f'<div class="bar"><span>{shown(label)}</span><svg class="row" role="img" aria-label="{escape(said)}">{drawing}</svg><span>{escape(said)}</span></div>'
 
 
 # --- ratios -----------------------------------------------------------------------------------------------
@@ -92,10 +100,10 @@ def ratios(family: str, results: list[dict]) -> str:
            "Gray: a tie.</figcaption>"]
     for r in results:
         mine = ours(r)
-        out.append(f"<h3>{escape(r['title'])}</h3>")
+        out.append(f"<h3>{shown(r['title'])}</h3>")
         goal = r["goal"] and r["goal"]["said"] and f"; goal, against torch, {report.aim(r['goal']['against'], r['goal']['ratio'])}: {r['goal']['said']}" or ""
         if mine is not None:
-            out.append(f"<p>gradmill: {report.seconds(mine['median_s'])}{escape(goal)}</p>")
+            out.append(f"<p>{escape(mine['label'])}: {report.seconds(mine['median_s'])}{escape(goal)}</p>")
         if disturbed(r):
             out.append(f'<p class="warn">Other processes had {report.percent(r["others_cpu"])} of the processors meanwhile: no result.</p>')
         for e in r["entries"]:
@@ -107,10 +115,17 @@ def ratios(family: str, results: list[dict]) -> str:
                 drawing = (f'<line class="grid" x1="50%" x2="50%" y1="0" y2="100%"/>'
                            f'<rect class="{kind}" x="{min(50, x(middle)):.2f}%" width="{abs(x(middle) - 50):.2f}%" y="4" height="12" rx="2"/>'
                            f'<line class="whisker" x1="{x(low):.2f}%" x2="{x(high):.2f}%" y1="10" y2="10"/>')
-                said = f"tie ({report.times(middle)})" if e["tie"] else f"gradmill {report.times(max(middle, 1 / middle))} {'faster' if middle >= 1 else 'slower'}"
+                who = "the first" if e["label"].startswith("gradmill") else "gradmill"
+                said = f"tie ({report.times(middle)})" if e["tie"] else f"{who} {report.times(max(middle, 1 / middle))} {'faster' if middle >= 1 else 'slower'}"
                 out.append(bar(e["label"], drawing, f"{report.seconds(e['median_s'])}, {said}"))
-        out += [*known(r), *(f"<p>{escape(note)}</p>" for note in r["notes"])]
+        out += [*known(r), *notes(r["notes"])]
     return "\n".join([*out, "</figure>"])
+
+
+def notes(lines: list[str]) -> list[str]:
+    """A paragraph each, but lines with columns, which keep their spaces, together."""
+    return [f"<pre>{escape(chr(10).join(some))}</pre>" if columns else "\n".join(f"<p>{escape(line)}</p>" for line in some)
+            for columns, some in ((columns, list(some)) for columns, some in itertools.groupby(lines, report.has_columns))]
 
 
 def known(r: dict) -> list[str]:
@@ -156,7 +171,7 @@ def curves(name: str, varies: str, jobs: list[tuple[float, dict]]) -> str:
                 lines.setdefault(e["label"], []).append((value, e["median_s"]))
     left, right = jobs[0][0], jobs[-1][0]
     times = [t for line in lines.values() for _, t in line]
-    caption = f"<figcaption>{escape(name)}: time over {escape(varies)}, both logarithmic</figcaption>"
+    caption = f"<figcaption>{shown(name)}: time over {escape(varies)}, both logarithmic</figcaption>"
     if not times:
         return f'<figure class="curves">{caption}<p>nothing ran</p></figure>'
     bottom, top = 10 ** math.floor(math.log10(min(times))), 10 ** math.ceil(math.log10(max(times) * 1.01))
@@ -193,7 +208,7 @@ def memory(family: str, results: list[dict]) -> list[str]:
         held = {(e["label"], name): value for e in r["entries"] for name, value in e.get("facts", {}).items() if name.endswith("bytes")}
         most = max(held.values(), default=0)
         if most > 0 and len(held) > 1:
-            out.append(f"<h3>{escape(r['title'])}: {escape(', '.join(dict.fromkeys(name.removesuffix(' bytes') for _, name in held)))}</h3>")
+            out.append(f"<h3>{shown(r['title'])}: {escape(', '.join(dict.fromkeys(name.removesuffix(' bytes') for _, name in held)))}</h3>")
             mine = ours(r)
             out += [bar(label, f'<rect class="{"good" if mine and label == mine["label"] else "even"}" width="{100 * max(value, 0) / most:.2f}%" y="4" height="12" rx="2"/>',
                         report.amount(value, "B")) for (label, _), value in held.items()]
@@ -224,9 +239,8 @@ def roofline(limits: dict[str, float], jobs: list[tuple[int, dict, dict]]) -> st
     peaks = {name: value for name, value in limits.items() if MEANING[name][0] != "B/s"}
     points = [(n, r, r["work"]["ops"] / r["work"]["bytes"], r["work"]["ops"] / e["median_s"]) for n, r, e in jobs]
     left, right = (f(x for *_, x, _ in points) for f in (min, max))
-    left, right = 10 ** math.floor(math.log10(left / 1.5)), 10 ** math.ceil(math.log10(right * 1.5))
-    top = 10 ** math.ceil(math.log10(1.2 * max([y for *_, y in points] + list(peaks.values()))))
-    bottom = 10 ** math.floor(math.log10(min(y for *_, y in points) / 1.2))
+    left, right = min(0.99, left / 2), max(10.1, right * 2)   # a power of ten or more within
+    top, bottom = 1.5 * max([y for *_, y in points] + list(peaks.values())), min(y for *_, y in points) / 2
 
     def x(value):
         return 100 * math.log(value / left) / math.log(right / left)
@@ -237,14 +251,13 @@ def roofline(limits: dict[str, float], jobs: list[tuple[int, dict, dict]]) -> st
     def line(kind, x1, y1, x2, y2):
         return f'<line class="{kind}" x1="{x(x1):.2f}%" y1="{y(y1):.2f}%" x2="{x(x2):.2f}%" y2="{y(y2):.2f}%"/>'
 
-    out = ['<svg class="roof" role="img" aria-label="roofline">']
-    for power in range(round(math.log10(left)), round(math.log10(right)) + 1):
-        anchor = "start" if 10.0 ** power == left else "end" if 10.0 ** power == right else "middle"
+    out, rates = ['<svg class="roof" role="img" aria-label="roofline">'], []   # rates: over the lines, under the points
+    for power in range(math.ceil(math.log10(left)), math.floor(math.log10(right)) + 1):
         out.append(line("grid", 10.0 ** power, bottom, 10.0 ** power, top))
-        out.append(f'<text x="{x(10.0 ** power):.2f}%" y="100%" dy="16" text-anchor="{anchor}">{10.0 ** power:g}</text>')
-    for power in range(round(math.log10(bottom)), round(math.log10(top)) + 1):
+        out.append(f'<text x="{x(10.0 ** power):.2f}%" y="100%" dy="16" text-anchor="middle">{10.0 ** power:g}</text>')
+    for power in range(math.ceil(math.log10(bottom)), math.floor(math.log10(top)) + 1):
         out.append(line("grid", left, 10.0 ** power, right, 10.0 ** power))
-        out.append(f'<text x="0" y="{y(10.0 ** power):.2f}%" dy="-3">{escape(report.amount(10.0 ** power, "op/s"))}</text>')
+        rates.append(f'<text x="0" y="{y(10.0 ** power):.2f}%" dy="-3">{escape(report.amount(10.0 ** power, "op/s"))}</text>')
     roof = max(peaks.values(), default=top)
     for name, value in bandwidths.items():  # from where it enters the plot to where it meets the highest peak
         start, end = max(left, bottom / value), min(right, roof / value)
@@ -254,13 +267,32 @@ def roofline(limits: dict[str, float], jobs: list[tuple[int, dict, dict]]) -> st
         start = max(left, value / max(bandwidths.values(), default=value / left))
         if start < right:
             out.append(f"<g><title>{escape(name)}: {escape(report.amount(value, MEANING[name][0]))}</title>{line('limit', start, value, right, value)}</g>")
+    out += rates
     for number, r, across, up in points:
-        place = f'x="{x(across):.2f}%" y="{y(up):.2f}%"'
-        out.append(f'<g><title>{number}. {escape(r["title"])}</title><circle class="point" c{place.replace(" y", " cy")} r="6"/>'
-                   f'<text class="number" {place} dx="9" dy="4">{number}</text></g>')
+        out.append(f'<circle class="point" cx="{x(across):.2f}%" cy="{y(up):.2f}%" r="5"><title>{number}. {escape(r["title"])}</title></circle>')
+    places = [(number, x(across), y(up)) for number, _, across, up in points]
+    for kind, size in (("narrow", (320, 320)), ("wide", (900, 384))):
+        out += [f'<text class="number {kind}" x="{across:.2f}%" y="{up:.2f}%" dx="{dx}" dy="{dy}">{number}</text>' for number, across, up, dx, dy in numbered(places, *size)]
     roofs = ", ".join(f"{name} {report.amount(value, MEANING[name][0])}" for name, value in limits.items())
     return ('<figure class="roofline"><figcaption>Roofline: operations per second over operations per byte moved, both counted and logarithmic; numbers as '
-            f"above. Slanted lines are bandwidths, level ones peaks: {escape(roofs)}.</figcaption>\n" + "".join(out) + "</svg></figure>")
+            f"above, where there is room for them. Slanted lines are bandwidths, level ones peaks: {escape(roofs)}.</figcaption>\n" + "".join(out) + "</svg></figure>")
+
+
+def numbered(points: list[tuple[int, float, float]], width: float, height: float) -> list[tuple[int, float, float, int, int]]:
+    """(number, x, y, dx, dy) of points (number, x, y), in percent of a plot of so many pixels, whose numbers have a place beside them that neither
+    another point nor another number takes."""
+    dots, taken, found = [(n, px * width / 100, py * height / 100) for n, px, py in points], [], []
+    for (number, left, top), (_, across, up) in zip(points, dots):
+        wide = 9 * len(str(number)) + 1
+        for dx, dy in ((8, 4), (-8 - wide, 4), (-wide // 2, -8), (-wide // 2, 17), (6, -5), (6, 14), (-6 - wide, -5), (-6 - wide, 14)):
+            box = across + dx, up + dy - 11, across + dx + wide, up + dy
+            clear = all(box[0] > d or c > box[2] or box[1] > f or e > box[3] for c, e, d, f in
+                        [*taken, *((px - 5, py - 5, px + 5, py + 5) for n, px, py in dots if n != number)])
+            if clear and 0 <= box[0] and box[2] <= width and 0 <= box[1] and box[3] <= height:
+                taken.append(box)
+                found.append((number, left, top, dx, dy))
+                break
+    return found
 
 
 # --- one picture ------------------------------------------------------------------------------------------

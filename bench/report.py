@@ -59,6 +59,11 @@ def counted(result: Result) -> str:
     return f"{amount(result.work.bytes, 'B')} moved, {amount(result.work.ops, 'op')} counted; bound by {result.work.bound}"
 
 
+def has_columns(note: str) -> bool:
+    """A note that is a row of a table: its spaces count."""
+    return "  " in note
+
+
 # --- the terminal -----------------------------------------------------------------------------------------
 def machine_lines(facts: dict, limits: dict[str, float]) -> list[str]:
     gpu = facts.get("gpu")
@@ -206,7 +211,7 @@ def markdown(facts, limits, limits_after, cap_notes: list[str], settings, result
                         lines[-1] = lines[-1].replace(e.label, f"{e.label} ({parts(e)})", 1)
                     if more := known(_entry(e), r.per_call):
                         lines.append(f"| {more} | | | | |")
-            lines += [f"| {note} | | | | |" for note in r.notes]
+            lines += [f"| `{note}` | | | | |" if has_columns(note) else f"| {note} | | | | |" for note in r.notes]
             if r.disturbed:
                 lines.append(f"| Other processes had {percent(r.others)} of the processors meanwhile: no result. | | | | |")
     return "\n".join(lines) + "\n"

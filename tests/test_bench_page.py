@@ -1,6 +1,7 @@
 """`gradmill bench` and the page that it writes."""
 import html.parser
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -124,6 +125,9 @@ def test_hostile_text_ties_losses_and_what_did_not_run(page):
                  "30% of the processors", "stopped before its end", "gradmill: not run, broken", "125% of copy"):
         assert said in tree.said, said
     assert [tree.count("rect", kind) for kind in ("good", "bad", "even")] == [2, 1, 1]
+    one["notes"] = ["a sentence", "rule   fp32   int8", "SGD    0.49   0.44", "another 1024->1024"]
+    text = page(data)
+    assert "<p>a sentence</p>" in text and "<pre>rule   fp32   int8\nSGD    0.49   0.44</pre>" in text, "a table keeps its columns"
     data["results"] = []
     checked(page(data))
 
@@ -136,7 +140,7 @@ FRAME = """<!doctype html><meta charset="utf-8"><body style="margin:0"><iframe s
 addEventListener("load", () => {
   const page = document.querySelector("iframe").contentDocument, box = e => { const b = e.getBoundingClientRect(); return [b.left, b.top, b.right, b.bottom]; };
   const figures = [...page.querySelectorAll("figure")].map(f => ({kind: f.className, box: box(f),
-    svgs: [...f.querySelectorAll("svg")].map(s => ({box: box(s), shapes: [...s.querySelectorAll("rect, line, circle")].map(e => [e.tagName, ...box(e)]), text: [...s.querySelectorAll("text")].map(box)}))}));
+    svgs: [...f.querySelectorAll("svg")].map(s => ({box: box(s), shapes: [...s.querySelectorAll("rect, line, circle")].map(e => [e.tagName, ...box(e)]), text: [...s.querySelectorAll("text")].map(t => [t.getAttribute("class") || "", ...box(t)])}))}));
   document.getElementById("seen").textContent = JSON.stringify({figures, width: page.documentElement.scrollWidth, paper: getComputedStyle(page.body).backgroundColor});
 });
 </script>"""
@@ -172,7 +176,10 @@ def test_every_figure_draws_in_a_browser(page, tmp_path, width, dark):
             assert any(tag != "line" or (r - l) + (b - t) > 3 for tag, l, t, r, b in shapes), "something is drawn"
             for tag, l, t, r, b in shapes:
                 assert x0 - 8 <= l <= r <= x1 + 8 and y0 - 8 <= t <= b <= y1 + 8, (figure["kind"], tag)
-            assert all(l >= -1 and r <= width + 1 for l, _, r, _ in svg["text"]), "every label is on the page"
+            assert all(l >= -1 and r <= width + 1 for _, l, _, r, _ in svg["text"]), "every label is on the page"
+            numbers = [box for kind, *box in svg["text"] if kind.startswith("number") and box[2] > box[0]]
+            assert not [(a, b) for a, b in itertools.combinations(numbers, 2) if a[2] - 1 > b[0] and b[2] - 1 > a[0] and a[3] - 5 > b[1] and b[3] - 5 > a[1]], "digits are lower than a line's box"
+            assert figure["kind"] != "roofline" or len(numbers) >= 0.5 * sum(tag == "circle" for tag, *_ in shapes)
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
