@@ -11,7 +11,8 @@ from .runner import Bench, Work, baseline, case, ours
 
 
 #: csrc/cpu/binary.cpp counts.
-SIGNS = ("columns are repacked in words and sums begun and ended in memory: 0.75 of the instruction's rate are left; without VPOPCNTDQ, tables of nibbles: 0.45 of theirs")
+SIGNS = ("of the instruction's rate 0.76 are left beside loads and columns repacked in words, and a tenth of the time begins and ends the sums, 16 MB of floats (one thread, busy: "
+         "k of 2048 and of 8192); packing both operands is another fifth of the time; without VPOPCNTDQ, tables of nibbles: 0.63 of theirs")
 GRADIENTS = ("counted as products of signs, which the forward pass alone is: gradients are sums of up to four planes (by table, a third of the rate), a quarter of the groups are kept, "
              "and packing dY, its ranges and folding dX are passes over fp32")
 

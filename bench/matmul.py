@@ -46,6 +46,11 @@ def _bf16(ctx, n):
     return make
 
 
+#: csrc/cpu/gemm.h has the blocking.
+LARGE = ("oneDNN's product, which torch._int_mm is, is 1.03 to 1.08 times as fast where sums stay in the cache (256 or 512 rows, one thread, busy) and 1.2 times at 2048 cubed: there "
+         "k is cut in blocks of 1024 between which 32-bit sums wait in L2, and their scales make them floats")
+
+
 @case("matmul", goal=("torch", 1.4))
 def int8(ctx):
     n = ctx.pick(2048, 128)
@@ -72,7 +77,7 @@ def int8(ctx):
     return Bench(f"INT8 matmul {n} cubed, operands already quantised", Work(2.0 * n * n + 4.0 * n * n, 2.0 * n ** 3, "int8"), [
         ours(make_ours), baseline("torch fp32 matmul", make_torch), rival("torch._int_mm, int32 out", make_int_mm),
         *([rival("torch bf16 matmul", _bf16(ctx, n))] if ctx.device == "cuda" else
-          [rival("oneDNN u8s8 linear, one scale for x", make_onednn)])], notes=notes)
+          [rival("oneDNN u8s8 linear, one scale for x", make_onednn)])], LARGE + "; with AVX2 both of theirs saturate: wrong sums", notes=notes)
 
 
 @case("matmul", goal=("torch", 1.9))
@@ -87,7 +92,7 @@ def int7(ctx):
         x, w, *_ = _operands(ctx, n)
         return lambda i: F.linear(x, w)
     return Bench(f"INT8 matmul {n} cubed, codes in [-63, 63]", Work(2.0 * n * n + 4.0 * n * n, 2.0 * n ** 3, "int7"), [
-        ours(make_ours), baseline("torch fp32 matmul", make_torch)])
+        ours(make_ours), baseline("torch fp32 matmul", make_torch)], LARGE)
 
 
 @case("matmul", goal=("torch", 5.0))
@@ -100,7 +105,8 @@ def bf16(ctx):
         return lambda i: ops.matmul_scaled(x(), None, None, "bf16", 0, w(), None, None, "bf16", 0, n, False, None, torch.bfloat16)
     return Bench(f"bf16 matmul {n} cubed, sums in fp32", Work(6.0 * n * n, 2.0 * n ** 3, "fp32"), [
         ours(make_ours), baseline("torch bf16 matmul", lambda: lambda i: F.linear(x(), w())),
-        rival("torch fp32 matmul", lambda: lambda i: F.linear(*fp32()))])
+        rival("torch fp32 matmul", lambda: lambda i: F.linear(*fp32()))],
+                 "bf16 is widened to fp32 and multiplied at fp32's rate; torch's product has the processor's bf16 instructions, and recipe bf16 takes torch's where it has them")
 
 
 @case("matmul", goal=("torch", 1.19))
@@ -139,7 +145,7 @@ def int8_quantizing(ctx):
     return Bench(f"INT8 matmul {n} cubed, quantising both operands", Work(14.0 * n * n, 2.0 * n ** 3 + 8.0 * n * n, "int8"), [
         ours(make_ours), baseline("torch fp32 matmul", make_torch), rival("torch quantise + _int_mm + scales", make_int_mm),
         *([rival("torch bf16 matmul", _bf16(ctx, n))] if ctx.device == "cuda" else []),
-        peer("torchao", "torchao int8 dynamic (w ready)", torchao_dynamic)])
+        peer("torchao", "torchao int8 dynamic (w ready)", torchao_dynamic)], LARGE + "; with AVX2 theirs saturates: wrong sums")
 
 
 def both_ways(forward, *tensors):
@@ -151,6 +157,9 @@ def both_ways(forward, *tensors):
             t.grad = None
         forward(*leaves).backward(dy)
     return run
+
+
+LINEAR = "besides three products, X, W and dY each become codes by rows and by columns; small layers also pay torch's autograd at each call"
 
 
 def _linear(ctx, tokens, inputs, outputs, recipes):
@@ -196,7 +205,7 @@ def _linear(ctx, tokens, inputs, outputs, recipes):
         *(rival(f"gradmill, recipe {name}", recipe(name)) for name in recipes),
         *([rival("torch bf16", lambda: both_ways(F.linear, *tensors(torch.bfloat16)))] if ctx.device == "cuda" else []),
         peer("torchao", "torchao int8 mixed precision", torchao_training)],
-        "besides three products, X, W and dY each become codes by rows and by columns; small layers also pay torch's autograd at each call")
+        LINEAR)
 
 
 RECIPES = [name for name in gradmill.recipes.RECIPES if name != "int8"]
@@ -254,6 +263,11 @@ def experts_training(ctx):
 GROUP = 128
 
 
+#: csrc/cpu/matmul.cpp counts.
+FEW_ROWS = "bound by instructions: turning codes into floats and adding them takes three to seven for a vector's worth"
+SOME_ROWS = "16 rows do not pay for packed panels: dot products on decoded rows, an instruction to load for each fma"
+
+
 def _weight_only(ctx, batch):
     n = ctx.pick(4096, 256)
 
@@ -304,8 +318,7 @@ def _weight_only(ctx, batch):
         peer("gemlite", "gemlite GemLiteLinear", lambda m: peers.gemlite_layer(m, n, ctx.device))]
     return Bench(f"packed INT4 weight-only, batch {batch}, {n}x{n}", Work(bytes, 2.0 * batch * n * n, "read" if batch == 1 else "fp32"),
                  [e for e in entries if ctx.device == "cpu" or "for_cpu" not in e.label],
-                 "bound by instructions: turning codes into floats and adding them takes three to seven for a vector's worth" if batch == 1 else
-                 "16 rows do not pay for packed panels: dot products on decoded rows, an instruction to load for each fma")
+                 FEW_ROWS if batch == 1 else SOME_ROWS)
 
 
 @case("matmul", goal=("torch", 4.0))

@@ -101,7 +101,7 @@ class Bench:
     title: str
     work: Work
     entries: list[Entry]
-    why: str = ""         # what keeps it under 70% of its limit, where something does
+    why: str = ""         # what keeps it under 70% of its limit, or behind torch or a peer, where something does: a test asks for it
     notes: Callable[[], list[str]] = lambda: []   # said under the table, after the timing
     point: tuple[str, str, float] | None = None   # (series, what varies, its value): where this job stands in a scaling plot
     per_call: tuple[float, str] | None = None     # (1024, "tokens"): what a call gets done, for rates

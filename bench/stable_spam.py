@@ -1,6 +1,7 @@
 """At a rate where AdamW's loss leaves its course in 4-bit training, does Stable-SPAM's?
 
-    python bench/stable_spam.py                     both 4-bit recipes, three seeds, into docs/results/stable_spam.md and .png
+    python bench/stable_spam.py                     both 4-bit recipes, three seeds, into docs/results/stable_spam.md, .png and .json (the curves)
+    python bench/stable_spam.py --redraw            the picture again, of the curves of the last run
 
 Huang et al., "Stable-SPAM: How to Train in 4-Bit More Stably than 16-Bit Adam", Figure 6, shows Adam's loss leaping at LLaMA-130M; this
 is the demo's language model, small. As in the paper's runs no gradient is clipped. The loss is that of one fixed set of held-out windows,
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import math
 import pathlib
 import platform
@@ -68,13 +70,20 @@ def plot(results: dict) -> bytes:
     from matplotlib.figure import Figure
 
     settings = list(dict.fromkeys(key[:3] for key in results))
-    figure = Figure(figsize=(4.5 * len(settings), 3.6), dpi=90, layout="constrained")
-    for axes, setting in zip(figure.subplots(1, len(settings), sharey=True, squeeze=False)[0], settings):
+    across = min(4, len(settings))
+    rows = -(-len(settings) // across)
+    figure = Figure(figsize=(3.5 * across, 3.2 * rows), dpi=90, layout="constrained")
+    grid = figure.subplots(rows, across, sharex=True, sharey=True, squeeze=False)
+    for axes in grid.flat[len(settings):]:
+        axes.set_axis_off()
+    for axes, setting in zip(grid.flat, settings):
         for optimizer, color in zip(OPTIMIZERS, ("#d95f02", "#1b6ca8")):
             for seed, curve in enumerate(results[*setting, optimizer]):
                 axes.plot(range(EVERY, EVERY * len(curve) + 1, EVERY), curve, color=color, linewidth=1, label=None if seed else demo.OPTIMIZERS[optimizer].cls)
-        axes.set(title="{}, beta2 {:g}, rate {:g}".format(*setting), xlabel="step", ylabel="loss of fixed held-out windows", ylim=(2.4, 4.4))
+        axes.set(title="{}, beta2 {:g}, rate {:g}".format(*setting), ylim=(2.25, 4.4))
         axes.legend(frameon=False)
+    figure.supxlabel("step", fontsize="medium")
+    figure.supylabel("loss of fixed held-out windows", fontsize="medium")
     FigureCanvasAgg(figure)
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
@@ -88,7 +97,12 @@ def main():
     parser.add_argument("--rates", type=float, nargs="+", default=RATES)
     parser.add_argument("--beta2s", type=float, nargs="+", default=BETA2S)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).resolve().parent.parent / "docs" / "results" / "stable_spam.md")
+    parser.add_argument("--redraw", action="store_true", help="train nothing: the picture of the curves in --out's .json")
     args = parser.parse_args()
+    if args.redraw:
+        curves = {tuple(setting): curves for setting, curves in json.loads(args.out.with_suffix(".json").read_text())}
+        demo.write_whole(args.out.with_suffix(".png"), plot(curves))
+        return
     torch.set_num_threads(1)
     jobs = [(recipe, beta2, rate, optimizer) for beta2 in args.beta2s for rate in args.rates for recipe in RECIPES for optimizer in OPTIMIZERS]
     results = {job: [] for job in jobs}
@@ -113,6 +127,8 @@ def main():
     old = args.out.read_text() if args.out.exists() else ""
     args.out.parent.mkdir(parents=True, exist_ok=True)
     demo.write_whole(args.out.with_suffix(".png"), plot(results))
+    curves = [json.dumps([setting, [[round(loss, 4) for loss in curve] for curve in curves]]) for setting, curves in results.items()]
+    demo.write_whole(args.out.with_suffix(".json"), ("[" + ",\n".join(curves) + "]\n").encode())
     demo.write_whole(args.out, "\n".join(lines + ([old[old.index(notes):]] if notes in old else [])).encode())
     print("\n".join(lines))
 

@@ -97,6 +97,27 @@ def test_scaling_cases_are_points(bench):
     assert {"parameters", "threads", "batch", "tokens", "rows"} <= {varies for _, varies, _ in points}
 
 
+@pytest.mark.parametrize("file", sorted(f.name for f in (ROOT / "bench" / "results").glob("c*-*.json")))
+def test_what_is_below_its_limit_or_behind_says_why(bench, file):
+    """Every committed row that is under 70% of its limit (measured before and after the run: the nearer), or slower than torch's way or the best
+    other by more than a tie, has a reason: in the run, or in the case since."""
+    runner, data = bench("runner"), json.loads((ROOT / "bench" / "results" / file).read_text())
+    cases, context, silent = {(c.family, c.name): c for c in runner.load()}, runner.Context("cpu", tiny=True), []
+    for row in data["results"]:
+        mine = next(e for e in row["entries"] if e["kind"] == "ours")
+        others = [e for e in row["entries"] if e["kind"] != "ours" and e.get("ratio") and not e["label"].startswith("gradmill")]
+        behind = [e["label"] for e in others if e["ratio"]["median"] < 1 and not e["tie"]]
+        bound, case = row["work"]["bound"], cases.get((row["family"], row["case"]))
+        if "not_run" in mine or case is None:
+            continue
+        now = case.build(context)
+        drift = min(1.0, data["limits_after"].get(bound, 1e99) / data["limits"][bound]) if bound in data["limits"] else 1.0
+        low = bound == now.work.bound and mine["of_limit"] is not None and mine["of_limit"] / drift < 0.7   # a case that is bound by something else now is another
+        if (low or behind) and not now.why:
+            silent.append((f"{row['family']}.{row['case']}", mine["of_limit"], behind))
+    assert not silent
+
+
 def test_every_peer_is_listed(bench):
     peers = bench("peers")
     found = peers.found()
