@@ -1,4 +1,5 @@
 """`gradmill bench` and the page that it writes."""
+import fnmatch
 import html.parser
 import importlib.util
 import itertools
@@ -216,3 +217,92 @@ def test_scaling_and_memory(page):
     assert tree.count("circle", "p0") == 4 and tree.count("line", "l0") == 2 + 2   # points, pieces and keys of gradmill's lines
     for said in ("32M", "64k", "another <peer>", "nothing ran", "50 MB", "20.5 k", "tokens/s", "2.25", "peak memory"):
         assert said in tree.said, said
+
+
+# --- what README says ----------------------------------------------------------------------------------------
+SPEEDS = {"avx512_vnni": "cpu-zen4-2core", "avx2": "cpu-zen4-2core-avx2"}
+#: Start of a row of README's table of jobs -> its cells of ratios: (run, case, start of the other way's label) for each number, in order. "vnni" is the whole run.
+QUOTED = {
+    "quantise 4096x1024": [[("vnni", f"quant.quantize_{c}", "torch expression") for c in ("int8", "int8_stochastic", "int4")],
+                           [("avx2", f"quant.quantize_{c}", "torch expression") for c in ("int8", "int8_stochastic", "int4")],
+                           [("vnni", f"quant.quantize_{c}", "torch expression, compiled") for c in ("int8", "int8_stochastic", "int4")]],
+    "INT8 matmul 2048 cubed": [[("vnni", "matmul.int8_quantizing", "torch fp32")], [("avx2", "matmul.int8_quantizing", "torch fp32")],
+                               [("vnni", "matmul.int8_quantizing", "torch quantise"), ("avx2", "matmul.int8_quantizing", "torch quantise"), ("vnni", "matmul.int8_quantizing", "torchao")]],
+    "the bare INT8 matmul": [[("vnni", "matmul.int8", "torch fp32")], [("avx2", "matmul.int8", "torch fp32")], [("vnni", "matmul.int8", "torch._int_mm"), ("avx2", "matmul.int8", "torch._int_mm")]],
+    "linear forward + backward": [[("vnni", "matmul.linear_training", "torch fp32")], [("avx2", "matmul.linear_training", "torch fp32")], [("vnni", "matmul.linear_training", "torchao")]],
+    "8 experts": [[("vnni", "matmul.experts_training", "torch fp32")], [("avx2", "matmul.experts_training", "torch fp32")], [("vnni", "matmul.experts_training", "torch._grouped_mm")]],
+    "INT4 weight-only": [[("vnni", f"matmul.weight_only_batch_{n}", "torch fp32") for n in (1, 16)], [("avx2", f"matmul.weight_only_batch_{n}", "torch fp32") for n in (1, 16)],
+                         [("vnni", "matmul.weight_only_batch_1", "torch _weight"), ("vnni", "matmul.weight_only_batch_16", "bitsandbytes")]],
+    "4-bit codebooks": [[("vnni", f"codebook.four_bits{s}", "torch fp32") for s in ("", "_batch_16")], [("avx2", f"codebook.four_bits{s}", "torch fp32") for s in ("", "_batch_16")], []],
+    "int8 convolution": [[("vnni", f"conv.vgg_{n}", "torch fp32") for n in (128, 256)], [("avx2", f"conv.vgg_{n}", "torch fp32") for n in (128, 256)], []],
+    "AdamW, 19.9M": [[("vnni", f"optim.adamw_{s}", "torch AdamW(fused") for s in ("fp32", "bf16_states", "int8_states")],
+                     [("avx2", f"optim.adamw_{s}", "torch AdamW(fused") for s in ("fp32", "bf16_states", "int8_states")],
+                     [("vnni", "optim.adamw_fp32", "torch AdamW, compiled"), ("vnni", "optim.adamw_int8_states", "bitsandbytes")]],
+    "AdamW, 10,000 tensors": [[("vnni", "optim.adamw_many_tensors", "torch AdamW(fused")], [("avx2", "optim.adamw_many_tensors", "torch AdamW(fused")],
+                              [("vnni", "optim.adamw_many_tensors", "torch AdamW(foreach")]],
+    "AdamW, bf16 weights": [[("vnni", "optim.adamw_bf16_weights", "torch AdamW(fused")], [("avx2", "optim.adamw_bf16_weights", "torch AdamW(fused")], [("vnni", "optim.adamw_bf16_weights", "torchao")]],
+    "Lion": [[("vnni", "optim.lion_int8_states", "torch foreach")], [("avx2", "optim.lion_int8_states", "torch foreach")], [("vnni", "optim.lion_int8_states", "lion-pytorch")]],
+    "Muon": [[("vnni", "optim.muon", "torch Muon")], [("avx2", "optim.muon", "torch Muon")], []],
+    "Q-GaLore step": [[("vnni", "projection.qgalore_step", "plain torch, the official")], [("avx2", "projection.qgalore_step", "plain torch, the official")],
+                      [("vnni", "projection.qgalore_step", "galore-torch"), ("vnni", "projection.galore_amortised", "galore-torch")]],
+    "subspace refresh": [[("vnni", "projection.refresh", "torch.linalg.svd")], [("avx2", "projection.refresh", "torch.linalg.svd")], [("vnni", "projection.refresh", "torch.svd_lowrank")]],
+    "DCT columns": [[("vnni", "projection.dct_columns", "torch.linalg.svd")], [("avx2", "projection.dct_columns", "torch.linalg.svd")], [("vnni", "projection.dct_columns", "torch matmul")]],
+    "binary matmul": [[("vnni", f"binary.signs{s}", "torch fp32") for s in ("", "_packing")], [("avx2", f"binary.signs{s}", "torch fp32") for s in ("", "_packing")], []],
+    "8 tenants": [[("vnni", "binary.tenants", "torch fp32")], [("avx2", "binary.tenants", "torch fp32")], []],
+    "`one_bit_fqt`: linear": [[(run, f"binary.one_bit_{c}", "torch fp32") for c in ("linear", "conv_256", "conv_512", "vgg")] for run in ("vnni", "avx2")] + [[]],
+    "a step of a LLaMA": [[("vnni", f"training.{c}", "torch fp32, AdamW(fused") for c in ("llama_small", "llama", "cnn_small", "cnn")],
+                          [("avx2", f"training.{c}", "torch fp32, AdamW(fused") for c in ("llama_small", "cnn_small")],
+                          [("vnni", f"training.{c}", "torch fp32, bitsandbytes") for c in ("llama_small", "llama", "cnn_small", "cnn")]],
+}
+
+
+def committed(isa):
+    return json.loads((ROOT / "bench" / "results" / f"{SPEEDS[isa]}.json").read_text())
+
+
+def test_readme_quotes_the_committed_runs():
+    """Every ratio in README's table of jobs is a committed one, rounded as it is written; "level" stands for a tie."""
+    ways = {(run, f"{r['family']}.{r['case']}", e["label"]): (e["ratio"]["median"], e["tie"]) for run, isa in (("vnni", "avx512_vnni"), ("avx2", "avx2"))
+            for r in committed(isa)["results"] for e in r["entries"] if e.get("ratio")}
+    rows = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in (ROOT / "README.md").read_text().splitlines() if line.count("|") == 5}
+    wrong = []
+    for start, columns in QUOTED.items():
+        (cells,) = (cells for name, cells in rows.items() if name.startswith(start))
+        for cell, wanted in zip(cells, columns):
+            said = re.findall(r"\b(\d+(?:\.\d+)?)x|\b(level)\b", cell)
+            assert len(said) == len(wanted), (start, cell)
+            for (number, level), (run, case, label) in zip(said, wanted):
+                ratio, tie = next(value for (r, c, e), value in ways.items() if (r, c) == (run, case) and e.startswith(label))
+                least = 0.5 * 10 ** -len(number.partition(".")[2]) * 1.02
+                if tie != bool(level) and not (tie and abs(float(number) - ratio) <= least) or number and abs(float(number) - max(ratio, 1 / ratio)) > least or \
+                        number and ratio < 1 and "slower" not in cell:
+                    wrong.append((start, case, label, number or level, round(ratio, 3), tie))
+    assert not wrong
+
+
+def test_the_table_of_recipes_is_that_of_the_speeds():
+    """speeds.json is what bench/speeds.py makes of the committed runs, and README's table of recipes is speeds.json, rounded."""
+    speeds = json.loads((ROOT / "pyops" / "speeds.json").read_text())
+    rows = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:4]] for line in (ROOT / "README.md").read_text().splitlines()
+            if re.match(r"\| (`[a-z0-9_*]+`(, )?)+ \|", line) and line.count("|") == 4}
+    named = set()
+    for row, cells in rows.items():
+        patterns = re.findall("`(.*?)`", row)
+        if not any(fnmatch.filter(speeds["avx2"], p) for p in patterns):
+            continue   # a row of another table
+        for cell, isa in zip(cells, SPEEDS):
+            parts = []
+            for shape in ("1024x1024", "1024x4096", "256x256"):
+                found = [speeds[isa][name][shape] for p in patterns for name in sorted(fnmatch.filter(speeds[isa], p))]
+                low, high = f"{min(found):.1f}x", f"{max(found):.1f}x"
+                parts.append((low if low == high else f"{low} to {high}") if "*" in row else " and ".join(f"{value:.1f}x" for value in found))
+            assert cell == ", ".join(parts), (row, isa)
+        named |= {name for p in patterns for name in fnmatch.filter(speeds["avx2"], p)}
+    assert set(speeds["avx2"]) - named == {"w8", "w4", "w3", "w2"}, "frozen weights are another job: no dW"
+    for isa in SPEEDS:
+        for result in committed(isa)["results"]:
+            if result["case"].startswith("linear_training"):
+                shape, times = "x".join(re.search(r"(\d+)->(\d+)", result["title"]).groups()), {e["label"]: e["median_s"] for e in result["entries"] if "median_s" in e}
+                for label, time in times.items():
+                    if label.startswith("gradmill, recipe "):
+                        assert speeds[isa][label.removeprefix("gradmill, recipe ")][shape] == round(times["torch fp32"] / time, 2), (isa, label, shape)
