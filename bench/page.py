@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
+import pathlib
 import re
 from html import escape
+
+from gradmill._files import replacing
 
 from . import report
 from .limits import MEANING
@@ -325,5 +328,6 @@ def picture(data: dict, path: str):
         axes.spines[side].set_visible(False)
     axes.tick_params(length=0)
     figure.suptitle(f"{data['machine']['cpu']}, {data['machine']['threads']} threads, torch {data['machine']['torch']}, {data['machine']['date'][:10]}", fontsize=10)
-    figure.savefig(path, dpi=110, facecolor="#fcfcfb")
+    with replacing(pathlib.Path(path).resolve()) as temporary:
+        figure.savefig(temporary, format="png", dpi=110, facecolor="#fcfcfb")
     pyplot.close(figure)

@@ -106,10 +106,11 @@ def known(e: dict, per_call) -> str:
 
 
 def _line(*cells, style=""):
-    """One row of a family's table: fixed widths, so that rows printed one by one line up."""
-    grid = Table.grid(padding=(0, 1))
-    for width, justify in ((46, "left"), (8, "right"), (7, "right"), (15, "right"), (13, "right")):
-        grid.add_column(width=width, justify=justify, overflow="fold")
+    """One row of a family's table: figures have fixed widths, so that rows printed one by one line up, and names what is left."""
+    grid = Table.grid(padding=(0, 1), expand=True)
+    grid.add_column(ratio=1, overflow="fold")
+    for width in (8, 7, 15, 13):
+        grid.add_column(width=width, justify="right", no_wrap=True)
     grid.add_row(*cells, style=style)
     return grid
 
@@ -158,16 +159,16 @@ def _row(result: Result) -> list[str]:
 
 
 def aim(against: str, value: float) -> str:
-    return f"+{seconds(value)}" if against == LATER else f"{value:g}x"
+    return f"+{seconds(value)}" if against == LATER else f"{value:.3g}x"
 
 
 HEADER = ["job", "gradmill", "than torch", "than best peer", "of limit", "goal"]
 
 
 def summary(results: list[Result]) -> Table:
-    out = Table(title="[bold]summary[/bold]", title_justify="left", box=None, padding=(0, 1), header_style="bold", width=100)
-    for name, width in zip(HEADER, (33, 8, 13, 13, 10, 11)):
-        out.add_column(name, width=width, overflow="fold", justify="left" if name in ("job", "goal") else "right")
+    out = Table(title="[bold]summary[/bold]", title_justify="left", box=None, padding=(0, 1), header_style="bold", expand=True)
+    for name, width in zip(HEADER, (None, 8, 13, 13, 8, 11)):
+        out.add_column(name, width=width, ratio=None if width else 1, overflow="fold", justify="left" if name in ("job", "goal") else "right")
     for result in results:
         row = _row(result)
         out.add_row(*row[:-1], Text(row[-1], style="bold red" if "MISSED" in row[-1] else ""))

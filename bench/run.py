@@ -13,11 +13,13 @@ docs/benchmarks.md says how to read what it prints.
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import importlib.util
 import json
 import os
 import pathlib
+import shutil
 import sys
 import time
 
@@ -78,6 +80,7 @@ def main() -> int:
     threads = prepare_environment(args)
     package()
     from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from gradmill_bench import limits as machine, page, peers, report, runner
     if args.source:
@@ -92,21 +95,25 @@ def main() -> int:
         if args.png:
             page.picture(data, args.png)
         return 0
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
+    console = Console(highlight=False, width=min(100, shutil.get_terminal_size().columns) if sys.stdout.isatty() else 100)
     named = tuple(f for f in (args.family or args.families).split(",") if f)
     families = named or runner.FAMILIES
     unknown = [f for f in families if f not in runner.FAMILIES]
     if unknown:
-        console.print(f"--family {','.join(unknown)}: there are {', '.join(runner.FAMILIES)}")
+        meant = [close for f in unknown for close in difflib.get_close_matches(f, runner.FAMILIES, 1)]
+        console.print(f"--family {','.join(unknown)}: there are {', '.join(runner.FAMILIES)}{f' (did you mean {chr(44).join(meant)}?)' if meant else ''}", soft_wrap=True)
         return 2
     cases = [c for c in runner.load(families) if args.case in c.name and (not c.full or args.pace == "full" or (named if c.family == "scaling" else args.case))]
     if not cases:
         console.print(f"--case {args.case}: no case's name contains it (--list names them; some are of --full runs alone)")
         return 2
     if args.list:
-        for c in cases:
-            print(f"{c.family}.{c.name}")
+        print("\n".join(f"{c.family}.{c.name}" for c in cases))
         return 0
+    for option in ("json", "html", "png", "markdown"):   # said now, not after minutes of timing
+        if (path := getattr(args, option)) and os.path.isdir(path):
+            console.print(f"--{option} {path}: that is a folder, and a file is written")
+            return 2
     import torch
     if args.device == "cuda" and not torch.cuda.is_available():
         console.print("--device cuda: torch finds no CUDA device")
@@ -128,6 +135,9 @@ def main() -> int:
     console.print()
 
     results, started, stopped = [], time.perf_counter(), True   # until the end is reached
+    bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console, transient=True,
+                   disable=not console.is_terminal, refresh_per_second=1)   # a bar that moves more often would be other work
+    task = bar.add_task("", total=len(cases))
 
     def save(after=()):
         settings = {"pace": args.pace, "seconds_per_case": seconds, "rounds": rounds, "tiny": args.tiny, "complete": not stopped,
@@ -136,23 +146,28 @@ def main() -> int:
         if args.json:
             report.write(args.json, report.dumps(data))
         return settings, data
+    bar.start()
     try:
         for family in families:
             mine = [c for c in cases if c.family == family]
             for line in report.header(family) if mine else []:
                 console.print(line)
             for c in mine:
-                with console.status(f"{c.family}.{c.name}"):
-                    result = runner.measure(c, ctx, clock, seconds=seconds / (3 if c.family == "scaling" else 1), rounds=rounds, peers=not args.no_peers)
+                bar.update(task, description=f"{c.family}.{c.name}")
+                result = runner.measure(c, ctx, clock, seconds=seconds / (3 if c.family == "scaling" else 1), rounds=rounds, peers=not args.no_peers)
                 runner.score(result, limits)
                 results.append(result)
                 for line in report.block(result):
                     console.print(line)
-            save()   # what ends this process later leaves what was measured until here
+                bar.advance(task)
+                if args.json:
+                    save()   # what ends this process later leaves what was measured until here
             console.print()
         stopped = False
     except KeyboardInterrupt:
         console.print("Stopped; what was measured until now:")
+    finally:
+        bar.stop()
     after = {} if stopped else machine.measure(ctx, clock, min(seconds, 4))
     console.print(report.summary(results))
     for line in [] if args.tiny else report.drift_lines(limits, after):

@@ -7,8 +7,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -88,10 +90,29 @@ def test_the_command_measures_and_writes_the_page(tmp_path):
     assert (tmp_path / "b.html").read_text() == text
 
 
+def test_an_interrupt_keeps_what_was_measured(tmp_path):
+    file = tmp_path / "deep" / "a.json"   # a folder that does not exist yet
+    run = subprocess.Popen([sys.executable, "-m", "gradmill", "bench", "overhead", "--quick", "--no-peers", "--threads", "1", "--json", str(file)], stdout=subprocess.PIPE,
+                           stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONSAFEPATH": "1", "PYTHONIOENCODING": "utf-8"})
+    for _ in range(1200):   # written after the first case, and whole whenever it is read
+        if file.exists() or run.poll() is not None:
+            break
+        time.sleep(0.1)
+    assert json.loads(file.read_text())["settings"]["complete"] is False
+    run.send_signal(signal.SIGINT)
+    said, errors = run.communicate(timeout=120)
+    data = json.loads(file.read_text())
+    assert run.returncode == 130 and "Stopped" in said and "Traceback" not in errors, errors
+    assert data["settings"]["complete"] is False and 1 <= len(data["results"]) < 9 and [f.name for f in file.parent.iterdir()] == ["a.json"]
+
+
 def test_the_command_passes_on_help_and_errors(tmp_path):
     shown = bench("--help")
     assert shown.returncode == 0 and "--html" in shown.stdout and "FAMILY" in shown.stdout
-    assert bench("no_such_family").returncode == 2
+    unknown = bench("quant,optimm")
+    assert unknown.returncode == 2 and "optimm: there are quant, matmul" in unknown.stdout and "did you mean optim?" in unknown.stdout
+    folder = bench("quant", "--json", str(tmp_path))
+    assert folder.returncode == 2 and "a folder" in folder.stdout
     (tmp_path / "a.json").write_text("[]")
     for name in ("a.json", "b.json"):
         refused = bench("--from", str(tmp_path / name))
