@@ -298,7 +298,7 @@ def test_readme_quotes_the_committed_runs():
                 if tie != bool(level) and not (tie and abs(float(number) - ratio) <= least) or number and abs(float(number) - max(ratio, 1 / ratio)) > least or \
                         number and ratio < 1 and "slower" not in cell:
                     wrong.append((start, case, label, number or level, round(ratio, 3), tie))
-    assert not wrong
+    assert not wrong, "\n".join(["README says of (row, case, way) this, and the run that (a ratio, a tie?):", *map(str, wrong)])
 
 
 def test_the_table_of_recipes_is_that_of_the_speeds():
@@ -306,19 +306,23 @@ def test_the_table_of_recipes_is_that_of_the_speeds():
     speeds = json.loads((ROOT / "pyops" / "speeds.json").read_text())
     rows = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:4]] for line in (ROOT / "README.md").read_text().splitlines()
             if re.match(r"\| (`[a-z0-9_*]+`(, )?)+ \|", line) and line.count("|") == 4}
-    named = set()
+    named, wrong = set(), []
     for row, cells in rows.items():
         patterns = re.findall("`(.*?)`", row)
         if not any(fnmatch.filter(speeds["avx2"], p) for p in patterns):
             continue   # a row of another table
-        for cell, isa in zip(cells, SPEEDS):
+        wanted = []
+        for isa in SPEEDS:
             parts = []
             for shape in ("1024x1024", "1024x4096", "256x256"):
                 found = [speeds[isa][name][shape] for p in patterns for name in sorted(fnmatch.filter(speeds[isa], p))]
                 low, high = f"{min(found):.1f}x", f"{max(found):.1f}x"
                 parts.append((low if low == high else f"{low} to {high}") if "*" in row else " and ".join(f"{value:.1f}x" for value in found))
-            assert cell == ", ".join(parts), (row, isa)
+            wanted.append(", ".join(parts))
+        if cells != wanted:
+            wrong.append(f"| {row} | {' | '.join(wanted)} |")
         named |= {name for p in patterns for name in fnmatch.filter(speeds["avx2"], p)}
+    assert not wrong, "\n".join(["README's rows should be:", *wrong])
     assert set(speeds["avx2"]) - named == {"w8", "w4", "w3", "w2"}, "frozen weights are another job: no dW"
     for isa in SPEEDS:
         for result in committed(isa)["results"]:

@@ -115,7 +115,7 @@ def test_what_is_below_its_limit_or_behind_says_why(bench, file):
         low = bound == now.work.bound and mine["of_limit"] is not None and mine["of_limit"] / drift < 0.7   # a case that is bound by something else now is another
         if (low or behind) and not now.why:
             silent.append((f"{row['family']}.{row['case']}", mine["of_limit"], behind))
-    assert not silent
+    assert not silent, "\n".join(map(str, silent))
 
 
 def test_every_peer_is_listed(bench):
