@@ -242,7 +242,7 @@ def roofline(limits: dict[str, float], jobs: list[tuple[int, dict, dict]]) -> st
     peaks = {name: value for name, value in limits.items() if MEANING[name][0] != "B/s"}
     points = [(n, r, r["work"]["ops"] / r["work"]["bytes"], r["work"]["ops"] / e["median_s"]) for n, r, e in jobs]
     left, right = (f(x for *_, x, _ in points) for f in (min, max))
-    left, right = min(0.99, left / 2), max(10.1, right * 2)   # a power of ten or more within
+    left, right = min(0.99, left / 2), max(10.1, right * 4)   # a power of ten or more within; on the right room for the rates
     top, bottom = 1.5 * max([y for *_, y in points] + list(peaks.values())), min(y for *_, y in points) / 2
 
     def x(value):
@@ -254,13 +254,14 @@ def roofline(limits: dict[str, float], jobs: list[tuple[int, dict, dict]]) -> st
     def line(kind, x1, y1, x2, y2):
         return f'<line class="{kind}" x1="{x(x1):.2f}%" y1="{y(y1):.2f}%" x2="{x(x2):.2f}%" y2="{y(y2):.2f}%"/>'
 
-    out, rates = ['<svg class="roof" role="img" aria-label="roofline">'], []   # rates: over the lines, under the points
+    out, rates, heights = ['<svg class="roof" role="img" aria-label="roofline">'], [], []   # rates: over the lines, under the points
     for power in range(math.ceil(math.log10(left)), math.floor(math.log10(right)) + 1):
         out.append(line("grid", 10.0 ** power, bottom, 10.0 ** power, top))
-        out.append(f'<text x="{x(10.0 ** power):.2f}%" y="100%" dy="16" text-anchor="middle">{10.0 ** power:g}</text>')
+        out.append(f'<text x="{x(10.0 ** power):.2f}%" y="100%" dy="16" text-anchor="{"middle" if x(10.0 ** power) < 95 else "end"}">{10.0 ** power:g}</text>')
     for power in range(math.ceil(math.log10(bottom)), math.floor(math.log10(top)) + 1):
         out.append(line("grid", left, 10.0 ** power, right, 10.0 ** power))
-        rates.append(f'<text x="0" y="{y(10.0 ** power):.2f}%" dy="-3">{escape(report.amount(10.0 ** power, "op/s"))}</text>')
+        heights.append(y(10.0 ** power))
+        rates.append(f'<text x="100%" y="{y(10.0 ** power):.2f}%" dy="-3" text-anchor="end">{escape(report.amount(10.0 ** power, "op/s"))}</text>')
     roof = max(peaks.values(), default=top)
     for name, value in bandwidths.items():  # from where it enters the plot to where it meets the highest peak
         start, end = max(left, bottom / value), min(right, roof / value)
@@ -275,16 +276,16 @@ def roofline(limits: dict[str, float], jobs: list[tuple[int, dict, dict]]) -> st
         out.append(f'<circle class="point" cx="{x(across):.2f}%" cy="{y(up):.2f}%" r="5"><title>{number}. {escape(r["title"])}</title></circle>')
     places = [(number, x(across), y(up)) for number, _, across, up in points]
     for kind, size in (("narrow", (320, 320)), ("wide", (900, 384))):
-        out += [f'<text class="number {kind}" x="{across:.2f}%" y="{up:.2f}%" dx="{dx}" dy="{dy}">{number}</text>' for number, across, up, dx, dy in numbered(places, *size)]
+        out += [f'<text class="number {kind}" x="{across:.2f}%" y="{up:.2f}%" dx="{dx}" dy="{dy}">{number}</text>' for number, across, up, dx, dy in numbered(places, heights, *size)]
     roofs = ", ".join(f"{name} {report.amount(value, MEANING[name][0])}" for name, value in limits.items())
     return ('<figure class="roofline"><figcaption>Roofline: operations per second over operations per byte moved, both counted and logarithmic; numbers as '
             f"above, where there is room for them. Slanted lines are bandwidths, level ones peaks: {escape(roofs)}.</figcaption>\n" + "".join(out) + "</svg></figure>")
 
 
-def numbered(points: list[tuple[int, float, float]], width: float, height: float) -> list[tuple[int, float, float, int, int]]:
+def numbered(points: list[tuple[int, float, float]], rates: list[float], width: float, height: float) -> list[tuple[int, float, float, int, int]]:
     """(number, x, y, dx, dy) of points (number, x, y), in percent of a plot of so many pixels, whose numbers have a place beside them that neither
-    another point nor another number takes."""
-    dots, taken, found = [(n, px * width / 100, py * height / 100) for n, px, py in points], [], []
+    another point nor another number takes, nor the axis' labels, on the right above ``rates``."""
+    dots, taken, found = [(n, px * width / 100, py * height / 100) for n, px, py in points], [(width - 70, at * height / 100 - 15, width, at * height / 100) for at in rates], []
     for (number, left, top), (_, across, up) in zip(points, dots):
         wide = 9 * len(str(number)) + 1
         for dx, dy in ((8, 4), (-8 - wide, 4), (-wide // 2, -8), (-wide // 2, 17), (6, -5), (6, 14), (-6 - wide, -5), (-6 - wide, 14)):

@@ -274,6 +274,7 @@ QUOTED = {
     "a step of a LLaMA": [[("vnni", f"training.{c}", "torch fp32, AdamW(fused") for c in ("llama_small", "llama", "cnn_small", "cnn")],
                           [("avx2", f"training.{c}", "torch fp32, AdamW(fused") for c in ("llama_small", "cnn_small")],
                           [("vnni", f"training.{c}", "torch fp32, bitsandbytes") for c in ("llama_small", "llama", "cnn_small", "cnn")]],
+    "made for memory": [[(run, c, "torch fp32") for c in ("codebook.training", "codebook.bct_layer", "conv.on_device")] for run in ("vnni", "avx2")] + [[]],
 }
 
 
