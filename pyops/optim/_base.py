@@ -22,6 +22,7 @@ from gradmill.optim import staging
 from gradmill.optim.projection import FIELDS as PROJECTION_FIELDS
 from gradmill.optim.projection import COMING, QUEUE, Projected, Projection, later
 from gradmill.optim.rules import RULES, number
+from gradmill.reference import optim as reference
 from gradmill.reference.optim import as_matrix
 from gradmill.reference.quant import join_float
 from gradmill.weight import QuantizedWeight
@@ -83,6 +84,16 @@ def stored_format(code: str, codes: torch.Tensor, columns: int) -> Format | None
     return None
 
 
+def full_precision(t: torch.Tensor) -> torch.dtype:
+    """float64 for a float64 tensor, else float32."""
+    return torch.float64 if t.dtype == torch.float64 else torch.float32
+
+
+def plain_dtype(format: Format, like: torch.Tensor) -> torch.dtype:
+    """The dtype of a state without codes, of a tensor like ``like``."""
+    return torch.float64 if like.dtype == torch.float64 else format.code_dtype
+
+
 # --- sharded tensors (FSDP2's DTensor) ----------------------------------------------------------------------
 _PLAIN = (torch.Tensor, torch.nn.Parameter, QuantizedWeight)
 
@@ -130,7 +141,8 @@ def measured(tensors, limits=None, device=None) -> torch.Tensor:
     for i, t in enumerate(tensors):
         buckets[t.dtype, t.device, (t.device_mesh, t.placements) if is_sharded(t) else None].append(i)
     for (_, _, sharding), members in buckets.items():
-        found = measure([local(tensors[i]) for i in members], None if limits is None else limits[members])
+        ours = [local(tensors[i]) for i in members]
+        found = (reference.measure if ours[0].dtype == torch.float64 else measure)(ours, None if limits is None else limits[members])
         for dim, placement in enumerate(sharding[1] if sharding else ()):
             if placement.is_shard():
                 group, sums, largest = sharding[0].get_group(dim), found[:, 0].contiguous(), found[:, 1].contiguous().view(torch.int64)
@@ -159,7 +171,7 @@ def counts_on(device: torch.device) -> bool:
 def repeatable(p, item) -> bool:
     """Whether a Plan can step this parameter: plain memory throughout, and its step counted as fp32 on the CPU, or where it is."""
     step = item.state["step"]
-    return (type(p) in (torch.Tensor, torch.nn.Parameter) and "next_refresh" not in item.state and step.dtype == torch.float32 and step.numel() == 1
+    return (type(p) in (torch.Tensor, torch.nn.Parameter) and p.dtype != torch.float64 and "next_refresh" not in item.state and step.dtype == torch.float32 and step.numel() == 1
             and step.device == (p.device if isinstance(item.step, torch.Tensor) else torch.device("cpu")) and repeats_on(p.device.type) and p.numel() > 0
             and all(t.is_contiguous() and not t.is_neg() for t in (p, item.grad, *item.state.values()) if isinstance(t, torch.Tensor)))
 
@@ -234,8 +246,9 @@ class FusedOptimizer(Optimizer):
     """Base of gradmill's optimizers.
 
     One native call steps all parameters of a group that share formats. Parameters may be fp32, bf16 (stochastically
-    rounded), fp16 or :class:`gradmill.QuantizedWeight` (stochastically rounded); gradients fp32, bf16 or fp16. Random
-    bits depend on the seed, the step, the parameter's place and the element only, and all of that is in the
+    rounded), fp16 or :class:`gradmill.QuantizedWeight` (stochastically rounded); gradients fp32, bf16 or fp16. float64
+    parameters step in float64, with float64 states, by torch's own operations: ``states="fp32"`` means full precision, and other
+    states, a projection and offload of them are refused. Random bits depend on the seed, the step, the parameter's place and the element only, and all of that is in the
     state_dict: a resumed run is bit-equal to an uninterrupted one.
 
     Group options every subclass has: ``states`` ("fp32", "bf16"; "int8": 8-bit codes, one fp32 scale per 256 elements of
@@ -270,6 +283,7 @@ class FusedOptimizer(Optimizer):
     host_decides = ""    #: why the host takes part in every step, where it does: what capturable=True is refused with
     offloads_not = ""    #: why offload=True is refused, where it is
     releases_not = ""    #: why release_gradients is
+    made_in_step: tuple = ()  #: states that begin with a parameter's first gradient: each of its first steps, where it is there twice
     max_grad_norm, on_nonfinite, grad_norm = None, "propagate", None
     _projection_options: dict = {}  # what a group's ``rank`` alone means (galore.py)
     _step_supports_amp_scaling = True  # GradScaler hands us grad_scale and found_inf instead of unscaling itself
@@ -319,9 +333,11 @@ class FusedOptimizer(Optimizer):
         try:
             self._check_options(group)
             for p in group["params"]:
-                if formats.float_code(p.dtype) is None:
-                    raise TypeError(f"a parameter of shape {tuple(p.shape)} is {p.dtype}; gradmill.optim steps float32, bfloat16 and "
-                                    "float16 parameters (and QuantizedWeight)")
+                if p.dtype == torch.float64:
+                    self._check_float64(p, group)
+                elif formats.float_code(p.dtype) is None:
+                    raise TypeError(f"a parameter of shape {tuple(p.shape)} is {p.dtype}; gradmill.optim steps float32, bfloat16, float16 and "
+                                    "float64 parameters (and QuantizedWeight)")
                 if is_sharded(p):
                     if not self.steps_shards:
                         raise TypeError(f"a parameter of shape {tuple(p.shape)} is a DTensor; {type(self).__name__}'s step needs whole tensors")
@@ -332,6 +348,19 @@ class FusedOptimizer(Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
+
+    def _check_float64(self, p, group):
+        """TypeError for an option that a float64 parameter cannot have."""
+        if group["projection"] is not None and group["projection"].rank_of(p.shape):
+            reason = f"projection={group['projection']!r}"
+        elif any(f.code != "fp32" for f in self.state_formats(group, *as_matrix_shape(p), p.dim())):
+            reason = f"states={group['states']!r}"
+        elif group["offload"] and staging.staged(p.device):
+            reason = "offload=True"
+        else:
+            return
+        raise TypeError(f"a parameter of shape {tuple(p.shape)} is torch.float64, which steps in full precision where it is: {reason} is for "
+                        "float32, bfloat16 and float16 parameters")
 
     def _check_options(self, group):
         if group["states"] not in STATES:
@@ -365,7 +394,7 @@ class FusedOptimizer(Optimizer):
     def _projection(self, p, group) -> Projection | None:
         """How p is projected, if it is."""
         projection = group["projection"]
-        return projection if projection is not None and projection.rank_of(p.shape) else None
+        return projection if projection is not None and projection.rank_of(p.shape) and p.dtype != torch.float64 else None
 
     def _stepped(self, p, group) -> torch.Tensor:
         """A tensor like what the rule steps: p itself, or its projection."""
@@ -405,10 +434,11 @@ class FusedOptimizer(Optimizer):
         return tuple(QUANTIZED[kind].get(code) or cached(code) for code in rule.state_codes)  # a rule may keep a state plain
 
     def _formats_like(self, group, like) -> tuple[Format, ...]:
-        """state_formats for a tensor shaped like ``like``; fp32 where its own blocks and the states' do not nest."""
+        """state_formats for a tensor shaped like ``like``; fp32 where its own blocks and the states' do not nest, and for float64, whose
+        states are float64."""
         block = like.format.block if isinstance(like, QuantizedWeight) else 0
         wanted = self.state_formats(group, *as_matrix_shape(like), like.dim())
-        if block and any(f.blocked and max(block, f.block) % min(block, f.block) for f in wanted):
+        if like.dtype == torch.float64 or block and any(f.blocked and max(block, f.block) % min(block, f.block) for f in wanted):
             return (cached("fp32"),) * len(wanted)
         return wanted
 
@@ -422,7 +452,7 @@ class FusedOptimizer(Optimizer):
                 state[f"{name}_codes"] = self._zeros(like, format.code_columns(columns), format.code_dtype, home)
                 state[f"{name}_scales"] = self._zeros(like, format.blocks(columns), torch.float32, home)
             else:
-                state[name] = self._zeros(like, None, format.code_dtype, home)
+                state[name] = self._zeros(like, None, plain_dtype(format, like), home)
 
     @staticmethod
     def _zeros(like, columns, dtype, home):
@@ -562,8 +592,20 @@ class FusedOptimizer(Optimizer):
             return
         if counted and not all([counts_on(p.device) and p.device == params[0].device for p in params]):
             raise AssertionError("If capturable=True, params and state_steps must be on supported devices: ['cuda'], all of a group on one.")
-        states = [self.state[p] for p in params]
+        if len(set(map(id, params))) < len(params):  # as in torch, one that is there twice takes two steps, one after the other
+            seen: set = set()
+            again = [p for p in params if id(p) in seen or seen.add(id(p))]
+            made = [(p, f"{name}{part}") for p in again for name in self.made_in_step for part in ("", "_codes", "_scales") if f"{name}{part}" not in self.state[p]]
+            self._step_params(group, list(dict.fromkeys(params)), factor, live)
+            for p, name in made:
+                self.state[p].pop(name, None)
+            self._step_params(group, again, factor, live)
+            return
+        states, names = [self.state[p] for p in params], RULES[self.rule(group)].states
         for p, state in zip(params, states):
+            for name in names:  # weights cast to or from float64 since
+                if name in state and (state[name].dtype == torch.float64) != (p.dtype == torch.float64):
+                    state[name] = state[name].to(full_precision(p))
             if not state:
                 self._init_state(p, group)
             elif group["master_weight_bits"] is not None and p.dtype in LOW_BITS and "low_bits" not in state:  # it was fp32 before
@@ -678,10 +720,14 @@ class FusedOptimizer(Optimizer):
         g = p.grad
         if g.dtype in FLOATS and g.layout == torch.strided:
             return
+        if p.dtype == g.dtype == torch.float64 and g.layout == torch.strided:
+            if stored := [name for name in self.state.get(p, ()) if name.endswith("_codes") or name == "next_refresh"]:
+                raise TypeError(f"a parameter of shape {tuple(p.shape)} has become torch.float64, but its state is quantised or projected ({stored[0]})")
+            return
         what = f"the gradient of a parameter of shape {tuple(p.shape)}"
         if g.layout != torch.strided:
             raise RuntimeError(f"{type(self).__name__} does not support sparse gradients: {what} is {g.layout}")
-        raise TypeError(f"{what} is {g.dtype}; it must be float32, bfloat16 or float16")
+        raise TypeError(f"{what} is {g.dtype}; it must be float32, bfloat16 or float16 (of a float64 parameter float64 too)")
 
     def _step_group(self, group: dict, items: list[Item], factor: float):
         self._complete(group, items)
@@ -802,6 +848,13 @@ class FusedOptimizer(Optimizer):
             return
         lr = (number if isinstance(items[0].step, torch.Tensor) else float)(group["lr"]) if lr is None else lr
         options, first = group if decay else {**group, "weight_decay": 0.0}, factor * (-1.0 if group["maximize"] else 1.0)
+        for item in [item for item in items if item.param.dtype == torch.float64]:
+            if param_code == "delta":
+                item.param.zero_()
+            live, count = (item.step >= 0, item.step.to(torch.float64)) if isinstance(item.step, torch.Tensor) else (None, item.step)
+            reference.float64_step(name, item.param, item.grad, [local(item.state[n]) for n in rule.states],
+                                   (first, *rule.scalars({**options, **item.options}, count, item.options.get("lr", lr))), live)
+        items = [item for item in items if item.param.dtype != torch.float64]
         for step, bucket, arguments in self._buckets(name, items, param_code):
             if step is None:
                 counts = torch.stack([item.step for item in bucket])
@@ -851,13 +904,13 @@ class FusedOptimizer(Optimizer):
 
     # --- weights ------------------------------------------------------------------------------------------
     def value(self, p, state=None) -> torch.Tensor:
-        """The fp32 value that the optimizer steps: p with its low bits, dequantised where it is quantised; a new tensor."""
+        """The fp32 (of a float64 p, float64) value that the optimizer steps: p with its low bits, dequantised where it is quantised; a new tensor."""
         state, part = self.state.get(p, {}) if state is None else state, local(p.detach())
         if isinstance(part, QuantizedWeight):
             return part.dequantize().to(torch.float32)
         if "low_bits" in state and p.dtype in LOW_BITS:
             part = join_float(part, low_view(state["low_bits"]).to(part.device), split_code(p.dtype, state["low_bits"]))
-        return like_shards(part.to(torch.float32, copy=True), p, p.shape)
+        return like_shards(part.to(full_precision(part), copy=True), p, p.shape)
 
     @torch.no_grad()
     def full_precision_state_dict(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -1062,4 +1115,4 @@ class FusedOptimizer(Optimizer):
                 saved[f"{name}_codes"] = like_shards(codes, like, (rows, codes.shape[1]))
                 saved[f"{name}_scales"] = like_shards(scales, like, (rows, scales.shape[1]))
             else:
-                saved[name] = like_shards(value.to(format.code_dtype), like, like.shape)
+                saved[name] = like_shards(value.to(plain_dtype(format, like)), like, like.shape)

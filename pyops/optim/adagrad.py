@@ -7,7 +7,7 @@ import torch
 
 from gradmill.ops.optim import as_matrix_shape
 from gradmill.ops.quant import quantize
-from gradmill.optim._base import FusedOptimizer
+from gradmill.optim._base import FusedOptimizer, measured
 from gradmill.optim.adamw import check_eps, check_lr_and_decay
 
 
@@ -99,9 +99,7 @@ class AdaGradNorm(FusedOptimizer):
     def _step_group(self, group, items, factor):
         if not items:
             return
-        norms = torch._foreach_norm([item.grad for item in items], dtype=torch.float32)
-        squares = torch.stack([n.cpu() for n in norms]).double() * factor
-        group["b_squared"] += float(squares.square().sum())
+        group["b_squared"] += float(measured([item.grad for item in items])[:, 0].sum()) * factor ** 2
         self.apply_rule(group, items, factor, lr=float(group["lr"]) / sqrt(group["b_squared"]))
 
 

@@ -55,7 +55,7 @@ class _ScaledByNorms(FusedOptimizer):
 
     def in_one_call(self, item) -> bool:
         p = item.owner
-        return p.device.type == "cpu" and not is_sharded(p) and not isinstance(item.step, torch.Tensor) and repeats_on("cpu")
+        return p.device.type == "cpu" and p.dtype != torch.float64 and not is_sharded(p) and not isinstance(item.step, torch.Tensor) and repeats_on("cpu")
 
     def scaled(self, group, items, factor, coefficient, decay):
         """Steps items, and returns those that need the two halves."""
@@ -111,7 +111,7 @@ class LAMB(_ScaledByNorms):
         updates = []  # a copy of each weight, which the rule turns into its update
         for item in items:
             p = item.owner.detach()
-            if p.device.type == "cpu" and not is_sharded(p) and stored_as_floats(item):
+            if p.device.type == "cpu" and p.dtype != torch.float64 and not is_sharded(p) and stored_as_floats(item):
                 updates.append(room[:p.numel()].view(p.shape).copy_(p))
                 room = room[p.numel():]
             else:

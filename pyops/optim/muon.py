@@ -5,7 +5,7 @@ from math import sqrt
 
 import torch
 
-from gradmill.optim._base import FusedOptimizer, Item
+from gradmill.optim._base import FusedOptimizer, Item, full_precision
 from gradmill.optim.adamw import check_eps, check_lr_and_decay
 from gradmill.optim.rules import number
 
@@ -89,7 +89,7 @@ class _MatrixOptimizer(FusedOptimizer):
         for item in items:  # one by one: only one matrix's direction is held at a time
             if not item.grad.numel():
                 continue
-            update = torch.empty(item.grad.shape, dtype=torch.float32, device=item.grad.device)
+            update = torch.empty(item.grad.shape, dtype=full_precision(item.param), device=item.grad.device)
             self.apply_rule(average, [item._replace(param=update)], factor, lr=-1.0, param_code="delta", decay=False)
             update, scale = self.direction(update, group)
             scale = scale if counted else float(scale)

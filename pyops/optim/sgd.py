@@ -21,6 +21,8 @@ class SGD(FusedOptimizer):
             bfloat16 or float16. RuntimeError at step for sparse gradients.
     """
 
+    made_in_step = ("momentum_buffer",)
+
     def __init__(self, params, lr=1e-3, momentum=0, dampening=0, weight_decay=0, nesterov=False, **options):
         super().__init__(params, dict(lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov), **options)
 

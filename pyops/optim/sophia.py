@@ -5,7 +5,7 @@ import torch
 
 from gradmill.ops._registry import describe, short
 from gradmill.ops.quant import FLOATS
-from gradmill.optim._base import FusedOptimizer, Item
+from gradmill.optim._base import FusedOptimizer, Item, full_precision
 from gradmill.optim.adamw import AdamW
 
 
@@ -66,7 +66,7 @@ class Sophia(AdamW):
         if samples is not None and not samples > 0:
             raise ValueError(f"update_hessian: samples is {samples!r}; it must be above 0")
         for i, (p, e) in enumerate(zip(params, estimates)):  # before anything is changed
-            if e is not None and (e.shape != p.shape or e.dtype not in FLOATS or e.layout != torch.strided):
+            if e is not None and (e.shape != p.shape or e.dtype not in (*FLOATS, full_precision(p)) or e.layout != torch.strided):
                 raise ValueError(f"update_hessian: estimates[{i}] is {describe(e)}; it must be dense {short(FLOATS)} of its parameter's shape {tuple(p.shape)}")
         of = dict(zip(params, estimates))
         for group in self.param_groups:

@@ -6,7 +6,7 @@ from math import sqrt
 import torch
 
 from gradmill.ops.quant import dequantize
-from gradmill.optim._base import CheckpointError, FusedOptimizer, Item, stored_format
+from gradmill.optim._base import CheckpointError, FusedOptimizer, Item, full_precision, stored_format
 from gradmill.optim.adamw import AdamW
 from gradmill.reference.optim import as_matrix
 
@@ -59,7 +59,7 @@ class SWATS(AdamW):
                 self.apply_rule(sgd, [item._replace(state=buffer)], factor, rule="sgd_momentum", lr=(1 - beta1) * lr * state["sgd_lr"])
                 continue
             bc2 = 1 - beta2 ** item.step
-            step = torch.empty(item.grad.shape, dtype=torch.float32, device=item.grad.device)
+            step = torch.empty(item.grad.shape, dtype=full_precision(item.param), device=item.grad.device)
             self.apply_rule({**group, "eps": group["eps"] / sqrt(bc2)}, [item._replace(param=step)], factor, param_code="delta")
             self.apply_rule(plain, [Item(item.param, step, state, item.step)], 1.0, rule="sgd", lr=-1.0)
             along = float((step * item.grad).sum()) * factor * (-1 if group["maximize"] else 1)
@@ -123,10 +123,10 @@ class STEPAdam(AdamW):
 
     @staticmethod
     def _variance(item):
-        """exp_avg_sq as an fp32 matrix."""
+        """exp_avg_sq as an fp32 (or float64) matrix."""
         state = item.state
         if "exp_avg_sq" in state:
-            return as_matrix(state["exp_avg_sq"]).to(torch.float32)
+            return as_matrix(state["exp_avg_sq"]).to(full_precision(state["exp_avg_sq"]))
         codes, scales, columns = state["exp_avg_sq_codes"], state["exp_avg_sq_scales"], as_matrix(item.grad).shape[1]
         format = stored_format("square8", codes, columns)  # what is stored, not the group's option, which may have changed
         return dequantize(codes, scales, scales.new_empty(0, dtype=torch.uint8), format.code, format.block, columns, torch.float32)

@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import torch
 
+from gradmill.optim._base import full_precision
+
 
 class VRGD:
     """A wrapper that scales each element of the gradient by how much the shards of a batch agree on it.
@@ -18,7 +20,7 @@ class VRGD:
         optimizer.step()
 
     Under DDP it needs the gradients before their all-reduce: shards are those of one process. Means and squared
-    deviations are kept in fp32, two buffers of the parameters' size.
+    deviations are kept in fp32 (of float64 parameters in float64), two buffers of the parameters' size.
 
     Args:
         optimizer: any torch optimizer; SGD, Adam, LARS and LAMB in the paper. Its attributes are reachable through this one.
@@ -52,9 +54,9 @@ class VRGD:
             if p.grad is None and p not in self._sums:
                 continue
             if p not in self._sums:  # its gradient was zero in the shards before, which leaves both so
-                self._sums[p] = tuple(torch.zeros_like(p.grad, dtype=torch.float32) for _ in range(2))
+                self._sums[p] = tuple(torch.zeros_like(p.grad, dtype=full_precision(p)) for _ in range(2))
             mean, squares = self._sums[p]
-            delta = -mean if p.grad is None else p.grad.to(torch.float32) - mean
+            delta = -mean if p.grad is None else p.grad.to(mean) - mean
             mean.add_(delta, alpha=1 / self._shards)  # Welford's update: the mean of squares less the mean's square would cancel
             squares.addcmul_(delta, delta, value=1 - 1 / self._shards)
             p.grad = None

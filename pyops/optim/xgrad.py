@@ -5,6 +5,7 @@ import contextlib
 
 import torch
 
+from gradmill.optim._base import full_precision
 from gradmill.weight import QuantizedWeight
 
 
@@ -70,8 +71,8 @@ class XGrad:
             for p, before in zip(group["params"], kept):
                 if p.grad is None:
                     continue
-                new = p.to(torch.float32)
-                predicted = new + self.s * (new - before.to(torch.float32) * factor)
+                new = p.to(full_precision(p))
+                predicted = new + self.s * (new - before.to(new) * factor)
                 before.copy_(p)
                 p.copy_(predicted)
         return loss

@@ -1,7 +1,7 @@
 """Reference of the optim family: each rule in plain torch, and the step that wraps formats around it.
 
 Every operation is an fp32 add, multiply, divide or square root in the order written (no fused multiply-add), so
-that csrc/common/rules.h and kernels/optim.py give the same bits.
+that csrc/common/rules.h and kernels/optim.py give the same bits. The same lines in float64 step float64 parameters (float64_step).
 """
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ def magnitude(x):
 
 
 def exp2(x):
-    """2^x by a polynomial on [-1/2, 1/2], saturating at 2^-126 and 2^127.75; relative error within (1 + |x|) 2^-23."""
+    """2^x by a polynomial on [-1/2, 1/2], saturating at 2^-126 and 2^127.75; relative error within (1 + |x|) 2^-23. float64: torch's."""
+    if x.dtype == torch.float64:
+        return x.exp2()
     x = torch.where(x < -126, -126.0, torch.where(x > 127.75, 127.75, x))
     shifted = x + 12582912.0  # 1.5 * 2^23: the low bits are the nearest whole number
     f = x - (shifted - 12582912.0)
@@ -45,6 +47,8 @@ def power(x, y: float):
     """x^y for x >= 0: exact products and roots for y of 1, 2 and 1/2, else within (4 + |y log2 x|) 2^-23 of itself."""
     if y in (1.0, 2.0, 0.5):
         return x if y == 1.0 else x * x if y == 2.0 else quant.sqrt(x)
+    if x.dtype == torch.float64:
+        return x ** y
     return torch.where(x - x != 0, x, torch.where(x < 1.17549435e-38, 0.0, exp2(log2(x) * y)))
 
 
@@ -135,7 +139,7 @@ def diffgrad(p, g, states, h):
     g = with_decay(g, decay, p)
     m = m + one_minus_beta1 * (g - m)
     v = v * beta2 + (one_minus_beta2 * g) * g
-    friction = 1 / (1 + exp2(magnitude(previous - g) * -1.44269504))
+    friction = 1 / (1 + exp2(magnitude(previous - g) * -1.4426950408889634))
     return p - step_size * ((friction * m) / (quant.sqrt(v) + eps)), [m, v, g]
 
 
@@ -201,6 +205,14 @@ def stable_spam(p, g, states, h):
 #: name -> rule(p, g, states, scalars) -> (p, states)
 RULES = {f.__name__: f for f in (adamw, adamw_amsgrad, lion, adam, adam_amsgrad, sgd, sgd_momentum, adagrad, adabelief, diffgrad, grams, sophia,
                                  sophia_hessian, classp, lamb, lars, stable_spam)}
+
+
+def float64_step(rule, p, g, states, scalars, live=None):
+    """Steps the float64 parameter p and its float64 states in place, with scalars as fused_step takes a row of them, but exact (numbers, or
+    tensors on p's device). ``live``, a tensor there, says whether the step is taken at all."""
+    stepped, new_states = RULES[rule](p, g.to(torch.float64) * scalars[0], states, scalars)
+    for old, new in zip((p, *states), (stepped, *new_states)):
+        old.copy_(new if live is None else torch.where(live, new, old))
 
 
 def as_matrix(t):
@@ -309,7 +321,7 @@ def measure(tensors, limits=None):
     """See gradmill.ops.optim.measure: chunk by chunk in lanes, then the chunks' sums in lanes (quant.lane_sums)."""
     out = torch.zeros(len(tensors), 2, dtype=torch.float64, device=tensors[0].device)
     for i, x in enumerate(tensors):
-        x = x.reshape(-1).to(torch.float32)
+        x = x.reshape(-1).to(torch.promote_types(x.dtype, torch.float32))
         if limits is not None:
             limit, factor = limits[i].tolist()
             x = torch.where(x.abs() > limit, x * factor, x)

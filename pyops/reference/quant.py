@@ -9,8 +9,8 @@ from gradmill.reference import philox
 
 def sqrt(x):
     """Correctly rounded fp32 square root. torch's own is off by one ulp for a fifth of all inputs on CPU (2.13, with
-    MKL); through float64 the result is exact, because 53 bits are more than twice 24 plus 1."""
-    return x.to(torch.float64).sqrt().to(torch.float32)
+    MKL); through float64 the result is exact, because 53 bits are more than twice 24 plus 1. A float64 root is torch's."""
+    return x.to(torch.float64).sqrt().to(x.dtype)
 
 
 def round_even(x):
