@@ -484,8 +484,14 @@ def test_a_parameter_that_joins_later_counts_its_own_steps():
     assert float(ours.state[params[1]]["step"]) < float(ours.state[params[0]]["step"])
 
 
+@pytest.fixture(params=["native", "reference"])
+def backend(request):
+    with running(request.param):
+        yield
+
+
 @pytest.mark.parametrize("kind", ["transposed", "channels_last", "strided", "expanded gradient"])
-def test_parameters_and_gradients_of_any_layout(kind):
+def test_parameters_and_gradients_of_any_layout(kind, backend):
     def make():
         g = torch.Generator().manual_seed(3)
         if kind == "channels_last":

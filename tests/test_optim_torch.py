@@ -346,3 +346,28 @@ def test_a_parameter_in_two_groups_is_refused_as_in_torch():
         with pytest.raises(ValueError, match="some parameters appear in more than one parameter group"):
             optimizer.add_param_group({"params": p})
         assert len(optimizer.param_groups) == 1
+
+
+# --- what torch's own tests, and a comparison of thousands of random runs with torch's, ask besides ---------
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_sgds_momentum_may_be_set_and_cleared_on_a_live_group(dtype):
+    """A momentum that is set later begins with an undampened gradient; a buffer stays, in checkpoints too, while momentum is 0."""
+    params, other = doubles(dtype=dtype), doubles(dtype=dtype)
+    sides = [(cls, cls(ps, lr=0.1, dampening=0.4), ps) for cls, ps in ((optim.SGD, params), (torch.optim.SGD, other))]
+    for step, momentum in enumerate([0, 0, 0.9, 0.9, 0, 0, 0.5, 0.5]):
+        give(step, params, other)
+        for i, (cls, optimizer, ps) in enumerate(sides):
+            optimizer.param_groups[0]["momentum"] = momentum
+            optimizer.step()
+            if step in (1, 5, 6):
+                again = cls(ps, lr=0.3)
+                again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+                sides[i] = cls, again, ps
+        agree(params, other, tolerance=1e-12 if dtype == torch.float64 else 1e-5)
+    quantised = optim.SGD(doubles([(64, 100)], dtype=torch.float32), lr=0.1, momentum=0.9, states="int8")
+    give(0, quantised.param_groups[0]["params"])
+    quantised.step()
+    quantised.param_groups[0]["momentum"] = 0
+    saved, (state,) = copy.deepcopy(quantised.state_dict()), quantised.state.values()
+    quantised.load_state_dict(saved)
+    assert_same_bits(quantised.state[quantised.param_groups[0]["params"][0]]["momentum_buffer_codes"], state["momentum_buffer_codes"])

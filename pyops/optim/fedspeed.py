@@ -47,7 +47,7 @@ class FedSpeed(FusedOptimizer):
                 raise ValueError(f"{name} is {group[name]}; it must be at least 0{', at most 1' * (name == 'alpha')}")
         if any(isinstance(p, QuantizedWeight) for p in group.get("params", ())):
             raise TypeError("FedSpeed does not step a QuantizedWeight")
-        if any(p.dtype == torch.float64 for p in group.get("params", ())):
+        if any(getattr(p, "dtype", None) == torch.float64 for p in group.get("params", ())):
             raise TypeError("FedSpeed does not step torch.float64 parameters: its two states are fp32")
 
     def rule(self, group):

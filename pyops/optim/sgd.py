@@ -42,6 +42,9 @@ class SGD(FusedOptimizer):
     def _counts(self, group):
         return not (group["momentum"] and group["dampening"])
 
+    def _complete(self, group, items):
+        """Buffers begin in _step_items, where momentum was 0 until now too: as in torch with an undampened gradient."""
+
     def _step_items(self, group, items, factor, **options):
         if group["momentum"] and group["dampening"]:
             first = [item for item in items if item.step == 1 or not _has_buffer(item.state)]
@@ -57,6 +60,8 @@ class SGD(FusedOptimizer):
     def _adopt(self, saved, p, group, index):
         saved = {k: v for k, v in saved.items() if v is not None}
         saved.setdefault("step", float(_has_buffer(saved)))
+        if _has_buffer(saved):  # it stays where momentum was set to 0 since
+            group = {**group, "momentum": group["momentum"] or 1.0}
         return super()._adopt(saved, p, group, index)
 
     def _adopt_states(self, saved, like, group, index):

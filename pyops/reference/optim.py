@@ -281,10 +281,10 @@ def fused_step(rule, params, param_scales, param_zeros, grads, states, state_sca
         new_p, new_states = RULES[rule](p, g, old_states, h)
         for s, f in enumerate(state_formats):
             dither = f.code.startswith("square")  # a second moment rounded to nearest would freeze
-            write(as_matrix(states[i * count + s]), state_scales[i * count + s] if f.blocked else None, None, f, new_states[s],
+            write(states[i * count + s], state_scales[i * count + s] if f.blocked else None, None, f, new_states[s],
                   key if dither else None, stream(ids[i], "dither"), dither=dither, first=first)
         rounding = key if param_code not in ("fp32", "fp16", "delta") else None
-        write(as_matrix(param), scales, zeros, param_format, new_p, rounding, stream(ids[i], "weight"), old=p, first=first)
+        write(param, scales, zeros, param_format, new_p, rounding, stream(ids[i], "weight"), old=p, first=first)
 
 
 def scaled_step(rule, params, param_scales, param_zeros, grads, states, state_scales, scalars, key, ids, param_code, param_block,
