@@ -26,7 +26,7 @@ class Adagrad(FusedOptimizer):
 
     Raises:
         ValueError: for hyperparameters out of range. TypeError: for parameters of another dtype than float32,
-            bfloat16 or float16. RuntimeError at step for sparse gradients.
+            float64, bfloat16 or float16. RuntimeError at step for sparse gradients.
     """
 
     def __init__(self, params, lr=1e-2, lr_decay=0, weight_decay=0, initial_accumulator_value=0, eps=1e-10, foreach=None, **options):
@@ -72,7 +72,7 @@ class AdaGradNorm(FusedOptimizer):
 
     Raises:
         ValueError: for hyperparameters out of range. TypeError: for parameters of another dtype than float32,
-            bfloat16 or float16. RuntimeError at step for sparse gradients.
+            float64, bfloat16 or float16. RuntimeError at step for sparse gradients.
     """
 
     steps_shards = False
@@ -119,7 +119,7 @@ class CLASSP(FusedOptimizer):
 
     Raises:
         ValueError: for hyperparameters out of range. TypeError: for parameters of another dtype than float32,
-            bfloat16 or float16. RuntimeError at step for sparse gradients.
+            float64, bfloat16 or float16. RuntimeError at step for sparse gradients.
     """
 
     def __init__(self, params, lr=0.2, threshold=0.5, eps=1e-5, power=1.0, **options):

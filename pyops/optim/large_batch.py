@@ -82,7 +82,7 @@ class LAMB(_ScaledByNorms):
 
     Raises:
         ValueError: for hyperparameters out of range. TypeError: for parameters of another dtype than float32,
-            bfloat16 or float16. RuntimeError at step for sparse gradients.
+            float64, bfloat16 or float16. RuntimeError at step for sparse gradients.
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.01, *, max_trust_ratio=None, maximize=False, **options):

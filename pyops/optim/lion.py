@@ -22,7 +22,7 @@ class Lion(FusedOptimizer):
 
     Raises:
         ValueError: for hyperparameters out of range. TypeError: for parameters of another dtype than float32,
-            bfloat16 or float16. RuntimeError at step for sparse gradients.
+            float64, bfloat16 or float16. RuntimeError at step for sparse gradients.
     """
 
     def __init__(self, params, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0, **options):

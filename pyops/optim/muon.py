@@ -114,7 +114,7 @@ class Muon(_MatrixOptimizer):
 
     Raises:
         ValueError: for hyperparameters out of range or a parameter that is not 2-D. TypeError: for parameters of another
-            dtype than float32, bfloat16 or float16 (complex ones too). RuntimeError at step for sparse gradients.
+            dtype than float32, float64, bfloat16 or float16 (complex ones too). RuntimeError at step for sparse gradients.
     """
 
     def __init__(self, params, lr=1e-3, weight_decay=0.1, momentum=0.95, nesterov=True, ns_coefficients=COEFFICIENTS, eps=1e-7, ns_steps=5,

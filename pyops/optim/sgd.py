@@ -18,7 +18,7 @@ class SGD(FusedOptimizer):
 
     Raises:
         ValueError: for hyperparameters out of range. TypeError: for parameters of another dtype than float32,
-            bfloat16 or float16. RuntimeError at step for sparse gradients.
+            float64, bfloat16 or float16. RuntimeError at step for sparse gradients.
     """
 
     made_in_step = ("momentum_buffer",)

@@ -27,7 +27,7 @@ class StableSPAM(FusedOptimizer):
 
     Raises:
         ValueError: for hyperparameters out of range. TypeError: for parameters of another dtype than float32,
-            bfloat16 or float16. RuntimeError at step for sparse gradients.
+            float64, bfloat16 or float16. RuntimeError at step for sparse gradients.
     """
 
     host_decides = "whose limits and norms the host keeps and compares"
