@@ -248,8 +248,8 @@ class FusedOptimizer(Optimizer):
     One native call steps all parameters of a group that share formats. Parameters may be fp32, bf16 (stochastically
     rounded), fp16 or :class:`gradmill.QuantizedWeight` (stochastically rounded); gradients fp32, bf16 or fp16. float64
     parameters step in float64, with float64 states, by torch's own operations: ``states="fp32"`` means full precision, and other
-    states, a projection and offload of them are refused. Random bits depend on the seed, the step, the parameter's place and the element only, and all of that is in the
-    state_dict: a resumed run is bit-equal to an uninterrupted one.
+    states, a projection and offload of them are refused. Random bits depend on the seed, the step, the parameter's place and the
+    element only, and all of that is in the state_dict: a resumed run is bit-equal to an uninterrupted one.
 
     Group options every subclass has: ``states`` ("fp32", "bf16"; "int8": 8-bit codes, one fp32 scale per 256 elements of
     a row; "fp8": float8_e4m3fn so, second moments as in "int8"; "int4": 4-bit codes, a scale per 128), ``min_quantized_numel``
@@ -603,9 +603,9 @@ class FusedOptimizer(Optimizer):
             return
         states, names = [self.state[p] for p in params], RULES[self.rule(group)].states
         for p, state in zip(params, states):
-            for name in names:  # weights cast to or from float64 since
-                if name in state and (state[name].dtype == torch.float64) != (p.dtype == torch.float64):
-                    state[name] = state[name].to(full_precision(p))
+            first = state.get(names[0]) if names else None
+            if first is not None and (first.dtype == torch.float64) != (p.dtype == torch.float64):  # it was cast since
+                state.update({name: state[name].to(full_precision(p)) for name in names if name in state})
             if not state:
                 self._init_state(p, group)
             elif group["master_weight_bits"] is not None and p.dtype in LOW_BITS and "low_bits" not in state:  # it was fp32 before
@@ -848,14 +848,14 @@ class FusedOptimizer(Optimizer):
             return
         lr = (number if isinstance(items[0].step, torch.Tensor) else float)(group["lr"]) if lr is None else lr
         options, first = group if decay else {**group, "weight_decay": 0.0}, factor * (-1.0 if group["maximize"] else 1.0)
-        for item in [item for item in items if item.param.dtype == torch.float64]:
+        wide = [item for item in items if item.param.dtype == torch.float64]
+        for item in wide:
             if param_code == "delta":
                 item.param.zero_()
             live, count = (item.step >= 0, item.step.to(torch.float64)) if isinstance(item.step, torch.Tensor) else (None, item.step)
             reference.float64_step(name, item.param, item.grad, [local(item.state[n]) for n in rule.states],
                                    (first, *rule.scalars({**options, **item.options}, count, item.options.get("lr", lr))), live)
-        items = [item for item in items if item.param.dtype != torch.float64]
-        for step, bucket, arguments in self._buckets(name, items, param_code):
+        for step, bucket, arguments in self._buckets(name, [item for item in items if item.param.dtype != torch.float64] if wide else items, param_code):
             if step is None:
                 counts = torch.stack([item.step for item in bucket])
                 rates = torch.stack([item.options["lr"] for item in bucket]) if bucket[0].options else lr
