@@ -14,7 +14,7 @@ from gradmill.optim import _base, rules
 from .conftest import assert_same_bits
 from .test_capturable import MATRICES, OPTIMIZERS, Waiting, counting  # noqa: F401  (a fixture)
 
-SHAPES = [(70, 130), (130,), (8, 3, 3, 3), (1,), (), (0,), (3, 0)]
+SHAPES = [(130, 131), (130,), (8, 3, 3, 3), (1,), (), (0,), (3, 0)]
 TORCH = ("SGD", "Adagrad", "Adam", "AdamW")
 #: What steps float64 in each way that a rule can take; FedSpeed's states are fp32, QGaLoreAdamW's int8.
 EVERY = {**OPTIMIZERS, **MATRICES, "StableSPAM": dict(reset_every=2), "SWATS": {}, "STEPAdam": {}, "AdaGradNorm": {}, "GaLoreAdamW": {}}

@@ -210,9 +210,13 @@ RULES = {f.__name__: f for f in (adamw, adamw_amsgrad, lion, adam, adam_amsgrad,
 def float64_step(rule, p, g, states, scalars, live=None):
     """Steps the float64 parameter p and its float64 states in place, with scalars as fused_step takes a row of them, but exact (numbers, or
     tensors on p's device). ``live``, a tensor there, says whether the step is taken at all."""
-    stepped, new_states = RULES[rule](p, g.to(torch.float64) * scalars[0], states, scalars)
-    for old, new in zip((p, *states), (stepped, *new_states)):
-        old.copy_(new if live is None else torch.where(live, new, old))
+    parts = [(p, g, *states)]
+    if p.device.type == "cpu" and all(t.is_contiguous() for t in parts[0]):  # in pieces whose many intermediate results stay in the cache
+        parts = zip(*(t.view(-1).split(1 << 14) for t in parts[0]))
+    for p, g, *states in parts:
+        stepped, new_states = RULES[rule](p, g.to(torch.float64) * scalars[0], states, scalars)
+        for old, new in zip((p, *states), (stepped, *new_states)):
+            old.copy_(new if live is None else torch.where(live, new, old))
 
 
 def as_matrix(t):
