@@ -602,7 +602,7 @@ def run(options: Options, console) -> int:
         if not os.access(out, os.W_OK):
             raise PermissionError(13, "not writable")
     except OSError as error:
-        raise DemoError(f"--out {out}: {error.strerror}") from None
+        raise DemoError(f"--out {out}: {'it is a file; name a folder' if out.is_file() else error.strerror}") from None
 
     console.print(f"[bold]gradmill demo[/bold] on {options.device}: {text['source']}, {text['files']:,} files, {text['bytes'] / 1e6:.1f} MB; "
                   f"held out: {text['held_out_bytes'] / 1e6:.2f} MB ({text['held_out']})", highlight=False)

@@ -59,11 +59,13 @@ def test_every_family_has_the_same_name_in_every_room():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads an ELF file's needed libraries")
-def test_the_module_needs_neither_torch_nor_an_openmp_nor_a_cuda_library():
+def test_the_module_needs_no_library_of_torch_openmp_or_cuda_and_holds_no_path_of_its_builder():
     data = Path(gradmill._C.__file__).read_bytes()
     dynamic = set(re.findall(rb"lib[\w+-]+\.so(?:\.\d+)*", data))
     for name in (b"libtorch", b"libc10", b"libgomp", b"libomp", b"libiomp", b"libcudart.so", b"libstdc++"):
         assert not [d for d in dynamic if d.startswith(name)], dynamic
+    for folder in (ROOT, sys.base_prefix, Path(sys.prefix) / "lib"):
+        assert os.fsencode(folder) + b"/" not in data, f"a path of the machine that built it: {folder}"
 
 
 def run(code, **environment):

@@ -211,7 +211,7 @@ def test_empty_folder_and_unwritable_out(tmp_path, text, capsys):
     assert "0 non-empty file(s)" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
     assert cli.main(["demo", "--text", str(text), "--seq", "32", "--out", str(tmp_path / "file")]) == 2
-    assert "--out" in capsys.readouterr().err
+    assert "it is a file; name a folder" in capsys.readouterr().err
 
 
 def test_a_half_that_fails_says_why(text, tmp_path, monkeypatch):
