@@ -72,6 +72,12 @@ def test_a_run_on_the_standard_library(tmp_path, capsys):
     assert sorted(os.listdir(tmp_path)) == ["demo.json", "demo.png"]
 
 
+def test_without_matplotlib_what_was_measured_is_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
+    assert demo.write({"halves": {}}, tmp_path) == [tmp_path / "demo.json"] and os.listdir(tmp_path) == ["demo.json"]
+    assert "no demo.png: " in capsys.readouterr().out
+
+
 def test_the_picture_is_a_picture(text, tmp_path):
     from PIL import Image
 
