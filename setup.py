@@ -33,7 +33,7 @@ FAMILIES = {"quant": 3, "matmul": 4, "conv": 3, "optim": 3, "projection": 3, "bi
 # No -ffast-math: it links start-up code that changes denormal handling for the whole process, and results
 # must be bit-equal between instruction sets (hence no contraction into fused multiply-adds either).
 CXXFLAGS = ("-std=c++17 -O3 -fPIC -fopenmp -ffp-contract=off -fno-math-errno -fno-trapping-math "
-            "-fvisibility=hidden -Wall -Wextra " + os.environ.get("GRADMILL_CXXFLAGS", "")).strip()
+            "-fvisibility=hidden -DNDEBUG -Wall -Wextra " + os.environ.get("GRADMILL_CXXFLAGS", "")).strip()
 NVCCFLAGS = "-std=c++17 -O3 -fmad=false -Xcompiler -fPIC,-fvisibility=hidden --threads 2 -Wno-deprecated-gpu-targets"
 
 

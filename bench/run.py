@@ -36,7 +36,8 @@ def package():
 
 
 def arguments(argv=None):
-    parser = argparse.ArgumentParser(prog="python bench/run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    name = "gradmill bench" if HERE.parent.name == "gradmill" else "python bench/run.py"   # in the wheel it is the command alone
+    parser = argparse.ArgumentParser(prog=name, description=__doc__.replace("python bench/run.py", name), formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="?", metavar="FAMILY", default="", help="the same as --family FAMILY")
     parser.add_argument("--family", default="", help="comma-separated: quant, matmul, conv, optim, projection, binary, codebook, overhead, training, scaling (default: all; "
                         "scaling and the larger models only with --full or by name)")
@@ -58,7 +59,24 @@ def arguments(argv=None):
     parser.add_argument("--from", dest="source", metavar="JSON", help="measure nothing: make --html (and --png) of an earlier run's --json")
     parser.add_argument("--list", action="store_true", help="name the cases and stop")
     parser.set_defaults(pace="default")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.threads is not None and args.threads < 1:
+        parser.error(f"--threads is {args.threads}; it must be at least 1")
+    for option in ("json", "markdown", "html", "png"):   # now, not when all is measured
+        if getattr(args, option):
+            problem = unwritable(pathlib.Path(getattr(args, option)).resolve())
+            if problem:
+                parser.error(f"--{option} {getattr(args, option)}: {problem}")
+    return args
+
+
+def unwritable(path: pathlib.Path) -> str:
+    """Why no file can be written there, or "". Its folder is made."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return f"its folder cannot be made ({error.strerror})"
+    return "it is a folder; name a file" if path.is_dir() else "" if os.access(path.parent, os.W_OK) else "its folder is not writable"
 
 
 def prepare_environment(args):
@@ -110,10 +128,6 @@ def main() -> int:
     if args.list:
         print("\n".join(f"{c.family}.{c.name}" for c in cases))
         return 0
-    for option in ("json", "html", "png", "markdown"):   # said now, not after minutes of timing
-        if (path := getattr(args, option)) and os.path.isdir(path):
-            console.print(f"--{option} {path}: that is a folder, and a file is written")
-            return 2
     import torch
     if args.device == "cuda" and not torch.cuda.is_available():
         console.print("--device cuda: torch finds no CUDA device")

@@ -91,7 +91,7 @@ def _profile(program: list[str], console) -> int:
 def _rank(text: str) -> int | float:
     """A whole rank, or a fraction."""
     try:
-        return int(text) if text.isdecimal() else float(text)
+        return int(text) if text.lstrip("+-").isdecimal() else float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
 

@@ -602,7 +602,7 @@ def run(options: Options, console) -> int:
         if not os.access(out, os.W_OK):
             raise PermissionError(13, "not writable")
     except OSError as error:
-        raise DemoError(f"--out {out}: {error.strerror}") from None
+        raise DemoError(f"--out {out}: {'it is a file; name a folder' if out.is_file() else error.strerror}") from None
 
     console.print(f"[bold]gradmill demo[/bold] on {options.device}: {text['source']}, {text['files']:,} files, {text['bytes'] / 1e6:.1f} MB; "
                   f"held out: {text['held_out_bytes'] / 1e6:.2f} MB ({text['held_out']})", highlight=False)
@@ -747,15 +747,17 @@ def _ratio(value: float | None) -> str:
 
 
 def write(report: dict, out: Path) -> list[Path]:
-    """demo.json and demo.png: both made first, then each put in place whole."""
+    """demo.json and demo.png: both made first, then each put in place whole. Without matplotlib, which pip brings, demo.json alone."""
     # JSON knows neither nan nor inf: a loss that diverged is null.
     payload = json.dumps(_finite(report), indent=1, allow_nan=False).encode() + b"\n"
-    picture = plot(report)
-    paths = []
-    for name, data in (("demo.json", payload), ("demo.png", picture)):
+    files = {"demo.json": payload}
+    try:
+        files["demo.png"] = plot(report)
+    except ImportError as error:
+        print(f"gradmill demo: no demo.png: {error}")
+    for name, data in files.items():
         write_whole(out / name, data)
-        paths.append(out / name)
-    return paths
+    return [out / name for name in files]
 
 
 def _finite(value):

@@ -20,7 +20,7 @@ __all__ = ["conv2d", "fake_quantize", "fake_quantize_parameters", "grouped_linea
 def _output_dtype(x: torch.Tensor) -> torch.dtype:
     """Autocast's dtype where autocast is on for x's device, else x's."""
     device = x.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # the meta device has none
+    autocast = device != "meta" and torch.is_autocast_enabled(device)  # meta has none; torch 2.9 cannot trace is_autocast_available
     return torch.get_autocast_dtype(device) if autocast else x.dtype
 
 

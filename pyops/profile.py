@@ -285,7 +285,7 @@ def run(command: list[str], console) -> int:
     module = words[:1] == ["-m"]
     words = words[1:] if module else words
     if not words or words[0].startswith("-"):
-        raise ValueError(f"the program to watch is {' '.join(command) or 'missing'!r}; it must be [python] script.py ..., or [python] -m module ...")
+        raise ValueError(f"{repr(' '.join(command)) if command else 'the command line'} names no program to watch; give [python] script.py ..., or [python] -m module ...")
     if not module and not os.path.exists(words[0]):
         raise ValueError(f"there is no script {words[0]!r}")
     before, path = sys.argv, list(sys.path)

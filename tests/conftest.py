@@ -6,7 +6,9 @@ other inputs, GRADMILL_TEST_SEED=<number> those of that seed; a test that fails 
 import contextlib
 import os
 import random
+import re
 import zlib
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -17,6 +19,7 @@ from gradmill import _C
 from gradmill.formats import CODES, Format
 from gradmill.optim.rules import RULES
 
+ROOT = Path(__file__).resolve().parent.parent
 REPEATED = "GRADMILL_TEST_SEED" not in os.environ
 if os.environ.get("GRADMILL_TEST_SEED") == "fresh":
     os.environ["GRADMILL_TEST_SEED"] = str(random.SystemRandom().randrange(2 ** 31))  # xdist's workers inherit it
@@ -104,6 +107,21 @@ def running(variant):
     else:
         with gradmill.use_backend(variant):
             yield
+
+
+@pytest.fixture
+def run_page(tmp_path, monkeypatch):
+    """run_page("docs/bct.md"): that page's Python blocks as they stand, one after the other, in an empty folder. Gives the names after each."""
+    def run(page):
+        monkeypatch.chdir(tmp_path)
+        names, after = {"__name__": "__main__"}, []
+        for block in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.S):
+            code = compile(block, page, "exec")
+            if 'device="cuda"' not in block or torch.cuda.is_available():
+                exec(code, names)
+            after.append(dict(names))
+        return after
+    return run
 
 
 @pytest.fixture(params=LEVELS)

@@ -1,8 +1,6 @@
 """BCT: the integer arithmetic by hand and against floats, layers, a transformer block, what is refused, bytes."""
 import copy
 import math
-import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -267,13 +265,9 @@ def test_a_weight_that_is_not_finite_is_refused_and_nothing_changes():
         small(torch.full((2, 3), float("nan")))
 
 
-def test_examples_of_the_docs_page():
-    """docs/codebook.md's section on BCT runs as it stands."""
-    text = (Path(__file__).parent.parent / "docs/bct.md").read_text()
-    names = dict(torch=torch, gradmill=gradmill, model=encoder().eval(), batches=[torch.randint(0, 40, (2, 9))], x=torch.randint(0, 40, (2, 9)))
-    for block in re.findall(r"```python\n(.*?)```", text, re.S):
-        exec(block, names)
-    assert names["y"].shape == (2, 9, 40)
+def test_examples_of_the_docs_page(run_page):
+    names, = run_page("docs/bct.md")
+    assert names["y"].shape == (4, 32, 500) and not list(names["model"].parameters())
 
 
 def test_integers_and_wrong_widths_are_refused_by_name():

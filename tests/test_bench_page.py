@@ -112,7 +112,7 @@ def test_the_command_passes_on_help_and_errors(tmp_path):
     unknown = bench("quant,optimm")
     assert unknown.returncode == 2 and "optimm: there are quant, matmul" in unknown.stdout and "did you mean optim?" in unknown.stdout
     folder = bench("quant", "--json", str(tmp_path))
-    assert folder.returncode == 2 and "a folder" in folder.stdout
+    assert folder.returncode == 2 and "it is a folder; name a file" in folder.stderr
     (tmp_path / "a.json").write_text("[]")
     for name in ("a.json", "b.json"):
         refused = bench("--from", str(tmp_path / name))

@@ -1,7 +1,5 @@
 """BitDelta: what is computed, what is trained, how many bytes a tenant takes, what a file holds."""
 import copy
-import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -159,41 +157,18 @@ def test_bfloat16_and_differing_models():
         bitdelta.compress(base, tuned, filter=lambda name, layer: False)
 
 
-def test_examples_of_the_docs_page(tmp_path):
-    """docs/one_bit.md's blocks run as they stand."""
-    blocks = re.findall(r"```python\n(.*?)```", (Path(__file__).parent.parent / "docs/one_bit.md").read_text(), re.S)
-    assert len(blocks) == 5
-    base, finetuned = pair()
-    batches, x = [torch.randn(8, 70)], torch.randn(4, 70)
-    for name in ("a", "b"):
-        bitdelta.save(bitdelta.compress(base, finetuned, others="base"), tmp_path / name)
-    names = dict(torch=torch, gradmill=gradmill, base=base, finetuned=finetuned, batches=batches, x=x, paths=[tmp_path / "a", tmp_path / "b"])
-    for block in blocks[:2]:
-        exec(block.replace('"tenant.safetensors"', repr(str(tmp_path / "c"))), names)
-    assert type(names["model"][2]) is gradmill.nn.Linear and type(names["model"][4]) is torch.nn.Linear
-    assert names["y"].shape == (4, 10) and torch.allclose(names["y"][3:], base(x[3:]), atol=1e-5) and (tmp_path / "c").exists()
-
-    class Layers(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layers = torch.nn.ModuleList(torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Tanh()) for _ in range(2))
-
-        def forward(self, x):
-            for layer in self.layers:
-                x = layer(x)
-            return x
-
-    def plain():
-        return torch.nn.Sequential(torch.nn.Linear(20, 16), torch.nn.LayerNorm(16), torch.nn.Linear(16, 16), torch.nn.LayerNorm(16), torch.nn.Linear(16, 4))
-    exec(blocks[2], names := {"gradmill": gradmill, "model": plain()})
-    assert type(names["model"][2]) is gradmill.nn.BinaryLinear and type(names["model"][0]) is torch.nn.Linear
-    exec(blocks[3], names := {"gradmill": gradmill, "model": Layers(), "batches": [torch.randn(4, 64)]})
-    assert names["model"].layers[0][0].recipe.name == "w2"
-    x, w = torch.randn(6, 70), torch.randn(9, 70)
-    exec(blocks[4], names := {"gradmill": gradmill, "torch": torch, "x": x, "w": w})
+def test_examples_of_the_docs_page(run_page, tmp_path):
+    fqt, delta, biper, ap, bits = run_page("docs/one_bit.md")
+    assert type(fqt["model"][2]) is gradmill.nn.Linear and type(fqt["model"][4]) is torch.nn.Linear
+    x = delta["x"]
+    assert delta["y"].shape == (4, 10) and torch.allclose(delta["y"][3:], delta["base"](x[3:]), atol=1e-5) and (tmp_path / "tenant.safetensors").exists()
+    torch.testing.assert_close(delta["y"][:3], delta["tuned"](x[:3]))
+    assert type(biper["model"][2]) is gradmill.nn.BinaryLinear and type(biper["model"][0]) is torch.nn.Linear
+    assert ap["model"].layers[0][0].recipe.name == "w2"
+    x, w = bits["x"], bits["w"]
     signs = [torch.where(t < 0, -1.0, 1.0) * t.abs().mean(1, keepdim=True) for t in (x, w)]
-    torch.testing.assert_close(names["y"], signs[0] @ signs[1].t())
-    assert (names["y4"] - x @ signs[1].t()).norm() < 0.2 * (x @ signs[1].t()).norm()
+    torch.testing.assert_close(bits["y"], signs[0] @ signs[1].t())
+    assert (bits["y4"] - x @ signs[1].t()).norm() < 0.2 * (x @ signs[1].t()).norm()
 
 
 @pytest.mark.parametrize("others", ["finetuned", "base"])

@@ -1,8 +1,10 @@
 """What the build promises: no torch in the native core, one wheel that imports anywhere, every room in the package."""
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
 from importlib import metadata
 from pathlib import Path
 
@@ -51,6 +53,31 @@ def test_every_folder_of_the_package_is_in_the_wheel():
     assert listed == there | {"gradmill.kernels", "gradmill.bench"}
 
 
+def test_every_data_file_that_code_reads_is_in_the_wheel():
+    text = re.search(r"^\[tool.setuptools.package-data\]\n(.*?)\n\n", (ROOT / "pyproject.toml").read_text(), re.M | re.S).group(1)
+    listed = {f"{folder}/{name}" for package, names in re.findall(r"^\W?([\w.]+)\W* = \[(.*)\]$", text, re.M)
+              for folder in ["pyops" if package == "gradmill" else package.split(".")[1]] for name in re.findall(r'"(.*?)"', names)}
+    there = {p.relative_to(ROOT).as_posix() for folder in ("pyops", "kernels", "bench") for p in (ROOT / folder).rglob("*")
+             if p.suffix in (".json", ".typed", ".c", ".h") and "results" not in p.parts}
+    assert listed == there
+
+
+def test_the_source_distribution_is_the_checkout(tmp_path):
+    """Without csrc, which setuptools leaves out by itself, it would not build."""
+    checkout = tmp_path / "checkout"
+    for name in (".ci", "bench", "csrc", "docs", "kernels", "pyops", "tests"):
+        shutil.copytree(ROOT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__", "*.so", "*.tmp"))
+    for path in ROOT.iterdir():
+        if path.is_file() and path.name[0] != ".":
+            shutil.copy(path, checkout)
+    files = {p.relative_to(checkout).as_posix() for p in checkout.rglob("*") if p.is_file()}
+    done = subprocess.run([sys.executable, "setup.py", "-q", "sdist", "-d", tmp_path], cwd=checkout, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as packed:
+        held = {name.partition("/")[2] for name in packed.getnames()}
+    assert not files - held
+
+
 def test_every_family_has_the_same_name_in_every_room():
     for family in ("quant", "matmul", "optim", "projection", "binary"):
         for path in (f"csrc/cpu/{family}.cpp", f"csrc/cuda/{family}.cu", f"kernels/{family}.py", f"pyops/ops/{family}.py", f"pyops/reference/{family}.py",
@@ -59,11 +86,13 @@ def test_every_family_has_the_same_name_in_every_room():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads an ELF file's needed libraries")
-def test_the_module_needs_neither_torch_nor_an_openmp_nor_a_cuda_library():
+def test_the_module_needs_no_library_of_torch_openmp_or_cuda_and_holds_no_path_of_its_builder():
     data = Path(gradmill._C.__file__).read_bytes()
     dynamic = set(re.findall(rb"lib[\w+-]+\.so(?:\.\d+)*", data))
     for name in (b"libtorch", b"libc10", b"libgomp", b"libomp", b"libiomp", b"libcudart.so", b"libstdc++"):
         assert not [d for d in dynamic if d.startswith(name)], dynamic
+    for folder in (ROOT, sys.base_prefix, Path(sys.prefix) / "lib"):
+        assert os.fsencode(folder) + b"/" not in data, f"a path of the machine that built it: {folder}"
 
 
 def run(code, **environment):

@@ -106,11 +106,30 @@ def test_version_and_help(capsys):
     (["demo", "--device", "tpu"], "cuda"),
     (["demo", "--steps", "many"], "many"),
     (["memory", "--model", "llama-60m", "--rank", "many"], "'many' is no number"),
+    (["bench", "--isa", "sse9"], "avx2"),
+    (["bench", "--threads", "0"], "--threads is 0; it must be at least 1"),
+    (["bench", "--json", "."], "--json .: it is a folder; name a file"),
+    (["bench", "--html", os.devnull + "/x/page.html"], "its folder cannot be made"),
 ])
 def test_bad_arguments_name_the_choices(arguments, named, capsys):
+    if arguments[0] == "bench":  # another process
+        result = run(*arguments)
+        assert result.returncode == 2 and named in result.stderr, result.stderr
+        return
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)
     assert stop.value.code == 2
+    assert named in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments, named", [
+    (["memory", "--model", "llama-60m", "--rank", "-3"], "rank is -3; it must be an int of at least 1"),
+    (["profile"], "the command line names no program to watch"),
+    (["profile", "--", "python"], "'python' names no program to watch"),
+    (["profile", "--", "no_such.py"], "there is no script 'no_such.py'"),
+])
+def test_arguments_that_make_no_sense(arguments, named, capsys):
+    assert cli.main(arguments) == 2
     assert named in capsys.readouterr().err
 
 

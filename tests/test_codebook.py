@@ -1,7 +1,5 @@
 """Codebooks: the packed product in every backend, gradients, steps of the indices, fitting, what a file holds."""
 import copy
-import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -485,12 +483,7 @@ def test_errors_name_the_argument(change, error, words):
         ops.matmul_codebook(*{**given, **change}.values())
 
 
-def test_examples_of_the_docs_page(tmp_path):
-    """docs/codebook.md's blocks run as they stand."""
-    blocks = re.findall(r"```python\n(.*?)```", (Path(__file__).parent.parent / "docs/codebook.md").read_text(), re.S)
-    batches = [torch.randn(8, 64) for _ in range(3)]
-    names = dict(torch=torch, gradmill=gradmill, batches=batches, loss_of=lambda model, x: model(x).square().mean(), path=str(tmp_path / "small.safetensors"),
-                 model=linear(64, 96, 64, 10), fresh=linear(64, 96, 64, 10))
-    for block in blocks:
-        exec(block, names)
-    assert type(names["model"][0]) is CodebookLinear and torch.equal(names["fresh"](batches[0]), names["model"](batches[0]))
+def test_examples_of_the_docs_page(run_page):
+    names = run_page("docs/codebook.md")[-1]
+    x = names["batches"][0]
+    assert type(names["model"][0]) is CodebookLinear and torch.equal(names["fresh"](x), names["model"](x))

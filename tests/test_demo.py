@@ -72,6 +72,12 @@ def test_a_run_on_the_standard_library(tmp_path, capsys):
     assert sorted(os.listdir(tmp_path)) == ["demo.json", "demo.png"]
 
 
+def test_without_matplotlib_what_was_measured_is_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
+    assert demo.write({"halves": {}}, tmp_path) == [tmp_path / "demo.json"] and os.listdir(tmp_path) == ["demo.json"]
+    assert "no demo.png: " in capsys.readouterr().out
+
+
 def test_the_picture_is_a_picture(text, tmp_path):
     from PIL import Image
 
@@ -211,7 +217,7 @@ def test_empty_folder_and_unwritable_out(tmp_path, text, capsys):
     assert "0 non-empty file(s)" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
     assert cli.main(["demo", "--text", str(text), "--seq", "32", "--out", str(tmp_path / "file")]) == 2
-    assert "--out" in capsys.readouterr().err
+    assert "it is a file; name a folder" in capsys.readouterr().err
 
 
 def test_a_half_that_fails_says_why(text, tmp_path, monkeypatch):

@@ -21,6 +21,10 @@ class Conv2d(RecipeLayer, torch.nn.Conv2d):
 
     Parameters and ``state_dict`` are as :class:`gradmill.nn.Linear`'s, the weight seen as ``flatten(1)``: steps and zero points
     are (out, groups of in / groups * kh * kw).
+
+    Raises:
+        ValueError: for a recipe that there is not or that is for linear layers (``fp8_delayed``); from ``forward``,
+            which takes float32, bfloat16 or float16, for a shape (TypeError: a dtype).
     """
 
     _plain = torch.nn.Conv2d

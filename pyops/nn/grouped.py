@@ -17,6 +17,10 @@ class GroupedLinear(torch.nn.Module):
 
     Parameters ``weight`` (num_experts, out_features, in_features) and ``bias`` (num_experts, out_features) or None, initialised as
     torch.nn.Linear's. ``forward(input, offs)``: see :func:`gradmill.functional.grouped_linear`.
+
+    Raises:
+        ValueError: for a recipe that there is not or that grouped layers do not take; from ``forward``,
+            which takes float32, bfloat16 or float16, for a shape (TypeError: a dtype).
     """
 
     def __init__(self, num_experts, in_features, out_features, bias=True, recipe="int8", device=None, dtype=None):

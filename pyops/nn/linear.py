@@ -20,6 +20,9 @@ class Linear(RecipeLayer, torch.nn.Linear):
     loading a checkpoint without them takes them anew from its weight. After writing into the weight otherwise, call
     :meth:`reset_steps_`. Under one with delayed scaling it has the buffer ``amax_history`` (3, history) fp32: the largest magnitudes of X, W
     and dY in the steps before, in the state_dict; zeros, which is no history, where a checkpoint has none.
+
+    Raises:
+        ValueError: for a recipe that there is not; from ``forward``, which takes float32, bfloat16 or float16, for a shape (TypeError: a dtype).
     """
 
     _plain = torch.nn.Linear

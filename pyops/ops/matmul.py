@@ -116,7 +116,9 @@ matmul_packed = Op(
 matmul_packed.__doc__ = """matmul_packed(x, codes, scales, zeros, code, block, columns, transpose, bias, dtype)
 
 x (m, columns) times the transpose of a packed (rows, columns) weight -> (m, rows); with ``transpose``, x (m, rows)
-times the weight itself -> (m, columns). fp32 accumulation; x fp32, bf16 or fp16."""
+times the weight itself -> (m, columns). fp32 accumulation; x and the result's ``dtype`` fp32, bf16 or fp16; codes (rows, bytes), scales and
+zeros as :func:`quantize` gives them; bias one float for each column of the result, or None. Raises TypeError for dtypes, ValueError for shapes,
+code, block and device."""
 
 
 # --- two stored operands ----------------------------------------------------------------------------------

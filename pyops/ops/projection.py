@@ -53,7 +53,8 @@ project = Op(
 project.__doc__ = """project(grad, codes, scales, zeros, code, block, left) -> fp32
 
 Basis B (rank, d) packed, or plain floats (code fp32, bf16 or fp16; scales and zeros any tensors), rows are the basis vectors. right: grad (m, d) -> grad B^T (m, rank); left: grad (d, n) ->
-B grad (rank, n). fp32 accumulation straight from the packed codes."""
+B grad (rank, n). grad fp32, bf16 or fp16; fp32 accumulation straight from the packed codes (Zhang et al., "Q-GaLore"). Raises TypeError for
+dtypes, ValueError for shapes, code and device."""
 
 
 # --- project back -----------------------------------------------------------------------------------------
@@ -124,7 +125,7 @@ weight <- decay * weight + alpha * (update B, or B^T update when left) + residua
 full-size product is never stored. scalars = fp32 [decay, alpha] on CPU. residual: floats of the weight's shape, with one
 fp32 scale per index that is not projected (left: columns; right: rows). bf16 and quantised weights are rounded stochastically; a quantised
 block whose values do not change keeps its codes and scale. first: the number of the weight's first element in the whole tensor, above 0 in a
-shard: it keys the random bits."""
+shard: it keys the random bits. update is fp32 (m, rank), or (rank, n) when left. Raises TypeError for dtypes, ValueError for shapes, codes and device."""
 
 
 # --- basis ------------------------------------------------------------------------------------------------
@@ -180,7 +181,8 @@ subspace_basis = Op(
 subspace_basis.__doc__ = """subspace_basis(grad, previous, rank, iterations, left, key, stream) -> (rank, d) fp32, orthonormal rows
 
 Block power iteration: Q <- orth(G^T G Q), ``iterations`` times, from ``previous`` (rank, d) or from Gaussian rows drawn
-with ``key``. The rows approach the leading singular vectors of the projected side."""
+with ``key`` = int64 CPU tensor [seed, step] and ``stream``. The rows approach the leading singular vectors of the projected side. grad (m, n)
+fp32, bf16 or fp16. Raises TypeError for dtypes, ValueError for shapes, rank and iterations."""
 
 
 # --- discrete cosine transform ----------------------------------------------------------------------------
@@ -269,4 +271,5 @@ dct = Op(
 dct.__doc__ = """dct(x, columns) -> fp32
 
 Orthonormal DCT-III: x D of x (rows, n), or with ``columns`` D^T x of x (n, rows); D_ij = sqrt(2/n) cos(i (2j+1) pi / 2n), its first row over sqrt 2.
-x fp32, bf16 or fp16. A fast transform, O(n log n) a row, where n is a power of 2 times an odd number up to 63; elsewhere an FFT of torch's."""
+x fp32, bf16 or fp16. A fast transform, O(n log n) a row, where n is a power of 2 times an odd number up to 63; elsewhere an FFT of torch's.
+Raises TypeError for dtypes, ValueError for shapes."""

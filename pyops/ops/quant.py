@@ -127,7 +127,8 @@ shapes, code and block."""
 
 
 def quantize_to(x, format: Format, transpose=False, key=None, stream=0):
-    """:func:`quantize` into any format, those whose blocks share scales included: (codes, scales, zeros)."""
+    """:func:`quantize` of x (rows, columns) fp32, bf16 or fp16 into any :class:`gradmill.formats.Format`, those whose blocks share scales
+    included: (codes, scales, zeros). Raises TypeError for dtypes, ValueError for shapes."""
     scales = None
     if format.shared:
         scales = reference.shared_scales(block_absmax(x, format, transpose), format, key is not None)
@@ -221,7 +222,10 @@ dequantize = Op(
     _check_dequantize, _fake_dequantize,
     backends={"native": _native_dequantize, "triton": "gradmill.kernels.quant:dequantize", "reference": reference.dequantize},
     order={"cpu": ("native", "triton", "reference"), "cuda": ("native", "triton", "reference")})
-dequantize.__doc__ = """dequantize(codes, scales, zeros, code, block, columns, dtype) -> (rows, columns) of ``dtype``."""
+dequantize.__doc__ = """dequantize(codes, scales, zeros, code, block, columns, dtype) -> (rows, columns) of ``dtype``
+
+What :func:`quantize` gave, back in fp32, bf16 or fp16: codes (rows, bytes), scales and zeros fp32 (rows, blocks) of format
+``Format(code, block)``, whose rows have ``columns`` elements. Raises TypeError for dtypes, ValueError for shapes, code and block."""
 
 
 # --- keys -------------------------------------------------------------------------------------------------
@@ -374,4 +378,4 @@ Gradients of fake_quantize with straight-through rounding, given grad = dW^ (row
 clamped: dW = dW^, ds = sum dW^ (round(W / s) - W / s), dz = 0; where it was: dW = 0, ds = sum dW^ (q - z), dz = -s sum dW^, sums over
 the group. The clamps of step and zero point themselves are passed straight through, so that one that left its range can come
 back. dweight has weight's dtype, dsteps and dzeros are fp32. Sums are taken in a fixed order (reference.quant.lane_sums): the
-same bits in every backend, whatever the thread count."""
+same bits in every backend, whatever the thread count. Raises TypeError for dtypes, ValueError for shapes, bits and block."""
