@@ -94,7 +94,8 @@ def convert(model: torch.nn.Module, recipe: str | recipes.Recipe = "int8",
         model: the module whose children are searched. ``model`` itself is not replaced.
         recipe: a name or a :class:`gradmill.recipes.Recipe`.
         filter: ``filter(name, layer)`` says whether to convert; by default everything but the head (a layer named
-            lm_head, head, output, classifier, embed_out, score or fc_out, or one whose weight is an embedding's); for recipes that store
+            lm_head, head, output, classifier, embed_out, score or fc_out, the latter and output not where they stand in every block of a
+            ModuleList, or one whose weight is an embedding's); for recipes that store
             or see weights in few bits everything but peft's adapters too, and for one_bit_fqt everything but the first and the last layer.
 
     A model that reads a layer's weight itself instead of calling the layer (Mamba's dt_proj in transformers) takes nothing of the recipe there but
@@ -149,8 +150,8 @@ def convert(model: torch.nn.Module, recipe: str | recipes.Recipe = "int8",
             new = done[id(child)][0]
             setattr(parent, child_name, new)
             after = sum(nbytes(p) for kind, p in new._parameters.items() if kind.startswith("weight"))
-            if isinstance(new, Linear) and new.weight.device.type == "cpu":
-                speed = speeds.measured(recipe.name, new.in_features, new.out_features)
+            if new.weight.device.type == "cpu" and new.measured_as:
+                speed = speeds.measured(recipe.name, *new.measured_as)
                 if speed is not None and speed < SLOWER:
                     report.slower[name] = speed
             report.layers[name] = LayerBytes(nbytes(child.weight), after, *new.kept_bytes(), again)

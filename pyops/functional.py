@@ -207,8 +207,9 @@ def grouped_linear(input: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor
     Args:
         input: (tokens, in) float32, bfloat16 or float16, the tokens sorted by expert.
         weight: (experts, out, in).
-        offs: (experts) int32, where each expert's tokens end: cumulative counts, as torch's ``_grouped_mm`` takes them. An
-            expert may have none; tokens beyond the last end are nobody's: their rows of the result are 0.
+        offs: (experts) int32 or int64, where each expert's tokens end: cumulative counts, as torch's ``_grouped_mm`` takes them in int32 and
+            ``bincount(experts).cumsum(0)`` makes them in int64. An expert may have none; tokens beyond the last end are nobody's: their rows
+            of the result are 0.
         bias: (experts, out) or None.
         recipe: a name or a :class:`gradmill.recipes.Recipe` whose operands are quantised on the fly: int8, int8_switchback, int7,
             fp8_tensor, fp8_row, fp8_row_pow2, fp8_block, bf16. Every expert has the scales that a layer of its own would have.
@@ -229,10 +230,12 @@ def grouped_linear(input: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor
         raise ValueError(f"gradmill grouped_linear: input has shape {tuple(input.shape)}; it must be (tokens, {weight.shape[2]})")
     if bias is not None and bias.shape != weight.shape[:2]:
         raise ValueError(f"gradmill grouped_linear: bias has shape {tuple(bias.shape)}; it must be {tuple(weight.shape[:2])}")
-    if not isinstance(offs, torch.Tensor) or offs.dtype != torch.int32:
-        raise TypeError(f"gradmill grouped_linear: offs is {offs.dtype if isinstance(offs, torch.Tensor) else type(offs).__name__}; it must be an int32 tensor")
+    if not isinstance(offs, torch.Tensor) or offs.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"gradmill grouped_linear: offs is {offs.dtype if isinstance(offs, torch.Tensor) else type(offs).__name__}; it must be an int32 or int64 tensor")
     if offs.shape != weight.shape[:1]:
         raise ValueError(f"gradmill grouped_linear: offs has shape {tuple(offs.shape)}; it must be ({weight.shape[0]},), an end for each expert")
+    if offs.dtype == torch.int64:  # held within int32, so that what is out of bounds stays so
+        offs = offs.clamp(-1, 2**31 - 1).to(torch.int32)
     return QuantizedGroupedLinear.apply(input, weight, bias, offs, recipe, _output_dtype(input))
 
 

@@ -67,7 +67,7 @@ class Profile:
         self.wall = 0.0
         self._rows: dict[tuple, Row] = {}
         self._pending: collections.deque[_Call] = collections.deque()  # CUDA calls whose events may not have passed yet
-        self._layers: dict[tuple[str, int, int], int] = {}
+        self._layers: dict[tuple, int] = {}  # (recipe, *shape): calls
         self._lock = threading.Lock()
         self._here = threading.local()
 
@@ -99,10 +99,10 @@ class Profile:
         call.start()
         return call
 
-    def see(self, layer: "gradmill.nn.Linear"):
+    def see(self, layer: "gradmill.nn.Linear | gradmill.nn.Conv2d"):
         """Called by a layer's forward: an op does not know its recipe."""
-        if layer.weight.device.type == "cpu":
-            key = layer.recipe.name, layer.in_features, layer.out_features
+        if layer.weight.device.type == "cpu" and layer.measured_as:
+            key = layer.recipe.name, *layer.measured_as
             with self._lock:
                 self._layers[key] = self._layers.get(key, 0) + 1
 
@@ -252,13 +252,14 @@ def _machine_hints(rows: list[Row]) -> list[str]:
     return hints
 
 
-def _recipe_hints(layers: dict[tuple[str, int, int], int]) -> list[str]:
+def _recipe_hints(layers: dict[tuple, int]) -> list[str]:
     from gradmill import speeds
     from gradmill.convert import SLOWER
 
-    slow = [(speed, *layer, calls) for layer, calls in layers.items() if (speed := speeds.measured(*layer)) is not None and speed < SLOWER]
-    return [f"recipe {recipe} was measured at {speed:.2g}x the speed of torch's fp32 at layers like {inputs} -> {outputs} on this kind of CPU "
-            f"({calls:,} forwards): it saves memory there, not time" for speed, recipe, inputs, outputs, calls in sorted(slow)]
+    slow = [(speed, *layer) for layer in layers if (speed := speeds.measured(*layer)) is not None and speed < SLOWER]
+    return [f"recipe {recipe} was measured at {speed:.2g}x the speed of torch's fp32 at layers like {inputs} -> {outputs}"
+            f"{', window ' * bool(window)}{'x'.join(map(str, window))} on this kind of CPU ({layers[recipe, inputs, *window, outputs]:,} forwards): "
+            "it saves memory there, not time" for speed, recipe, inputs, *window, outputs in sorted(slow)]
 
 
 # --- numbers as people read them --------------------------------------------------------------------------

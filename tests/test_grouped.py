@@ -148,10 +148,20 @@ def test_threads_do_not_matter():
     assert_same_bits(results[0], results[1])
 
 
+def test_ends_may_be_int64_as_cumsum_makes_them():
+    layer, x, experts = GroupedLinear(4, 9, 5), torch.randn(20, 9), torch.randint(0, 4, (17,))
+    offs = experts.bincount(minlength=4).cumsum(0)
+    assert offs.dtype == torch.int64
+    assert_same_bits(layer(x, offs), layer(x, offs.to(torch.int32)))
+    for end, message in ((2**32 + 20, "at most 20"), (-2**32, "not negative")):  # what int32 would wrap around to is none of what was given
+        with pytest.raises(ValueError, match=message):
+            layer(x, torch.full((4,), end))
+
+
 # --- refusals ---------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("offs, error, message", [
     (torch.tensor([3, 2], dtype=torch.int32), ValueError, r"offs is \[3, 2\]; it must be ends"), (torch.tensor([3, 9], dtype=torch.int32), ValueError, "at most 8"),
-    (torch.tensor([-1, 3], dtype=torch.int32), ValueError, "not negative"), (torch.tensor([3, 8]), TypeError, "int32"),
+    (torch.tensor([-1, 3], dtype=torch.int32), ValueError, "not negative"), (torch.tensor([3, 8], dtype=torch.int16), TypeError, "int32"),
     (torch.tensor([[3, 8]], dtype=torch.int32), ValueError, "1-D|an end for each"), (torch.tensor([8], dtype=torch.int32), ValueError, "an end for each")])
 def test_bad_offs_are_refused(offs, error, message):
     x, w = torch.randn(8, 4), torch.randn(2, 3, 4)

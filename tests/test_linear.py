@@ -841,6 +841,30 @@ def test_convert_warns_where_a_recipe_was_measured_slower(monkeypatch):
         assert not gradmill.convert(torch.nn.Sequential(torch.nn.Linear(64, 64)), "int8").slower  # within the spread
 
 
+def test_convert_warns_of_convolutions_measured_slower(monkeypatch):
+    from gradmill import _C, speeds
+    monkeypatch.setattr(speeds, "_table", lambda: {_C.isa(): {"bf16": {"64x3x3x64": 0.7, "64x64": 2.0}}})
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(64, 32, 3), torch.nn.Conv2d(32, 64, 1), torch.nn.Conv2d(64, 64, 3, groups=4), torch.nn.Conv2d(64, 1024, 3),
+                                torch.nn.Conv2d(64, 64, 3, stride=2, padding=1), torch.nn.Linear(64, 64))
+    with pytest.warns(UserWarning, match="bf16 trains slower .* 2 of the 6 layers .* 0.7 times as fast at layer '0'"):
+        report = gradmill.convert(model, "bf16")
+    assert report.slower == {"0": 0.7, "4": 0.7}  # another window, groups and 16 times the size were not measured
+    with gradmill.profile() as p:
+        model[0](torch.randn(1, 64, 4, 4))
+        model[1](torch.randn(1, 32, 4, 4))
+    assert [hint for hint in p.hints if "recipe" in hint] == ["recipe bf16 was measured at 0.7x the speed of torch's fp32 at layers like 64 -> 32, window 3x3 on this kind of CPU "
+                                                              "(1 forwards): it saves memory there, not time"]
+
+
+def test_the_table_of_speeds_has_convolutions():
+    from gradmill import speeds
+    for recipes in speeds._table().values():
+        assert {"128x3x3x128", "256x3x3x256"} <= set(recipes["int8"]) & set(recipes["bf16"])
+    if gradmill._C and gradmill._C.isa() in speeds._table():
+        assert 0 < speeds.measured("bf16", 128, 3, 3, 128) != speeds.measured("bf16", 128 * 3, 3 * 128)
+
+
 def test_the_table_of_speeds_is_of_this_packages_recipes():
     from gradmill import speeds
     assert set(speeds._table()) == {"avx2", "avx512_vnni"} and all({"int8", "fp4", "one_bit_fqt"} <= set(recipes) for recipes in speeds._table().values())

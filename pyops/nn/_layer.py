@@ -128,6 +128,8 @@ class RecipeLayer(KeepsFloat32):
         return self
 
     def _look(self, x):
+        if not torch.compiler.is_compiling() and (profiler := _registry.profiler) is not None:
+            profiler.see(self)
         if self.recipe.one_bit is not None:
             look_at_signs(self, x)
 

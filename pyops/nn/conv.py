@@ -54,6 +54,11 @@ class Conv2d(RecipeLayer, torch.nn.Conv2d):
             padding = 0
         return functional.conv2d(input, self.weight, self.bias, self.stride, padding, self.dilation, self.groups, self.recipe, **self._steps)
 
+    @property
+    def measured_as(self) -> tuple[int, ...]:
+        """The shape by which gradmill.speeds knows the layer: of groups, whose products are smaller, none."""
+        return (self.in_channels, *self.kernel_size, self.out_channels) if self.groups == 1 else ()
+
     def kept_bytes(self) -> tuple[int, int]:
         """Bytes of an image's input kept for backward, of whatever size gives an output of 32 x 32 positions: by torch.nn.Conv2d,
         by this layer."""

@@ -5,7 +5,6 @@ import torch
 
 from gradmill import functional, recipes
 from gradmill.nn._layer import RecipeLayer
-from gradmill.ops import _registry
 
 
 class Linear(RecipeLayer, torch.nn.Linear):
@@ -58,10 +57,13 @@ class Linear(RecipeLayer, torch.nn.Linear):
         return new
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not torch.compiler.is_compiling() and (profiler := _registry.profiler) is not None:
-            profiler.see(self)
         self._look(x)
         return functional.linear(x, self.weight, self.bias, self.recipe, **self._steps, amax_history=self._buffers.get("amax_history"))
+
+    @property
+    def measured_as(self) -> tuple[int, ...]:
+        """The shape by which gradmill.speeds knows the layer."""
+        return self.in_features, self.out_features
 
     def kept_bytes(self) -> tuple[int, int]:
         """Bytes of 1,024 tokens' input kept for backward: by torch.nn.Linear, by this layer."""
