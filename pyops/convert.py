@@ -24,6 +24,8 @@ SIMILAR = (torch.nn.Linear, torch.nn.modules.conv._ConvNd)
 SLOWER = 0.95
 #: Names of a language model's or classifier's last layer, which loses most from low precision.
 HEAD_NAMES = ("lm_head", "head", "output", "classifier", "embed_out", "score", "fc_out")
+#: Those of them that some models (GPT-J, RWKV) also give to a layer of every block.
+OF_BLOCKS_TOO = ("output", "fc_out")
 #: Names under which peft keeps a layer that it wraps, and layers that it trains in its place or beside it.
 PEFT_KEEPS, PEFT_TRAINS = ("base_layer", "original_module"), ("lora_A", "lora_B", "modules_to_save")
 
@@ -93,7 +95,7 @@ def convert(model: torch.nn.Module, recipe: str | recipes.Recipe = "int8",
     Args:
         model: the module whose children are searched. ``model`` itself is not replaced.
         recipe: a name or a :class:`gradmill.recipes.Recipe`.
-        filter: ``filter(name, layer)`` says whether to convert; by default everything but the head (a layer named
+        filter: ``filter(name, layer)`` says whether to convert; by default everything but depthwise convolutions and the head (a layer named
             lm_head, head, output, classifier, embed_out, score or fc_out, the latter and output not where they stand in every block of a
             ModuleList, or one whose weight is an embedding's); for recipes that store
             or see weights in few bits everything but peft's adapters too, and for one_bit_fqt everything but the first and the last layer.
@@ -120,6 +122,7 @@ def convert(model: torch.nn.Module, recipe: str | recipes.Recipe = "int8",
         for layer, which in zip((layers[0], layers[-1]) if layers else (), ("first", "last")):
             ends.setdefault(id(layer), f"the {which} layer, which {recipe.name} keeps (pass filter= to convert it)")
     report, done, packed = Report(recipe.name), {}, {}
+    in_blocks = {id(m) for blocks in model.modules() if isinstance(blocks, torch.nn.ModuleList) for m in blocks.modules()}
     for parent_name, parent in list(model.named_modules()):
         if not type(parent).__module__.startswith(("torch.nn.", "gradmill.")):
             for name, parameter in parent._parameters.items():
@@ -134,7 +137,7 @@ def convert(model: torch.nn.Module, recipe: str | recipes.Recipe = "int8",
                 report.skipped.append((name, "a Conv1D of transformers, whose weight is a linear layer's transposed: put an nn.Linear in its place first"))
             if not isinstance(child, SIMILAR):
                 continue
-            why = _why_not(name, child, filter, embeddings, recipe, ends.get(id(child), ""))
+            why = _why_not(name, child, filter, embeddings, recipe, ends.get(id(child), ""), id(child) in in_blocks)
             if why:
                 report.skipped.append((name, why))
                 continue
@@ -173,7 +176,7 @@ def leave_fast_path(model: torch.nn.Module):
                 module.activation_relu_or_gelu, module.use_nested_tensor = 0, False  # what the one and the other ask for it
 
 
-def _why_not(name, child, filter, embeddings, recipe, end) -> str:
+def _why_not(name, child, filter, embeddings, recipe, end, in_block) -> str:
     kind, parts = type(child).__name__, name.split(".")
     peft = next((i for i, part in enumerate(parts) if part in PEFT_KEEPS + PEFT_TRAINS), len(parts))
     if isinstance(child, RecipeLayer):
@@ -192,10 +195,12 @@ def _why_not(name, child, filter, embeddings, recipe, end) -> str:
             return "the filter said no"
     elif end:
         return end
-    elif parts[peft - 1] in HEAD_NAMES:
+    elif parts[peft - 1] in HEAD_NAMES and not (in_block and parts[peft - 1] in OF_BLOCKS_TOO):
         return "the head (pass filter= to convert it)"
     elif parts[peft:] and parts[peft] in PEFT_TRAINS and (recipe.weight is not None or recipe.fake is not None or recipe.one_bit is not None):
         return "an adapter of peft, which trains in full precision (pass filter= to convert it)"
+    elif isinstance(child, torch.nn.Conv2d) and child.groups == child.in_channels > 1:
+        return "a depthwise convolution, whose channels would run one after the other, tens of times slower (pass filter= to convert it)"
     elif id(child.weight) in embeddings:
         return "its weight is an embedding's (pass filter= to convert it)"
     if recipe.weight is not None and id(child.weight) in embeddings:

@@ -8,7 +8,7 @@ from gradmill.autograd.fake_quantize import FakeQuantize
 from gradmill.autograd.linear import ExactLinear, QuantizedGroupedLinear, QuantizedLinear
 from gradmill.autograd.one_bit import OneBit
 from gradmill.autograd.window import Window
-from gradmill.ops import grouped, quant
+from gradmill.ops import _registry, grouped, quant
 from gradmill.ops.conv import check_geometry
 from gradmill.reference import quant as reference
 from gradmill.reference.optim import as_matrix
@@ -25,11 +25,16 @@ def _output_dtype(x: torch.Tensor) -> torch.dtype:
 
 
 def _require_tensors(function: str, **tensors):
+    if not torch.compiler.is_compiling() and _registry.transforming():
+        raise RuntimeError(f"gradmill {function}: quantised layers do not run under torch.func's transforms (grad, vmap, jvp, ...): use autograd's backward, or turn the layers "
+                           "back with dequantize_()")
     for name, t in tensors.items():
         if not isinstance(t, torch.Tensor):
             raise TypeError(f"gradmill {function}: {name} is a {type(t).__module__}.{type(t).__qualname__}; it must be a torch.Tensor")
         if formats.float_code(t.dtype) is None:
             raise TypeError(f"gradmill {function}: {name} is {t.dtype}; it must be float32, bfloat16 or float16")
+        if t.layout is not torch.strided:
+            raise TypeError(f"gradmill {function}: {name} has the layout {t.layout}; it must be a dense (strided) tensor")
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, recipe: str | recipes.Recipe = "int8",
@@ -68,11 +73,10 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
                          f"{f'needs one of shape (3, {recipe.history})' if recipe.history else 'takes none'}")
     if amax_history is not None and (amax_history.dtype != torch.float32 or amax_history.shape != (3, recipe.history)):
         raise ValueError(f"gradmill linear: amax_history is {amax_history.dtype} of shape {tuple(amax_history.shape)}; it must be float32 of shape (3, {recipe.history})")
+    matrix = x if x.dim() == 2 else x.flatten(0, -2) if x.dim() > 2 else x[None]  # no number of tokens here that jit.trace would keep
     if recipe.one_bit is not None:
-        y = OneBit.apply(x.reshape(x.shape[:-1].numel(), x.shape[-1]), weight, steps, bias, *recipe.one_bit, _output_dtype(x))
-        return y.view(*x.shape[:-1], weight.shape[0])
-    matrix = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    if recipe.exact is not None and x.is_cpu and not isinstance(weight, QuantizedWeight):
+        y = OneBit.apply(matrix, weight, steps, bias, *recipe.one_bit, _output_dtype(x))
+    elif recipe.exact is not None and x.is_cpu and not isinstance(weight, QuantizedWeight):
         y = ExactLinear.apply(matrix, weight, bias, recipe, _output_dtype(x))
     else:
         y = QuantizedLinear.apply(matrix, weight, bias, recipe, _output_dtype(x), steps, None, amax_history)

@@ -630,7 +630,14 @@ class Special(nn.Conv2d):
 
 def small_cnn():
     return nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 16, 3, padding=1, stride=2), nn.ReLU(),
-                         nn.Conv2d(16, 16, 1), nn.ReLU(), nn.Conv2d(16, 16, 3, groups=16, padding=1), nn.Flatten(), nn.Linear(256, 10))
+                         nn.Conv2d(16, 16, 1), nn.ReLU(), nn.Conv2d(16, 16, 3, groups=8, padding=1), nn.Flatten(), nn.Linear(256, 10))
+
+
+def test_convert_leaves_depthwise_convolutions():
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 16, 3, groups=8), nn.Conv2d(8, 8, 3, groups=4), nn.Conv2d(1, 8, 3))
+    report = gradmill.convert(model, "int8")
+    assert report.replaced == ["2", "3"] and all("depthwise" in why for _, why in report.skipped)
+    assert gradmill.convert(model, "int8", filter=lambda *_: True).replaced == ["0", "1"]
 
 
 @pytest.mark.parametrize("name", NAMES)

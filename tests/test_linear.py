@@ -828,6 +828,16 @@ def test_convert_names_transformers_transposed_linear_layer():
     assert report.replaced == ["0"] and report.skipped[0][0] == "1" and "transposed" in report.skipped[0][1]
 
 
+def test_convert_knows_a_blocks_output_from_the_head():
+    def block():
+        return nn.ModuleDict({"fc_in": nn.Linear(8, 8), "fc_out": nn.Linear(8, 8), "output": nn.Linear(8, 8)})
+    model = nn.ModuleDict({"h": nn.ModuleList([block(), block()]), "output": nn.Linear(8, 8)})  # GPT-J, RWKV
+    report = convert(model, "int8")
+    assert len(report.replaced) == 6 and report.skipped == [("output", "the head (pass filter= to convert it)")]
+    one = nn.Sequential(nn.ModuleDict({"fc_out": nn.Linear(8, 8)}))  # a Sequential may wrap a whole model
+    assert convert(one, "int8").skipped == [("0.fc_out", "the head (pass filter= to convert it)")]
+
+
 # --- speeds -----------------------------------------------------------------------------------------------
 def test_convert_warns_where_a_recipe_was_measured_slower(monkeypatch):
     from gradmill import _C, speeds
@@ -871,3 +881,81 @@ def test_the_table_of_speeds_is_of_this_packages_recipes():
     for isa, recipes in speeds._table().items():
         assert isa in ("portable", "avx2", "avx512", "avx512_vnni") and set(recipes) <= set(gradmill.recipes.RECIPES)
         assert all(0 < ratio < 100 for shapes in recipes.values() for ratio in shapes.values())
+
+
+# --- what users' own code does to a layer -----------------------------------------------------------------
+@pytest.mark.parametrize("name", ["w4", "int8_weights"])
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_a_packed_weight_moves_while_an_output_is_alive(name, kind):
+    """torch swaps a subclass's memory in .to(dtype), which it refuses where a graph still holds the Parameter."""
+    layer, x = (Linear(24, 8, recipe=name), torch.randn(5, 24)) if kind == "linear" else (gradmill.nn.Conv2d(3, 8, 3, recipe=name), torch.randn(2, 3, 6, 6))
+    optimizer = AdamW([p for p in layer.parameters() if p.requires_grad], lr=1e-3)
+    y, weight, codes = layer(x.requires_grad_()), layer.weight, layer.weight.codes.clone()
+    y.sum().backward()
+    alive = layer(x)
+    layer.to(torch.bfloat16)
+    assert layer.weight is weight and weight.dtype == torch.bfloat16 and torch.equal(weight.codes, codes) and layer.bias.dtype == torch.bfloat16
+    assert name == "w4" or weight.grad.dtype == torch.bfloat16
+    optimizer.step()
+    optimizer.zero_grad()
+    assert layer(x.bfloat16()).dtype == torch.bfloat16
+    if name == "w4":  # a float weight's graph does not survive a change of its dtype either
+        alive.sum().backward()
+    del alive, y
+    assert layer.float()(x.detach()).dtype == torch.float32 and layer.weight is weight
+    moved = layer.to("meta")
+    assert moved.weight.is_meta and isinstance(moved.weight, QuantizedWeight)
+
+
+def test_buffers_that_kernels_read_are_float32_under_any_default_dtype():
+    x = torch.randn(4, 16)
+    for dtype in (torch.bfloat16, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            layer = Linear(16, 8, recipe="fp8_delayed", dtype=torch.float32)
+            layer(x).sum().backward()
+            books = gradmill.nn.CodebookLinear(16, 8, shared=True)
+            assert layer.amax_history.dtype == books.codebooks.dtype == books.scales.dtype == torch.float32
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
+def test_what_cannot_run_under_transforms_says_so():
+    layer, x = Linear(16, 8, recipe="int8"), torch.randn(3, 16)
+    parameters = {k: v.detach() for k, v in layer.named_parameters()}
+    assert torch.equal(torch.func.functional_call(layer, parameters, (x,)), layer(x))
+    for run in (lambda: torch.func.grad(lambda p: torch.func.functional_call(layer, p, (x,)).sum())(parameters), lambda: torch.func.vmap(layer)(x[:, None]),
+                lambda: torch.func.jvp(layer, (x,), (x,)), lambda: torch.func.jacrev(layer)(x)):
+        with pytest.raises(RuntimeError, match="gradmill linear: quantised layers do not run under torch.func"):
+            run()
+    for name in ("int8", "fp8_delayed", "w4", "qat_w4", "one_bit_fqt"):
+        leaf = x.clone().requires_grad_()
+        y = Linear(16, 8, recipe=name)(leaf)
+        with pytest.raises(RuntimeError, match="one gradient at a time"):
+            torch.autograd.grad(y, leaf, torch.randn(2, *y.shape), is_grads_batched=True)
+        with pytest.raises(RuntimeError, match="twice"):
+            dx, = torch.autograd.grad(y.square().sum(), leaf, create_graph=True)
+            dx.sum().backward()
+    with pytest.raises(TypeError, match="x has the layout torch.jagged; it must be a dense"):
+        layer(torch.nested.nested_tensor([x, x[:2]], layout=torch.jagged))
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8_delayed", "fp8_block", "fp4", "mxfp4", "w4"])
+def test_compile_with_dynamic_shapes(name):
+    torch._dynamo.reset()
+    layer = Linear(32, 8, recipe=name)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    for tokens in (5, 9):
+        x = torch.randn(tokens, 32)
+        y = compiled(x)
+        y.sum().backward()
+        assert torch.allclose(y, layer(x), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["int8", "w4", "one_bit_fqt"])
+def test_a_trace_takes_other_numbers_of_tokens(name):
+    layer = Linear(16, 8, recipe=name).eval()
+    with torch.no_grad():
+        trace = torch.jit.trace(layer, (torch.randn(2, 3, 16),), check_trace=False)
+        x = torch.randn(5, 7, 16)
+        assert torch.allclose(trace(x), layer(x), atol=1e-5)

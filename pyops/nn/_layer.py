@@ -50,6 +50,27 @@ class RecipeLayer(KeepsFloat32):
     _plain: type[torch.nn.Module]
     _float32 = ("weight_steps", "weight_zeros", "steps", "amax_history")
 
+    def _apply(self, fn, recurse=True):
+        # torch swaps a tensor subclass's memory with the new one's, which it refuses while a graph holds the weight: an output that is alive.
+        # Here the Parameter takes the new values in place, as torch has it for plain ones.
+        weight = self._parameters.get("weight")
+        new = None
+        if isinstance(weight, QuantizedWeight):
+            with torch.no_grad():
+                new = fn(weight)
+        if not isinstance(new, QuantizedWeight) or not torch._has_compatible_shallow_copy_type(weight, new):  # to or from the meta device
+            return super()._apply(fn, recurse)
+        grad, self._parameters["weight"] = weight.grad, None
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self._parameters["weight"] = weight
+        weight.grad = None
+        weight.data = new
+        if grad is not None:
+            weight.grad = fn(grad)
+        return self
+
     def _adopt(self, recipe: recipes.Recipe):
         self.recipe = recipe
         self._pack()

@@ -36,8 +36,8 @@ class CodebookLinear(KeepsFloat32, torch.nn.Module):
         if not 1 <= groups <= MAX_GROUPS:
             raise ValueError(f"groups is {groups!r}; it must be 1 to {MAX_GROUPS}, because a row keeps its group's number in a byte")
         self.in_features, self.out_features, self.bits = in_features, out_features, bits
-        self.codebooks = torch.nn.Parameter(torch.zeros((1 if shared else groups, 1 << bits), device=device))
-        self.register_parameter("scales", torch.nn.Parameter(torch.ones((groups, 1), device=device)) if shared else None)
+        self.codebooks = torch.nn.Parameter(torch.zeros((1 if shared else groups, 1 << bits), dtype=torch.float32, device=device))
+        self.register_parameter("scales", torch.nn.Parameter(torch.ones((groups, 1), dtype=torch.float32, device=device)) if shared else None)
         self.register_parameter("bias", torch.nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None)
         self.register_buffer("indices", torch.zeros((out_features, row_bytes(in_features, bits)), dtype=torch.uint8, device=device))
         self.register_buffer("row_groups", torch.zeros(out_features, dtype=torch.uint8, device=device))

@@ -40,7 +40,7 @@ class Linear(RecipeLayer, torch.nn.Linear):
     def _adopt(self, recipe: recipes.Recipe):
         super()._adopt(recipe)
         if recipe.history:
-            self.register_buffer("amax_history", torch.zeros((3, recipe.history), device=self.weight.device))
+            self.register_buffer("amax_history", torch.zeros((3, recipe.history), dtype=torch.float32, device=self.weight.device))
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)

@@ -57,7 +57,7 @@ class Int8Layer(torch.nn.Module):
             self.register_parameter(name, torch.nn.Parameter(_int8(weight[:, mask], scales), name == "weight") if mask.any() else None)
         self.register_parameter("bias", None if layer.bias is None else torch.nn.Parameter(layer.bias.detach().clone(), bias))
         self.register_buffer("trained", trained if 0 < len(channels) < count else None)
-        self.register_buffer("x_scale", torch.full((1, 1), x_scale, device=weight.device))
+        self.register_buffer("x_scale", torch.full((1, 1), x_scale, dtype=torch.float32, device=weight.device))
         self.train(layer.training)
 
     @staticmethod

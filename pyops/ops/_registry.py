@@ -26,6 +26,7 @@ _KINDS = {"Tensor": {Tensor, Parameter}, "int": {int}, "SymInt": {int}, "bool": 
 _dispatch_modes, _function_modes, _tracing = (getattr(torch._C, name, lambda: True) for name in (
     "_len_torch_dispatch_stack", "_len_torch_function_stack", "_get_tracing_state"))
 _transform = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: True)
+_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda x: False)  # what is_grads_batched=True makes
 _profiling = getattr(torch.autograd, "_profiler_enabled", lambda: True)
 
 library = torch.library.Library("gradmill", "DEF")
@@ -68,11 +69,18 @@ def forced_backend() -> str | None:
     return None if is_compiling() else _forced.get()
 
 
+def transforming() -> bool:
+    """Whether a transform of torch.func is on. False on a torch that cannot be asked."""
+    return _transform() not in (None, True)
+
+
 def in_forwards_backend(backward):
     """Decorator of an autograd Function's backward: runs it in ``ctx.backend``, where forward left what :func:`forced_backend` said. Backward
     may run in another thread and outside the user's ``with use_backend``."""
     @functools.wraps(backward)
     def run(ctx, *gradients):
+        if not is_compiling() and (transforming() or any(map(_batched, gradients))):
+            raise RuntimeError("gradmill: a quantised layer's backward takes one gradient at a time, not a batch of them (is_grads_batched=True, vectorize=True, vmap)")
         if ctx.backend is None:
             return backward(ctx, *gradients)
         with use_backend(ctx.backend):

@@ -245,7 +245,7 @@ def dct_table(n: int) -> tuple[torch.Tensor, int]:
         if base % 2 == 0 and base > 4:
             parts += [angle(base // 2, base).cos(), angle(base // 2, base).sin()]
     odd, i = angle(base, base), torch.arange(base, dtype=torch.float64)
-    table = torch.zeros(n + 2 * base * base)
+    table = torch.zeros(n + 2 * base * base, dtype=torch.float32)
     steps = torch.cat(parts) if parts else table[:0]
     table[:len(steps)] = steps
     table[n:] = torch.stack(((2 * odd[:, None] * i).cos(), (odd[:, None] * (2 * i + 1)).cos())).flatten()

@@ -24,9 +24,14 @@ def round_stochastic(x, words):
     return torch.where(x - down > u, down + 1, down)
 
 
+def tops() -> dict[str, float]:
+    """TOPS, made anew: torch.compile(dynamic=True) takes a float out of a global for one that may change, and fails on it inside an autograd Function."""
+    return {"int8": 127.0, "int7": 63.0, "int4": 7.0, "int4_outlier": 7.0, "int3": 3.0, "int2": 1.0, "uint8": 255.0, "uint4": 15.0, "uint3": 7.0,
+            "uint2": 3.0, "e4m3": 448.0, "e5m2": 57344.0, "e2m1": 6.0}
+
+
 #: The largest magnitude of each integer and small-float code, in units of its scale.
-TOPS = {"int8": 127.0, "int7": 63.0, "int4": 7.0, "int4_outlier": 7.0, "int3": 3.0, "int2": 1.0, "uint8": 255.0, "uint4": 15.0, "uint3": 7.0,
-        "uint2": 3.0, "e4m3": 448.0, "e5m2": 57344.0, "e2m1": 6.0}
+TOPS = tops()
 #: Small floats: mantissa bits and the exponent of the smallest normal number.
 SMALL_FLOATS = {"e4m3": (3, -6), "e5m2": (2, -14), "e2m1": (1, 0)}
 ZERO_POINT = ("uint8", "uint4", "uint3", "uint2")
@@ -84,7 +89,7 @@ def shared_scales(x, format, stochastic=False):
     "e4m3" rounds each scale to float8 under the tensor's scale, amax / (448 * top): to nearest, so that a block's largest
     value may saturate by up to 1/16, as NVFP4 has it; up if the codes are to be rounded stochastically, which saturation
     would bias."""
-    rows, top = x.shape[0], TOPS[format.code]
+    rows, top = x.shape[0], tops()[format.code]
     absmax = x
     if format.rows != 1:
         group = format.rows or max(rows, 1)
