@@ -7,7 +7,7 @@ except ImportError:
     _C = None
 
 from gradmill import bct, biper, bitdelta, codebook, formats, functional, lora, nn, ondevice, ops, optim, qat, recipes
-from gradmill.convert import convert
+from gradmill.convert import convert, state_in_parts
 from gradmill.ops import BackendError, use_backend
 from gradmill.optim import CheckpointError
 from gradmill.profile import profile
@@ -17,4 +17,4 @@ __version__ = "0.1.0"
 
 
 __all__ = ["BackendError", "CheckpointError", "QuantizedWeight", "bct", "biper", "bitdelta", "codebook", "convert", "formats", "functional", "lora", "nbytes", "nn",
-           "ondevice", "ops", "optim", "profile", "qat", "recipes", "use_backend", "__version__"]
+           "ondevice", "ops", "optim", "profile", "qat", "recipes", "state_in_parts", "use_backend", "__version__"]

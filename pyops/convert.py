@@ -13,7 +13,7 @@ from gradmill.nn import Conv2d, Linear
 from gradmill.nn._layer import RecipeLayer
 from gradmill.weight import nbytes
 
-__all__ = ["LayerBytes", "Report", "convert"]
+__all__ = ["LayerBytes", "Report", "convert", "state_in_parts"]
 
 #: torch's layer -> what makes gradmill's of it.
 MADE_FROM = {torch.nn.Linear: Linear.from_linear, torch.nn.Conv2d: Conv2d.from_conv2d}
@@ -165,6 +165,19 @@ def convert(model: torch.nn.Module, recipe: str | recipes.Recipe = "int8",
                       f"CPU, by measurements of layers of like size: {report.slower[worst]:.2g} times as fast at layer {worst!r}. What it may save there is memory: "
                       "convert with another recipe, or leave layers out with filter=.", stacklevel=2)
     return report
+
+
+def state_in_parts(model: torch.nn.Module, mode: bool = True):
+    """From now on ``model.state_dict()`` holds ``weight_codes``, ``weight_scales`` and ``weight_zeros``, plain tensors, in place of each packed ``weight``:
+    what a safetensors file can hold, so that transformers' ``Trainer`` and ``save_pretrained`` write checkpoints. ``load_state_dict`` takes either form,
+    in this mode or not, bit for bit.
+
+    Args:
+        model: with gradmill's layers, converted already. mode: False goes back to a :class:`gradmill.QuantizedWeight` under ``weight``.
+    """
+    for layer in model.modules():
+        if isinstance(layer, RecipeLayer):
+            layer._in_parts = mode
 
 
 def leave_fast_path(model: torch.nn.Module):

@@ -90,6 +90,8 @@ def _prepare(function, weight, bias, recipe, steps, zeros):
     if (recipe.fake is None) != (zeros is None) or recipe.fake is not None and steps is None:
         raise ValueError(f"gradmill {function}: steps and zeros are {'given' if zeros is not None else 'missing'}; recipe {recipe.name} "
                          f"{'takes no zeros' if recipe.fake is None else 'needs both: see fake_quantize_parameters'}")
+    if steps is not None and recipe.fake is None and formats.float_code(steps.dtype):
+        steps = steps.to(torch.float32)  # FSDP2's mixed precision hands out all Parameters in 16 bits
     if recipe.one_bit is not None:
         if steps is None or steps.shape != (weight.shape[0], 1) or steps.dtype != torch.float32 or isinstance(weight, QuantizedWeight):
             raise ValueError(f"gradmill {function}: steps is {'missing' if steps is None else (steps.dtype, tuple(steps.shape))}; recipe {recipe.name} needs a plain weight and "

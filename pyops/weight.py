@@ -88,8 +88,8 @@ class QuantizedWeight(torch.Tensor):
 
     def storage(self):
         # What safetensors asks for last, to see whether tensors share memory: torch's own answer is a null pointer's error without a name.
-        raise RuntimeError("a QuantizedWeight has no storage of its own but codes, scales and zeros, and a safetensors file cannot hold it: write the state_dict with "
-                           "torch.save, or write w.dequantize() in its place, which a layer packs again when it is loaded")
+        raise RuntimeError("a QuantizedWeight has no storage of its own but codes, scales and zeros, and a safetensors file cannot hold it: call gradmill.state_in_parts(model) "
+                           "after convert, or write the state_dict with torch.save, or w.dequantize() in its place, which a layer packs again when it is loaded")
 
     def __tensor_flatten__(self):
         return ["codes", "scales", "zeros"], (self.format, self.dtype)

@@ -815,11 +815,42 @@ def test_convert_names_matrices_that_no_layer_holds():
 def test_safetensors_says_that_it_cannot_hold_a_quantised_weight(tmp_path):
     from safetensors.torch import load_file, save_file
     layer, again = Linear(16, 8, recipe="int8_weights"), Linear(16, 8, recipe="int8_weights")
-    with pytest.raises(RuntimeError, match="a safetensors file cannot hold it: write the state_dict with torch.save"):
+    with pytest.raises(RuntimeError, match="a safetensors file cannot hold it: call gradmill.state_in_parts"):
         save_file(layer.state_dict(), tmp_path / "x")
     save_file({k: v.dequantize() if isinstance(v, QuantizedWeight) else v for k, v in layer.state_dict().items()}, tmp_path / "x")
     again.load_state_dict(load_file(tmp_path / "x"))
     torch.testing.assert_close(again.weight.dequantize(), layer.weight.dequantize())
+
+
+@pytest.mark.parametrize("recipe", ["int8_weights", "w8", "w4", "w3", "w2", recipes.weight_only(4, 0, symmetric=True)], ids=str)
+def test_a_state_in_parts_is_what_safetensors_holds(recipe, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    def model():
+        made = nn.Sequential(nn.Linear(40, 24), nn.Unflatten(1, (6, 2, 2)), nn.Conv2d(6, 8, 1), nn.Flatten(), nn.Linear(32, 3))
+        convert(made, recipe, filter=lambda name, layer: name != "4")
+        return made
+    one, other, plain = model(), model(), model()
+    gradmill.state_in_parts(one)
+    state = one.state_dict()
+    assert {"0.weight_codes", "0.weight_scales", "0.weight_zeros", "2.weight_codes", "4.weight"} <= set(state) and not {"0.weight", "2.weight"} & set(state)
+    assert not any(isinstance(t, QuantizedWeight) for t in state.values())
+    save_file(state, tmp_path / "x")
+    x = torch.randn(5, 40)
+    for target in (other, plain, copy.deepcopy(one)):
+        target.load_state_dict(load_file(tmp_path / "x"))
+        assert_same_bits(target(x), one(x))
+        assert_same_bits(target[0].weight.codes, one[0].weight.codes)
+    with torch.device("meta"):
+        empty = model()
+    empty.load_state_dict(load_file(tmp_path / "x"), assign=True)
+    assert_same_bits(empty(x), one(x))
+    gradmill.state_in_parts(one, False)
+    assert isinstance(one.state_dict()["0.weight"], QuantizedWeight)
+    other.load_state_dict(one.state_dict())
+    for wrong in (nn.Sequential(Linear(40, 24, recipe="int8")), nn.Sequential(Linear(40, 24, recipe=recipes.weight_only(8, 8)))):
+        with pytest.raises(RuntimeError, match="0.weight is in the checkpoint in parts of shapes .* in this layer's recipe .* convert the model"):
+            wrong.load_state_dict({k: v for k, v in state.items() if k.startswith("0.")})
 
 
 def test_convert_names_transformers_transposed_linear_layer():
@@ -959,3 +990,14 @@ def test_a_trace_takes_other_numbers_of_tokens(name):
         trace = torch.jit.trace(layer, (torch.randn(2, 3, 16),), check_trace=False)
         x = torch.randn(5, 7, 16)
         assert torch.allclose(trace(x), layer(x), atol=1e-5)
+
+
+def test_steps_in_16_bits_are_taken_as_fsdp_hands_them_out():
+    x = torch.randn(5, 32)
+    one_bit, packed = Linear(32, 8, recipe="one_bit_fqt"), Linear(32, 8, recipe="w4").train_steps_()
+    for layer, name in ((one_bit, "weight_steps"), (packed, "steps")):
+        steps = getattr(layer, name).detach().bfloat16().requires_grad_()
+        linear(x, layer.weight, layer.bias, layer.recipe, steps).sum().backward()
+        same = steps.detach().float().requires_grad_()
+        assert_same_bits(linear(x, layer.weight, layer.bias, layer.recipe, steps).detach(), linear(x, layer.weight, layer.bias, layer.recipe, same).detach())
+        assert steps.grad.dtype == torch.bfloat16 and steps.grad.abs().sum() > 0

@@ -11,6 +11,7 @@ from gradmill.ops import _registry
 from gradmill.weight import QuantizedWeight
 
 _FAKE = ("weight_steps", "weight_zeros")  # Parameters of a recipe that fakes
+_PARTS = ("codes", "scales", "zeros")       # of a QuantizedWeight
 _looked = weakref.WeakSet()                # layers whose first input was looked at by look_at_signs
 
 
@@ -126,7 +127,30 @@ class RecipeLayer(KeepsFloat32):
         if self._parameters.get("weight_steps") is not None:  # not yet there when torch's constructor calls
             self.reset_steps_()
 
+    _in_parts = False  # see gradmill.state_in_parts
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._in_parts and isinstance(self.weight, QuantizedWeight):
+            weight = destination.pop(prefix + "weight")
+            destination.update({f"{prefix}weight_{part}": getattr(weight, part) for part in _PARTS})
+
+    def _join_parts(self, state_dict, prefix, error_msgs):
+        """The parts in ``state_dict``, a copy, as the weight that they are."""
+        parts = [state_dict.pop(f"{prefix}weight_{part}", None) for part in _PARTS]
+        if any(part is None for part in parts):
+            return
+        mine = self.weight
+        wants = [getattr(mine, part) for part in _PARTS] if isinstance(mine, QuantizedWeight) else []
+        if [(p.shape, p.dtype) for p in parts] != [(p.shape, p.dtype) for p in wants]:
+            error_msgs.append(f"{prefix}weight is in the checkpoint in parts of shapes {', '.join(str(tuple(p.shape)) for p in parts)}, which are not those of a weight of shape {tuple(mine.shape)} "
+                              f"in this layer's recipe {self.recipe.name}: convert the model with the recipe of the one that was saved")
+        else:
+            state_dict[prefix + "weight"] = QuantizedWeight(*parts, mine.format, mine.shape, mine.dtype)
+
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
+        if prefix + "weight_codes" in state_dict:
+            self._join_parts(state_dict, prefix, error_msgs)
         if self.recipe.frozen and prefix + "steps" in state_dict and self._parameters.get("steps") is None:
             self.train_steps_()  # as qat.pack leaves a layer
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
@@ -159,7 +183,7 @@ class RecipeLayer(KeepsFloat32):
         new = self._plain.__new__(self._plain)
         if self._parameters.get("steps") is not None:
             self.train_steps_(False)
-        new.__dict__ = {k: v for k, v in self.__dict__.items() if k != "recipe"}
+        new.__dict__ = {k: v for k, v in self.__dict__.items() if k not in ("recipe", "_in_parts")}
         new._parameters = self._parameters.copy()
         if isinstance(self.weight, QuantizedWeight):
             new._parameters["weight"] = torch.nn.Parameter(self.weight.dequantize(), self.weight.requires_grad)
