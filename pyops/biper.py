@@ -59,7 +59,7 @@ def convert(model: torch.nn.Module, omega: float = 20.0, filter: Callable[[str, 
 
     def make(name, layer):
         chosen = filter or (lambda name, layer: layer not in ends)
-        if type(layer) in _BIPER and not _why_not(name, layer, chosen, (), recipes.ONE_BIT_FQT, ""):
+        if type(layer) in _BIPER and not _why_not(name, layer, chosen, (), recipes.ONE_BIT_FQT):
             return _BIPER[type(layer)]._from(layer, omega)
 
     names = _replace(model, make)

@@ -19,7 +19,7 @@ from gradmill import recipes
 from gradmill._calibrate import input_energy
 from gradmill._files import read_layers, write_layers
 from gradmill.autograd.codebook import ROWS, gradient_tiles
-from gradmill.convert import _why_not, leave_fast_path
+from gradmill.convert import _why_not, in_blocks, leave_fast_path
 from gradmill.nn.codebook import CodebookLinear
 from gradmill.ops.codebook import MAX_GROUPS, move_indices
 from gradmill.optim._base import CheckpointError
@@ -226,13 +226,13 @@ def fit(model: torch.nn.Module, bits: int = 4, rows_per_group: int = 64, groups:
         raise ValueError(f"groups is {groups!r}; it must be 1 to {MAX_GROUPS}")
     if rows_per_group < 1:
         raise ValueError(f"rows_per_group is {rows_per_group!r}; it must be at least 1")
-    report, places = Report(bits), []
+    report, places, blocks = Report(bits), [], in_blocks(model)
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     for parent_name, parent in list(model.named_modules()):
         for child_name, child in list(parent._modules.items()):
             if isinstance(child, torch.nn.Linear):
                 name = f"{parent_name}.{child_name}" if parent_name else child_name
-                why = _why_not(name, child, filter, embeddings, recipes.get("w4"), "") or _cannot(parent, child)
+                why = _why_not(name, child, filter, embeddings, recipes.get("w4"), in_block=id(child) in blocks) or _cannot(parent, child)
                 places += [] if why else [(name, parent, child_name, child)]
                 report.skipped += [(name, why)] if why else []
     if not places:

@@ -122,7 +122,7 @@ def convert(model: torch.nn.Module, recipe: str | recipes.Recipe = "int8",
         for layer, which in zip((layers[0], layers[-1]) if layers else (), ("first", "last")):
             ends.setdefault(id(layer), f"the {which} layer, which {recipe.name} keeps (pass filter= to convert it)")
     report, done, packed = Report(recipe.name), {}, {}
-    in_blocks = {id(m) for blocks in model.modules() if isinstance(blocks, torch.nn.ModuleList) for m in blocks.modules()}
+    blocks = in_blocks(model)
     for parent_name, parent in list(model.named_modules()):
         if not type(parent).__module__.startswith(("torch.nn.", "gradmill.")):
             for name, parameter in parent._parameters.items():
@@ -137,7 +137,7 @@ def convert(model: torch.nn.Module, recipe: str | recipes.Recipe = "int8",
                 report.skipped.append((name, "a Conv1D of transformers, whose weight is a linear layer's transposed: put an nn.Linear in its place first"))
             if not isinstance(child, SIMILAR):
                 continue
-            why = _why_not(name, child, filter, embeddings, recipe, ends.get(id(child), ""), id(child) in in_blocks)
+            why = _why_not(name, child, filter, embeddings, recipe, ends.get(id(child), ""), id(child) in blocks)
             if why:
                 report.skipped.append((name, why))
                 continue
@@ -170,7 +170,7 @@ def convert(model: torch.nn.Module, recipe: str | recipes.Recipe = "int8",
 def state_in_parts(model: torch.nn.Module, mode: bool = True):
     """From now on ``model.state_dict()`` holds ``weight_codes``, ``weight_scales`` and ``weight_zeros``, plain tensors, in place of each packed ``weight``:
     what a safetensors file can hold, so that transformers' ``Trainer`` and ``save_pretrained`` write checkpoints. ``load_state_dict`` takes either form,
-    in this mode or not, bit for bit.
+    in this mode or not, bit for bit; into a converted model: one that is not (``from_pretrained`` makes it) does not know the parts.
 
     Args:
         model: with gradmill's layers, converted already. mode: False goes back to a :class:`gradmill.QuantizedWeight` under ``weight``.
@@ -189,7 +189,16 @@ def leave_fast_path(model: torch.nn.Module):
                 module.activation_relu_or_gelu, module.use_nested_tensor = 0, False  # what the one and the other ask for it
 
 
-def _why_not(name, child, filter, embeddings, recipe, end, in_block) -> str:
+def in_blocks(model: torch.nn.Module) -> set[int]:
+    """ids of the modules inside ModuleLists: where a layer that is named like a head may be one of every block."""
+    return {id(m) for blocks in model.modules() if isinstance(blocks, torch.nn.ModuleList) for m in blocks.modules()}
+
+
+def named_as_head(part: str, in_block: bool) -> bool:
+    return part in HEAD_NAMES and not (in_block and part in OF_BLOCKS_TOO)
+
+
+def _why_not(name, child, filter, embeddings, recipe, end="", in_block=False) -> str:
     kind, parts = type(child).__name__, name.split(".")
     peft = next((i for i, part in enumerate(parts) if part in PEFT_KEEPS + PEFT_TRAINS), len(parts))
     if isinstance(child, RecipeLayer):
@@ -208,7 +217,7 @@ def _why_not(name, child, filter, embeddings, recipe, end, in_block) -> str:
             return "the filter said no"
     elif end:
         return end
-    elif parts[peft - 1] in HEAD_NAMES and not (in_block and parts[peft - 1] in OF_BLOCKS_TOO):
+    elif named_as_head(parts[peft - 1], in_block):
         return "the head (pass filter= to convert it)"
     elif parts[peft:] and parts[peft] in PEFT_TRAINS and (recipe.weight is not None or recipe.fake is not None or recipe.one_bit is not None):
         return "an adapter of peft, which trains in full precision (pass filter= to convert it)"

@@ -487,3 +487,19 @@ def test_examples_of_the_docs_page(run_page):
     names = run_page("docs/codebook.md")[-1]
     x = names["batches"][0]
     assert type(names["model"][0]) is CodebookLinear and torch.equal(names["fresh"](x), names["model"](x))
+
+
+def test_a_model_may_look_at_a_layers_weight():
+    class Feed(torch.nn.Module):  # as T5's does
+        def __init__(self):
+            super().__init__()
+            self.wo = torch.nn.Linear(12, 8, bias=False)
+
+        def forward(self, x):
+            return self.wo(x.to(self.wo.weight.dtype) if isinstance(self.wo.weight, torch.Tensor) and x.dtype != self.wo.weight.dtype else x)
+    model, x = torch.nn.Sequential(Feed(), torch.nn.ModuleList([torch.nn.ModuleDict({"fc_out": torch.nn.Linear(8, 8)})])), torch.randn(3, 12)
+    report = codebook.fit(model, 4, progress=False)
+    assert set(report.layers) == {"0.wo", "1.0.fc_out"}  # GPT-J's fc_out is no head
+    layer = model[0].wo
+    assert torch.equal(layer.weight, layer.dequantize()) and layer.weight.shape == (8, 12) and "weight" not in dict(layer.named_parameters()) | layer.state_dict()
+    assert model[0](x.bfloat16()).dtype == torch.float32

@@ -866,6 +866,8 @@ def test_convert_knows_a_blocks_output_from_the_head():
     report = convert(model, "int8")
     assert len(report.replaced) == 6 and report.skipped == [("output", "the head (pass filter= to convert it)")]
     one = nn.Sequential(nn.ModuleDict({"fc_out": nn.Linear(8, 8)}))  # a Sequential may wrap a whole model
+    groups = gradmill.optim.param_groups_for_projection(nn.ModuleDict({"h": nn.ModuleList([block(), block()]), "output": nn.Linear(8, 8)}), 2)
+    assert len(groups[0]["params"]) == 6
     assert convert(one, "int8").skipped == [("0.fc_out", "the head (pass filter= to convert it)")]
 
 

@@ -61,6 +61,11 @@ class CodebookLinear(KeepsFloat32, torch.nn.Module):
         """The weight (out, in) in this layer's dtype."""
         return values(self.indices, self.books(), self.row_groups, self.bits, self.in_features).to(self.dtype)
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """:meth:`dequantize`'s values, decoded at every read, for models that look at a layer's weight: T5 compares its dtype with the input's."""
+        return self.dequantize()
+
     def dequantize_(self) -> torch.nn.Linear:
         """This layer as torch's plain one with the same values; the bias stays the Parameter that it is."""
         new = torch.nn.Linear(self.in_features, self.out_features, False, device="meta", dtype=self.dtype)

@@ -503,13 +503,13 @@ def param_groups_for_projection(model: torch.nn.Module, rank: int | float, filte
         options: Projection's other arguments; what is left out is as the optimizer has it (FiraAdamW's residual, say), for
             optimizers without a projection of their own as Projection has it.
     """
-    from gradmill.convert import HEAD_NAMES
+    from gradmill.convert import in_blocks, named_as_head
 
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
-    projection, chosen = Projection(rank, **options), {}
+    projection, chosen, blocks = Projection(rank, **options), {}, in_blocks(model)
     for name, layer in model.named_modules():
         if isinstance(layer, torch.nn.Linear):
-            take = filter(name, layer) if filter is not None else name.split(".")[-1] not in HEAD_NAMES and id(layer.weight) not in embeddings
+            take = filter(name, layer) if filter is not None else not named_as_head(name.split(".")[-1], id(layer) in blocks) and id(layer.weight) not in embeddings
             if take and projection.rank_of(layer.weight.shape):
                 chosen[id(layer.weight)] = layer.weight
     if not chosen:
