@@ -143,8 +143,9 @@ class RecipeLayer(KeepsFloat32):
         mine = self.weight
         wants = [getattr(mine, part) for part in _PARTS] if isinstance(mine, QuantizedWeight) else []
         if [(p.shape, p.dtype) for p in parts] != [(p.shape, p.dtype) for p in wants]:
-            error_msgs.append(f"{prefix}weight is in the checkpoint in parts of shapes {', '.join(str(tuple(p.shape)) for p in parts)}, which are not those of a weight of shape {tuple(mine.shape)} "
-                              f"in this layer's recipe {self.recipe.name}: convert the model with the recipe of the one that was saved")
+            shapes = ", ".join(str(tuple(p.shape)) for p in parts)
+            error_msgs.append(f"{prefix}weight is in the checkpoint in parts of shapes {shapes}, which are not those of a weight of shape {tuple(mine.shape)} in this "
+                              f"layer's recipe {self.recipe.name}: convert the model with the recipe of the one that was saved")
         else:
             state_dict[prefix + "weight"] = QuantizedWeight(*parts, mine.format, mine.shape, mine.dtype)
 
