@@ -546,11 +546,13 @@ void measure(const MeasureArgs& a) {
 
 // --- steps scaled by norms --------------------------------------------------------------------------------
 // LAMB and LARS: a tensor's rate follows from norms of the whole tensor. What the norms need (LAMB: the update, left in `room`; LARS: the
-// gradient) comes first, piece by piece, and the tensor's own step when all of it is there, in the opposite order: of a tensor that fits the
-// cache the second pass finds weight and update there. Small tensors share one wait. Threads take pieces in turn from one counter and wait on
-// another, yielding their processor: with OpenMP's barriers, 40 in a step of 19 weights, a thread whose partner had been sent off its
-// processor span there for whole time slices. Measured (busy: five other processes on two processors; AdamW beside it 2 to 3), ns a parameter:
-// LAMB 5 to 23 -> 2.2 to 5, LARS 4 to 33 -> 1.7 to 4, 190 weights of 65,536 elements 9 to 125 -> 3 to 10.
+// gradient) comes first, piece by piece, and the tensor's own step when all of it is there, in the opposite order, each piece by the thread
+// that had it first: of a tensor that fits the cache the second pass finds weight and update there. Small tensors share one wait.
+//
+// Whose cache matters: the pieces used to change hands in the second pass, and where the two processors of this machine share no L3 (AdamW is
+// fastest then, with the bandwidth of both: 0.4 ns) LAMB took 2.0 to 2.3 ns a parameter and LARS 1.4 to 1.9; now 0.8 to 1.1 and 0.55 to 0.9 whatever
+// the minute. Nor are there OpenMP barriers, 40 in a step of 19 weights: a thread whose partner had been sent off its processor span there for
+// whole time slices. With five other processes on two processors (AdamW 2 to 3) LAMB went from 5 to 23 to 2.2 to 5, LARS from 4 to 33 to 1.7 to 4.
 //
 // A piece holds whole measuring chunks and whole units: the norms are those of `measure` to the last bit.
 //
@@ -667,7 +669,7 @@ void scaled_step(const ScaledStepArgs& a) {
   const int states = kRules[a.step.rule].states;
   const int64_t count = a.step.count;
   const auto elements = [&](int64_t i) { return a.step.tensors[i].param.rows * a.step.tensors[i].param.cols; };
-  int64_t unit_max = 1, most = 0, chunks_most = 0, run_first = 0, run = 0, chunks = 0, piece_most = 0;
+  int64_t unit_max = 1, most = 0, chunks_most = 0, run_first = 0, run = 0, chunks = 0, tasks_most = 0, piece_most = 0;
   struct Place {
     Piece piece;
     int64_t room, chunk, task;  // where it begins in the room, among its run's chunks and among its run's tasks
@@ -683,7 +685,7 @@ void scaled_step(const ScaledStepArgs& a) {
     p.piece = piece_of(a.step.tensors[i], states);
     p.room = run, p.chunk = chunks, p.task = task, p.first = run_first;
     run += (n + 15) / 16 * 16, chunks += (n + kMeasureChunk - 1) / kMeasureChunk, task += p.piece.tasks;
-    most = run > most ? run : most, chunks_most = chunks > chunks_most ? chunks : chunks_most;
+    most = run > most ? run : most, chunks_most = chunks > chunks_most ? chunks : chunks_most, tasks_most = task > tasks_most ? task : tasks_most;
     const int64_t unit = p.piece.shape.unit, size = element_of(p.piece.shape, p.piece.units);
     unit_max = unit > unit_max ? unit : unit_max, piece_most = size > piece_most ? size : piece_most;
   }
@@ -694,16 +696,20 @@ void scaled_step(const ScaledStepArgs& a) {
   if (room && room_align == huge) madvise(room, room_bytes, MADV_HUGEPAGE);
 #endif
   double* const partials = static_cast<double*>(malloc(static_cast<size_t>(chunks_most + 1) * 32));  // of weights, then of the others
-  if (!partials || (lamb && !room)) {  // nothing is written yet
+  struct Turn {
+    int64_t pass, owner;  // the last pass that a thread took the task in; who took it in a first one
+  };
+  Turn* const turns = static_cast<Turn*>(calloc(static_cast<size_t>(tasks_most + 1), sizeof(Turn)));
+  if (!partials || !turns || (lamb && !room)) {  // nothing is written yet
     free(partials);
+    free(turns);
     free(room);
     free(places);
     throw std::bad_alloc();
   }
   StepArgs apply = a.step;
   apply.rule = a.apply, apply.grad_code = kF32;
-  alignas(64) int64_t begun = 0;  // tasks of all passes, in their order
-  alignas(64) int64_t done = 0;
+  alignas(64) int64_t done = 0;  // tasks of all passes
 #pragma omp parallel if (most > 16384)
   {
     const size_t floats = static_cast<size_t>(unit_max + 8 * W + 15) / 16 * 16 * (3 + 2 * kMaxStates);
@@ -754,37 +760,43 @@ void scaled_step(const ScaledStepArgs& a) {
       }
       measure_elements(t.grad, a.step.grad_code, begin, end, others);
     };
-    int64_t first = 0, last = 0, base = 0, tasks = 0;  // the run at hand: its tensors, its first pass's tasks [base, base + tasks), the second's behind them
-    for (;;) {
-      const int64_t turn = __atomic_fetch_add(&begun, 1, __ATOMIC_RELAXED);
-      while (first < count && turn >= base + 2 * tasks) {
-        base += 2 * tasks, tasks = 0, first = last;
-        if (first == count) break;
-        for (last = first + 1; last < count && places[last].first == first;) ++last;
-        tasks = places[last - 1].task + places[last - 1].piece.tasks;
+    const auto step_piece = [&](int64_t i, StepTensor t, const Place& p, int64_t u0, int64_t u1) {
+      if (i != known) find(i);
+      if (lamb) t.grad = room + p.room;
+      step_units(t, lamb ? apply : a.step, h, p.piece.shape, u0, u1, scratch);
+    };
+    const int me = omp_get_thread_num(), threads = omp_get_num_threads();
+    int64_t before = 0;  // tasks of the passes so far
+    for (int64_t first = 0, last, pass = 1; first < count; first = last) {
+      for (last = first + 1; last < count && places[last].first == first;) ++last;
+      const int64_t tasks = places[last - 1].task + places[last - 1].piece.tasks, start = tasks * me / threads;
+      for (int second = 0; second < 2; ++second, ++pass, before += tasks) {
+        wait_for(&done, before);
+        int64_t taken = 0;
+        for (int stealing = 0; stealing <= second; ++stealing)  // of a second pass what is in this thread's cache, then the rest
+          for (int64_t n = 0; n < tasks; ++n) {
+            const int64_t at = (second ? tasks - 1 - n + start : n + start) % tasks;
+            int64_t seen = __atomic_load_n(&turns[at].pass, __ATOMIC_RELAXED);
+            if (seen >= pass || (second && !stealing && turns[at].owner != me) ||
+                !__atomic_compare_exchange_n(&turns[at].pass, &seen, pass, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED))
+              continue;
+            if (!second) turns[at].owner = me;
+            ++taken;
+            int64_t i = first, behind = last;  // the last tensor that starts at this task or before
+            while (behind - i > 1) (places[(i + behind) / 2].task > at ? behind : i) = (i + behind) / 2;
+            const Place& p = places[i];
+            const int64_t all = p.piece.shape.rows * p.piece.shape.per_row, u0 = (at - p.task) * p.piece.units, u1 = u0 + p.piece.units < all ? u0 + p.piece.units : all;
+            if (second) step_piece(i, a.step.tensors[i], p, u0, u1);
+            else measure_piece(a.step.tensors[i], p, u0, u1);
+          }
+        __atomic_fetch_add(&done, taken, __ATOMIC_RELEASE);
       }
-      if (first == count) break;
-      const bool second = turn >= base + tasks;
-      const int64_t at = second ? base + 2 * tasks - 1 - turn : turn - base;
-      int64_t i = first, behind = last;  // the last tensor that starts at this task or before
-      while (behind - i > 1) (places[(i + behind) / 2].task > at ? behind : i) = (i + behind) / 2;
-      StepTensor t = a.step.tensors[i];
-      const Place& p = places[i];
-      const int64_t all = p.piece.shape.rows * p.piece.shape.per_row, u0 = (at - p.task) * p.piece.units, u1 = u0 + p.piece.units < all ? u0 + p.piece.units : all;
-      wait_for(&done, second ? base + tasks : base);
-      if (second) {
-        if (i != known) find(i);
-        if (lamb) t.grad = room + p.room;
-        step_units(t, lamb ? apply : a.step, h, p.piece.shape, u0, u1, scratch);
-      } else {
-        measure_piece(t, p, u0, u1);
-      }
-      __atomic_fetch_add(&done, 1, __ATOMIC_RELEASE);
     }
     free(scratch);
     free(decoded);
   }
   free(partials);
+  free(turns);
   free(room);
   free(places);
 }
