@@ -93,7 +93,8 @@ def test_the_command_measures_and_writes_the_page(tmp_path):
 def test_an_interrupt_keeps_what_was_measured(tmp_path):
     file = tmp_path / "deep" / "a.json"   # a folder that does not exist yet
     run = subprocess.Popen([sys.executable, "-m", "gradmill", "bench", "overhead", "--quick", "--no-peers", "--threads", "1", "--json", str(file)], stdout=subprocess.PIPE,
-                           stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONSAFEPATH": "1", "PYTHONIOENCODING": "utf-8"})
+                           stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONSAFEPATH": "1", "PYTHONIOENCODING": "utf-8"},
+                           preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a suite in the background has it ignored, and children inherit that
     for _ in range(1200):   # written after the first case, and whole whenever it is read
         if file.exists() or run.poll() is not None:
             break
