@@ -109,7 +109,8 @@ def quantize_int8_stochastic(ctx):
 @case("quant")
 def quantize_int4(ctx):
     return _quantize(ctx, "quantize to packed INT4, groups of 256", "uint4", 256, lambda x: torch_pack(torch_zero_point(x, 256, 15)[0]), [
-        ("bitsandbytes", "bitsandbytes quantize_4bit (nf4)", lambda m, x: m.functional.quantize_4bit(x, blocksize=256, quant_type="nf4"))])
+        ("bitsandbytes", "bitsandbytes quantize_4bit (nf4)", lambda m, x: m.functional.quantize_4bit(x, blocksize=256, quant_type="nf4"))],
+                     why="held to AVX2: 3.1 instructions a value (instructions.json), which take two threads about half a millisecond, as the bytes do")
 
 
 @case("quant")
