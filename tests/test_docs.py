@@ -1,5 +1,4 @@
 """README and docs: examples run as they stand, links lead somewhere, and every public name is in them."""
-import inspect
 import re
 import urllib.parse
 
