@@ -550,7 +550,7 @@ void measure(const MeasureArgs& a) {
 // that had it first: of a tensor that fits the cache the second pass finds weight and update there. Small tensors share one wait.
 //
 // Whose cache matters: the pieces used to change hands in the second pass, and where the two processors of this machine share no L3 (AdamW is
-// fastest then, with the bandwidth of both: 0.4 ns) LAMB took 2.0 to 2.3 ns a parameter and LARS 1.4 to 1.9; now 0.8 to 1.1 and 0.55 to 0.9 whatever
+// fastest then, with the bandwidth of both: 0.4 ns) LAMB took 2.0 to 2.3 ns a parameter and LARS 1.4 to 1.9; now 0.7 to 1.3 and 0.55 to 1.0 whatever
 // the minute. Nor are there OpenMP barriers, 40 in a step of 19 weights: a thread whose partner had been sent off its processor span there for
 // whole time slices. With five other processes on two processors (AdamW 2 to 3) LAMB went from 5 to 23 to 2.2 to 5, LARS from 4 to 33 to 1.7 to 4.
 //
